@@ -1,0 +1,243 @@
+"""The layers that the UNet, the VAE and CLIP are made of. Channels last throughout.
+
+Module attributes carry the names of diffusers' checkpoints, so that a weight's path in
+the file is its path in the module (see `pretrained.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, Mapping
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from ddpo_jax.types import UserError
+
+_exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "gelu": _exact_gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def check_supported(kind: str, values: Mapping[str, Any], fields: set[str],
+                    supported: Mapping[str, tuple[Any, ...]]) -> None:
+  """Refuses a config.json that asks for something the networks here do not build.
+
+  Args:
+    kind: what the file describes, for the message.
+    values: the file's content.
+    fields: names that the network reads.
+    supported: for the names it does not read, the values that mean what it builds.
+
+  Raises:
+    UserError: names the field and its value. A name that is in neither list passes
+      only while it asks for nothing (null, false).
+  """
+  for name, value in values.items():
+    if name in fields or name.startswith("_"):
+      continue
+    allowed = supported.get(name, (None, False))
+    if value not in allowed:
+      raise UserError(f"{kind} config: {name}={value!r} is not supported; "
+                      f"must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_activation(kind: str, field: str, name: str) -> None:
+  if name not in ACTIVATIONS:
+    raise UserError(f"{kind} config: {field}={name!r} is not supported; "
+                    f"must be one of {', '.join(ACTIVATIONS)}")
+
+
+class Conv(nnx.Conv):
+  """A convolution with a square kernel and torch's symmetric padding."""
+
+  def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *,
+               stride: int = 1, padding: int | None = None, dtype: jnp.dtype,
+               rngs: nnx.Rngs):
+    padding = kernel_size // 2 if padding is None else padding
+    super().__init__(in_channels, out_channels, (kernel_size, kernel_size),
+                     strides=stride, padding=((padding, padding),) * 2, dtype=dtype,
+                     param_dtype=dtype, rngs=rngs)
+
+
+class Conv1x1(Conv):
+  """A 1×1 convolution, computed as the matrix product that it is."""
+
+  def __init__(self, in_channels: int, out_channels: int, *, dtype: jnp.dtype,
+               rngs: nnx.Rngs):
+    super().__init__(in_channels, out_channels, 1, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x.astype(self.dtype) @ self.kernel[0, 0].astype(self.dtype) + self.bias[
+        ...].astype(self.dtype)
+
+
+class Linear(nnx.Linear):
+  """A linear layer that LoRA can be attached to (`lora.py` does)."""
+
+  def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True,
+               dtype: jnp.dtype, rngs: nnx.Rngs):
+    super().__init__(in_features, out_features, use_bias=use_bias, dtype=dtype,
+                     param_dtype=dtype, rngs=rngs)
+    self.lora_down = nnx.data(None)  # [in, rank]
+    self.lora_up = nnx.data(None)  # [rank, out]
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = super().__call__(x)
+    if self.lora_down is None:
+      return y
+    down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
+    return y + (x.astype(self.dtype) @ down) @ up
+
+
+class GroupNorm(nnx.GroupNorm):
+  """Group normalisation with statistics in float32, computed in two passes as torch does."""
+
+  def __init__(self, channels: int, num_groups: int, *, epsilon: float,
+               dtype: jnp.dtype, rngs: nnx.Rngs):
+    super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
+                     param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class LayerNorm(nnx.LayerNorm):
+  """Layer normalisation with torch's epsilon."""
+
+  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: jnp.dtype,
+               rngs: nnx.Rngs):
+    super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
+                     use_fast_variance=False, rngs=rngs)
+
+
+def attention_implementation(query: jax.Array, key: jax.Array) -> str:
+  """Which implementation of `jax.nn.dot_product_attention` serves these shapes.
+
+  cuDNN's flash attention needs a GPU and half precision; its backward refuses odd
+  sequence lengths (the 77 tokens of a prompt) and, before Hopper, head sizes over 128.
+  Those cases are small, and XLA's own attention serves them.
+  """
+  half = query.dtype in (jnp.float16, jnp.bfloat16)
+  head_dim = query.shape[-1]
+  even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+  fits = head_dim % 8 == 0 and head_dim <= 128
+  if jax.default_backend() == "gpu" and half and even and fits:
+    return "cudnn"
+  return "xla"
+
+
+def multi_head_attention(query: jax.Array, key: jax.Array, value: jax.Array,
+                         num_heads: int, *, is_causal: bool = False) -> jax.Array:
+  """Scaled dot-product attention: [B, T, N·H], [B, S, N·H], [B, S, N·H] -> [B, T, N·H]."""
+  split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
+  query, key, value = split(query), split(key), split(value)
+  out = jax.nn.dot_product_attention(
+      query, key, value, is_causal=is_causal,
+      implementation=attention_implementation(query, key))
+  return out.reshape(*out.shape[:2], -1)
+
+
+class Attention(nnx.Module):
+  """Self-attention, or cross-attention where `context_dim` is given."""
+
+  def __init__(self, features: int, num_heads: int, *, context_dim: int | None = None,
+               dtype: jnp.dtype, rngs: nnx.Rngs):
+    context_dim = features if context_dim is None else context_dim
+    linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
+    self.num_heads = num_heads
+    self.to_q = linear(features, features, use_bias=False)
+    self.to_k = linear(context_dim, features, use_bias=False)
+    self.to_v = linear(context_dim, features, use_bias=False)
+    self.to_out = nnx.List([linear(features, features)])
+
+  def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    context = x if context is None else context
+    out = multi_head_attention(self.to_q(x), self.to_k(context), self.to_v(context),
+                               self.num_heads)
+    return self.to_out[0](out)
+
+
+class ResnetBlock(nnx.Module):
+  """Two convolutions around a residual; the time embedding is added between them."""
+
+  def __init__(self, in_channels: int, out_channels: int, *, time_dim: int | None,
+               num_groups: int, epsilon: float, act_fn: str, dtype: jnp.dtype,
+               rngs: nnx.Rngs):
+    common = dict(dtype=dtype, rngs=rngs)
+    self.act = ACTIVATIONS[act_fn]
+    self.norm1 = GroupNorm(in_channels, num_groups, epsilon=epsilon, **common)
+    self.conv1 = Conv(in_channels, out_channels, **common)
+    self.time_emb_proj = (None if time_dim is None else
+                          Linear(time_dim, out_channels, **common))
+    self.norm2 = GroupNorm(out_channels, num_groups, epsilon=epsilon, **common)
+    self.conv2 = Conv(out_channels, out_channels, **common)
+    self.conv_shortcut = (None if in_channels == out_channels else
+                          Conv1x1(in_channels, out_channels, **common))
+
+  def __call__(self, x: jax.Array, time_embedding: jax.Array | None = None) -> jax.Array:
+    h = self.conv1(self.act(self.norm1(x)))
+    if self.time_emb_proj is not None:
+      h += self.time_emb_proj(self.act(time_embedding))[:, None, None]
+    h = self.conv2(self.act(self.norm2(h)))
+    return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nnx.Module):
+  """Halves height and width; the VAE pads only below and to the right."""
+
+  def __init__(self, channels: int, *, asymmetric: bool = False, dtype: jnp.dtype,
+               rngs: nnx.Rngs):
+    self.asymmetric = asymmetric
+    self.conv = Conv(channels, channels, stride=2, padding=0 if asymmetric else 1,
+                     dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    if self.asymmetric:
+      x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    return self.conv(x)
+
+
+class Upsample(nnx.Module):
+  """Doubles height and width by repetition; `size` crops where a skip was odd."""
+
+  def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None],
+                         (batch, height, 2, width, 2, channels))
+    x = x.reshape(batch, 2 * height, 2 * width, channels)
+    if size is not None:
+      x = x[:, :size[0], :size[1]]
+    return self.conv(x)
+
+
+def timestep_embedding(timesteps: jax.Array, dim: int, *, flip_sin_to_cos: bool,
+                       freq_shift: float) -> jax.Array:
+  """Sinusoidal embedding of timesteps: [B] -> [B, dim] float32."""
+  half = dim // 2
+  exponent = -jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32)
+  angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent / (half - freq_shift))
+  parts = [jnp.sin(angles), jnp.cos(angles)]
+  embedding = jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+  return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+class TimestepEmbedding(nnx.Module):
+  """The two-layer network behind the sinusoidal embedding."""
+
+  def __init__(self, in_features: int, features: int, *, act_fn: str, dtype: jnp.dtype,
+               rngs: nnx.Rngs):
+    self.act = ACTIVATIONS[act_fn]
+    self.linear_1 = Linear(in_features, features, dtype=dtype, rngs=rngs)
+    self.linear_2 = Linear(features, features, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.linear_2(self.act(self.linear_1(x)))

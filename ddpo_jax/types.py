@@ -1,0 +1,110 @@
+"""The data that passes between the parts of the program, and the errors that end it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from flax import nnx
+import jax
+import numpy as np
+import optax
+
+
+class UserError(Exception):
+  """An input that the user can correct.
+
+  The message is one line that names the field, the value and what would be right.
+  Scripts print it on standard error and exit with status 2.
+  """
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop, and what was computed has been saved."""
+
+  def __init__(self, signum: int):
+    super().__init__(f"stopped by signal {signum}")
+    self.signum = signum
+
+
+class RewardFn(Protocol):
+  """Scores images."""
+
+  def __call__(
+      self,
+      images: np.ndarray,  # [B, H, W, 3] uint8
+      prompts: list[str],
+      metadata: list[dict[str, Any]],
+  ) -> tuple[np.ndarray, dict[str, Any]]:  # [B] float32, and what else to log
+    ...
+
+
+class PromptFn(Protocol):
+  """Draws one prompt, and what a reward may want to know about it."""
+
+  def __call__(self, rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
+    ...
+
+
+class Denoiser(Protocol):
+  """The policy's network: predicts noise (or velocity, or the clean sample)."""
+
+  def __call__(
+      self,
+      latents: jax.Array,  # [B, h, w, C]
+      timesteps: jax.Array,  # [B] int32, in the model's own 0..999
+      text_embeddings: jax.Array,  # [B, L, D]
+  ) -> jax.Array:  # [B, h, w, C]
+    ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+  """What the sampler saw and how likely it was."""
+
+  latents: jax.Array  # [B, T+1, h, w, C] float32; 0 is the initial noise
+  log_probs: jax.Array  # [B, T] float32, of latents[:, t+1] given latents[:, t]
+
+  def __post_init__(self):
+    shape = getattr(self.latents, "shape", None)  # None while JAX rebuilds the tree
+    if shape is not None and len(shape) == 5:
+      if (shape[0], shape[1] - 1) != tuple(self.log_probs.shape):
+        raise ValueError(f"latents {shape} and log_probs {self.log_probs.shape} "
+                         "disagree on [B, T]")
+
+  @property
+  def images_latents(self) -> jax.Array:
+    """The last, clean latents, [B, h, w, C]."""
+    return self.latents[:, -1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """One epoch's samples, as the update reads them; every leading axis is sharded."""
+
+  trajectory: Trajectory  # of N samples
+  text_embeddings: jax.Array  # [N, L, D] of each sample's prompt
+  negative_embedding: jax.Array  # [1, L, D] of the empty prompt, replicated
+  advantages: jax.Array  # [N] float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossScale:
+  """Dynamic loss scaling for fp16, where small gradients would round to zero."""
+
+  scale: jax.Array  # [] float32
+  good_steps: jax.Array  # [] int32, finite steps since the scale last changed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that training changes, and all that a checkpoint must keep of it."""
+
+  params: nnx.State  # the trained weights only: LoRA's, or the whole UNet's
+  opt_state: optax.OptState
+  step: jax.Array  # [] int32, optimizer steps taken
+  loss_scale: LossScale
