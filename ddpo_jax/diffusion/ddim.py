@@ -1,0 +1,164 @@
+"""One DDIM step as a Gaussian policy (arXiv:2010.02502), and its log-probability.
+
+DDPO (arXiv:2305.13301) reads x_{t−1} ~ N(μ_θ(x_t, t, c), σ_t²) as an action. Sampler and
+update both come through `policy_step`, so that before any training their ratio is 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ddpo_jax.diffusion.schedule import DDIMSchedule
+from ddpo_jax.types import Denoiser
+
+
+def uses_guidance(guidance_scale: float) -> bool:
+  """The one rule for sampler and update: a scale up to 1 means no guidance."""
+  return guidance_scale > 1.0
+
+
+def guided_prediction(unet: Denoiser, latents: jax.Array, timesteps: jax.Array,
+                      text_embeddings: jax.Array, negative_embeddings: jax.Array,
+                      guidance_scale: float) -> jax.Array:
+  """Classifier-free guidance (arXiv:2207.12598), both branches in one batch.
+
+  Args:
+    unet: the network.
+    latents: [B, h, w, C].
+    timesteps: [B] int32.
+    text_embeddings: [B, L, D].
+    negative_embeddings: [B, L, D] or [1, L, D], of the empty prompt.
+    guidance_scale: n + s·(p − n); see `uses_guidance`.
+
+  Returns:
+    [B, h, w, C] float32.
+  """
+  if not uses_guidance(guidance_scale):
+    return unet(latents, timesteps, text_embeddings).astype(jnp.float32)
+  negative = jnp.broadcast_to(negative_embeddings, text_embeddings.shape)
+  twice = lambda x: jnp.concatenate([x, x])
+  both = unet(twice(latents), twice(timesteps),
+              jnp.concatenate([negative, text_embeddings]))
+  unconditional, conditional = jnp.split(both.astype(jnp.float32), 2)
+  return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def predict_clean(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
+                  latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The clean latents and the noise that the network's output stands for.
+
+  Returns:
+    x̂_0 (clipped or thresholded as the model's scheduler config says) and ε̂ (from
+    before the clipping), each [B, h, w, C] float32.
+  """
+  config = schedule.noise_schedule
+  alpha_root, beta_root = (jnp.sqrt(_per_sample(x, step, latents))
+                           for x in (schedule.alphas, schedule.betas))
+  if config.prediction_type == "epsilon":
+    noise = model_output
+    clean = (latents - beta_root * noise) / alpha_root
+  elif config.prediction_type == "v_prediction":
+    clean = alpha_root * latents - beta_root * model_output
+    noise = alpha_root * model_output + beta_root * latents
+  else:
+    clean = model_output
+    noise = (latents - alpha_root * clean) / beta_root
+  if config.thresholding:
+    clean = _threshold(clean, config.dynamic_thresholding_ratio, config.sample_max_value)
+  elif config.clip_sample:
+    clean = jnp.clip(clean, -config.clip_sample_range, config.clip_sample_range)
+  return clean, noise
+
+
+def ddim_mean_and_std(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
+                      latents: jax.Array, eta: float) -> tuple[jax.Array, jax.Array]:
+  """μ and σ of the next latents: formulas 12 and 16 of arXiv:2010.02502.
+
+  Returns:
+    μ [B, h, w, C] and σ [B, 1, 1, 1], float32; σ is 0 at `eta` 0.
+  """
+  model_output, latents = (x.astype(jnp.float32) for x in (model_output, latents))
+  clean, noise = predict_clean(schedule, model_output, step, latents)
+  variance = eta**2 * _per_sample(schedule.variances, step, latents)
+  direction = jnp.sqrt(jnp.maximum(
+      _per_sample(schedule.previous_betas, step, latents) - variance, 0.0))
+  previous_alpha = _per_sample(schedule.previous_alphas, step, latents)
+  return jnp.sqrt(previous_alpha) * clean + direction * noise, jnp.sqrt(variance)
+
+
+def gaussian_log_prob(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+  """log N(x; mean, std²), averaged over all axes but the first: -> [B] float32."""
+  density = (-jnp.square(x - mean) / (2 * jnp.square(std)) - jnp.log(std)
+             - 0.5 * math.log(2 * math.pi))
+  return density.mean(axis=tuple(range(1, density.ndim)))
+
+
+def ddim_step(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
+              latents: jax.Array, eta: float = 1.0, *, noise: jax.Array | None = None,
+              prev_latents: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Takes one step, or scores one that was taken.
+
+  Args:
+    schedule: with T steps.
+    model_output: [B, h, w, C], the network's (guided) prediction.
+    step: [B] int32, 0 for the first denoising step, T − 1 for the last.
+    latents: [B, h, w, C], x_t.
+    eta: in (0, 1]; 1 is DDPM's variance.
+    noise: [B, h, w, C] standard normal: the step to take. Or else
+    prev_latents: [B, h, w, C]: the step that was taken; no gradient flows into it.
+
+  Returns:
+    The next latents [B, h, w, C] and their log-probability [B], the Gaussian log density
+    averaged (not summed) over the elements; both float32.
+
+  Raises:
+    ValueError: if not exactly one of `noise` and `prev_latents` is given, or if the step
+      has no density (`eta` 0, or a schedule with a step of no variance).
+  """
+  check_density(schedule, eta)
+  if (noise is None) == (prev_latents is None):
+    raise ValueError("give either noise (to sample) or prev_latents (to score)")
+  mean, std = ddim_mean_and_std(schedule, model_output, step, latents, eta)
+  if prev_latents is None:
+    prev_latents = mean + std * noise.astype(jnp.float32)
+  prev_latents = jax.lax.stop_gradient(prev_latents.astype(jnp.float32))
+  return prev_latents, gaussian_log_prob(prev_latents, mean, std)
+
+
+def check_density(schedule: DDIMSchedule, eta: float) -> None:
+  """Raises ValueError where a step's log-probability would not exist."""
+  if not 0.0 < eta <= 1.0:
+    raise ValueError(f"{eta=} must be in (0, 1]: at 0 a step is deterministic and has no "
+                     "log-probability")
+  if not schedule.has_density:
+    raise ValueError("the schedule's last step starts at timestep 0, which has no "
+                     "variance and so no log-probability: set steps_offset to 1 in the "
+                     "model's scheduler_config.json")
+
+
+def policy_step(unet: Denoiser, schedule: DDIMSchedule, step: jax.Array,
+                latents: jax.Array, text_embeddings: jax.Array,
+                negative_embeddings: jax.Array, *, guidance_scale: float, eta: float,
+                noise: jax.Array | None = None,
+                prev_latents: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Runs the network and then `ddim_step`: arguments and results as there."""
+  prediction = guided_prediction(unet, latents, schedule.timesteps[step], text_embeddings,
+                                 negative_embeddings, guidance_scale)
+  return ddim_step(schedule, prediction, step, latents, eta, noise=noise,
+                   prev_latents=prev_latents)
+
+
+def _per_sample(values: jax.Array, step: jax.Array, latents: jax.Array) -> jax.Array:
+  """Each sample's entry of a [T] table, shaped to broadcast against its latents."""
+  return values[step].reshape(-1, *(1,) * (latents.ndim - 1))
+
+
+def _threshold(clean: jax.Array, ratio: float, max_value: float) -> jax.Array:
+  """Dynamic thresholding (arXiv:2205.11487, section 2.3), per sample."""
+  flat = jnp.abs(clean).reshape(clean.shape[0], -1)
+  bound = jnp.clip(jnp.quantile(flat, ratio, axis=1), 1.0, max_value)
+  bound = bound.reshape(-1, *(1,) * (clean.ndim - 1))
+  return jnp.clip(clean, -bound, bound) / bound

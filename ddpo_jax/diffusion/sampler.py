@@ -1,0 +1,101 @@
+"""The DDIM sampler: one scan over the steps, keeping the trajectory and its likelihood."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ddpo_jax.diffusion import ddim
+from ddpo_jax.diffusion.schedule import DDIMSchedule
+from ddpo_jax.types import Denoiser, Trajectory
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """What the scan reads at each step."""
+
+  index: jax.Array  # [] int32
+  noise: jax.Array | None  # [B, h, w, C], or None to draw it
+
+
+@functools.partial(jax.jit, static_argnames=("guidance_scale", "eta", "latent_size"))
+def sample(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
+           negative_embeddings: jax.Array, *, guidance_scale: float = 5.0,
+           eta: float = 1.0, key: jax.Array | None = None,
+           latent_size: tuple[int, int] | None = None,
+           initial_latents: jax.Array | None = None,
+           step_noise: jax.Array | None = None) -> Trajectory:
+  """Samples one trajectory for each prompt.
+
+  A sample's draw depends on its own key alone, not on the batch that it is in.
+
+  Args:
+    unet: the policy: an NNX module, or another callable pytree
+      (`jax.tree_util.Partial`).
+    schedule: with T steps.
+    text_embeddings: [B, L, D].
+    negative_embeddings: [B, L, D] or [1, L, D], of the empty prompt.
+    guidance_scale: classifier-free guidance; up to 1 means none.
+    eta: in (0, 1], the noise of each step relative to DDPM's.
+    key: one key, of which sample i gets `fold_in(key, i)`; or one key a sample, [B]. Not
+      needed where `initial_latents` and `step_noise` are both given.
+    latent_size: (h, w); the UNet's own `sample_size` where absent.
+    initial_latents: [B, h, w, C], standard normal: replays another draw.
+    step_noise: [T, B, h, w, C], standard normal: likewise.
+
+  Returns:
+    The trajectory: latents [B, T+1, h, w, C] from pure noise to clean (not yet divided
+    by the VAE's scaling factor), log_probs [B, T].
+
+  Raises:
+    ValueError: if a step would have no density (see `ddim_step`), or if there is neither
+      a key nor a draw.
+  """
+  ddim.check_density(schedule, eta)
+  batch = text_embeddings.shape[0]
+  if key is not None:
+    key = _sample_keys(key, batch)
+  elif initial_latents is None or step_noise is None:
+    raise ValueError("give a key, or initial_latents and step_noise")
+  if initial_latents is None:
+    shape = (*(latent_size or _native_size(unet)), unet.config.in_channels)
+    initial_latents = _normal(key, 0, shape)
+  latents = initial_latents.astype(jnp.float32)
+
+  def body(latents: jax.Array, step: _Step) -> tuple[jax.Array, Trajectory]:
+    noise = step.noise
+    if noise is None:
+      noise = _normal(key, step.index + 1, latents.shape[1:])
+    latents, log_probs = ddim.policy_step(
+        unet, schedule, jnp.full(batch, step.index), latents, text_embeddings,
+        negative_embeddings, guidance_scale=guidance_scale, eta=eta, noise=noise)
+    return latents, (latents, log_probs)
+
+  steps = _Step(index=jnp.arange(schedule.num_steps), noise=step_noise)
+  _, (visited, log_probs) = jax.lax.scan(body, latents, steps)
+  visited = jnp.concatenate([latents[None], visited])
+  return Trajectory(latents=jnp.moveaxis(visited, 0, 1), log_probs=log_probs.T)
+
+
+def _sample_keys(key: jax.Array, batch: int) -> jax.Array:
+  """One key a sample, [B]."""
+  if key.ndim:
+    return key
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+
+
+def _normal(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+  """Each sample's noise number `index` (0 is the initial latents): [B, *shape] float32."""
+  draw = lambda key: jax.random.normal(jax.random.fold_in(key, index), shape)
+  return jax.vmap(draw)(keys)
+
+
+def _native_size(unet: Denoiser) -> tuple[int, int]:
+  size = unet.config.sample_size
+  if size is None:
+    raise ValueError("the UNet's config has no sample_size: give latent_size")
+  return (size, size) if isinstance(size, int) else tuple(size)
