@@ -1,0 +1,152 @@
+"""Low-rank adaptation (arXiv:2106.09685) of the UNet's attention projections.
+
+Each of to_q, to_k, to_v and to_out.0 becomes W·x + up·down·x with W frozen. The trained
+weights are split from the frozen ones here, by hand; gradients, optimizer state and
+checkpoints only ever see the trained ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import os
+import re
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ddpo_jax.models import layers
+from ddpo_jax.types import UserError
+
+# How files in circulation name the same matrix, rewritten to the first, diffusers' own.
+_IMPORT_RULES = (
+    (r"^unet\.", ""),
+    (r"\.processor\.(to_\w+)_lora\.(down|up)\.weight$", r".\1.lora.\2.weight"),
+    (r"\.to_out\.lora\.", ".to_out.0.lora."),
+    (r"\.lora(?:_linear_layer)?\.down\.weight$", ".lora_A.weight"),
+    (r"\.lora(?:_linear_layer)?\.up\.weight$", ".lora_B.weight"),
+)
+
+
+def attention_projections(unet: nnx.Module) -> Iterator[tuple[str, layers.Linear]]:
+  """Every linear layer that LoRA is attached to, with its dotted path, in path order."""
+  found = []
+  for path, module in nnx.iter_graph(unet):
+    if isinstance(module, layers.Attention):
+      prefix = ".".join(map(str, path))
+      found += [(f"{prefix}.{name}", getattr(module, name))
+                for name in ("to_q", "to_k", "to_v")]
+      found.append((f"{prefix}.to_out.0", module.to_out[0]))
+  return iter(sorted(found, key=lambda item: item[0]))
+
+
+def inject_lora(unet: nnx.Module, rank: int, key: jax.Array) -> None:
+  """Attaches fresh LoRA weights to the UNet, in place; its output does not change.
+
+  Args:
+    unet: a `UNet2DConditionModel`.
+    rank: of the update, at least 1.
+    key: `down` is drawn from it: normal with standard deviation 1/rank. `up` is zero.
+
+  Raises:
+    ValueError: if the UNet has no attention to attach to.
+  """
+  projections = list(attention_projections(unet))
+  if not projections:
+    raise ValueError("the UNet has no attention projections to attach LoRA to")
+  for i, (_, linear) in enumerate(projections):
+    down = jax.random.normal(jax.random.fold_in(key, i), (linear.in_features, rank))
+    linear.lora_down = nnx.LoRAParam(down / rank)
+    linear.lora_up = nnx.LoRAParam(jnp.zeros((rank, linear.out_features)))
+
+
+def partition(unet: nnx.Module, use_lora: bool = True
+              ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """Splits the UNet into structure, trained weights and frozen weights.
+
+  Args:
+    unet: with LoRA attached, if `use_lora`.
+    use_lora: train LoRA's weights only; otherwise every weight.
+
+  Returns:
+    What `nnx.merge(graphdef, trained, frozen)` puts together again.
+
+  Raises:
+    ValueError: if there is nothing to train.
+  """
+  trained_type = nnx.LoRAParam if use_lora else nnx.Param
+  graphdef, trained, frozen = nnx.split(unet, trained_type, ...)
+  if not jax.tree.leaves(trained):
+    raise ValueError("nothing to train: attach LoRA first (inject_lora)")
+  return graphdef, trained, frozen
+
+
+def export_lora(unet: nnx.Module, path: str | os.PathLike,
+                metadata: dict[str, str] | None = None) -> None:
+  """Writes the LoRA weights as one safetensors file in diffusers' format.
+
+  Keys are `unet.<module>.lora_A.weight` [rank, in] and `….lora_B.weight` [out, rank],
+  float32: what `StableDiffusionPipeline.load_lora_weights` reads.
+  """
+  tensors = {}
+  for name, linear in attention_projections(unet):
+    if linear.lora_down is None:
+      raise ValueError(f"{name} has no LoRA weights to export")
+    for suffix, weight in (("lora_A", linear.lora_down), ("lora_B", linear.lora_up)):
+      array = np.asarray(weight[...], np.float32)
+      tensors[f"unet.{name}.{suffix}.weight"] = np.ascontiguousarray(array.T)
+  save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+
+
+def import_lora(unet: nnx.Module, path: str | os.PathLike) -> None:
+  """Reads LoRA weights from a safetensors file into the UNet, in place.
+
+  Takes diffusers' format, with or without the `unet.` prefix, and the names of older
+  releases (`….processor.to_q_lora.down.weight`). The file's rank is used.
+
+  Raises:
+    UserError: if the file cannot be read, or a weight is missing, unknown or misshapen.
+  """
+  tensors = _read(path)
+  for name, linear in attention_projections(unet):
+    down, up = (_take(tensors, f"{name}.{suffix}.weight", path)
+                for suffix in ("lora_A", "lora_B"))
+    rank = down.shape[0]
+    expected = ((rank, linear.in_features), (linear.out_features, rank))
+    if (down.shape, up.shape) != expected:
+      raise UserError(f"LoRA file {path}: {name} has shapes {down.shape} and {up.shape}; "
+                      f"must be {expected[0]} and {expected[1]} for this model")
+    linear.lora_down = nnx.LoRAParam(jnp.asarray(down.T, jnp.float32))
+    linear.lora_up = nnx.LoRAParam(jnp.asarray(up.T, jnp.float32))
+  if tensors:
+    raise UserError(f"LoRA file {path}: {len(tensors)} tensors belong to no attention "
+                    f"projection of this UNet, such as {min(tensors)!r}")
+
+
+def _read(path: str | os.PathLike) -> dict[str, Any]:
+  try:
+    tensors = load_file(path)
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"LoRA file {path} cannot be read as safetensors: {error}") from error
+  return {_canonical(name): tensor for name, tensor in tensors.items()}
+
+
+def _canonical(name: str) -> str:
+  for pattern, replacement in _IMPORT_RULES:
+    name = re.sub(pattern, replacement, name)
+  return name
+
+
+def _take(tensors: dict[str, Any], name: str, path: str | os.PathLike) -> Any:
+  try:
+    tensor = tensors.pop(name)
+  except KeyError:
+    raise UserError(f"LoRA file {path} has no {name!r}; was it trained on another "
+                    "model?") from None
+  if tensor.ndim != 2:
+    raise UserError(f"LoRA file {path}: {name} has shape {tensor.shape}; must be a matrix")
+  return tensor

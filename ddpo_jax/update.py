@@ -1,0 +1,241 @@
+"""One optimizer step of DDPO, as one program over all devices.
+
+Each device holds the trajectories that it sampled. A step scans over microbatches of
+(sample, timestep) pairs, adds up the gradient of the trained weights, sums it over the
+devices once, clips it and applies AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import optax
+
+from ddpo_jax import ppo
+from ddpo_jax.diffusion import DDIMSchedule, policy_step
+from ddpo_jax.types import Batch, LossScale, TrainState
+
+P = jax.sharding.PartitionSpec
+AXIS = "data"
+
+_INITIAL_LOSS_SCALE = 2.0**15
+_LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+  """What the update needs to know; sizes are per device."""
+
+  batch_size: int  # samples of one microbatch
+  sample_batch_size: int  # samples of one sampling batch, a multiple of batch_size
+  accumulation_steps: int  # microbatches of samples in one optimizer step
+  num_train_timesteps: int  # of each sample's T
+  timesteps_per_batch: int  # of one sample in the same microbatch; divides the above
+  guidance_scale: float  # at most 1 for none
+  eta: float
+  clip_range: float
+  adv_clip_max: float
+  loss_scaling: bool  # for fp16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class UpdateMetrics:
+  """Float32 scalars over all microbatches of one optimizer step, on all devices."""
+
+  loss: jax.Array
+  approx_kl: jax.Array
+  clipfrac: jax.Array
+  ratio_drift: jax.Array  # largest |ratio − 1|
+  grad_norm: jax.Array  # before clipping
+  skipped: jax.Array  # 1 if loss or gradient was not finite and nothing was applied
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Microbatches:
+  """Which (sample, step) pairs each microbatch trains on."""
+
+  sample: jax.Array  # [M, b] int32, index into this device's samples
+  step: jax.Array  # [M, b] int32, index into the sample's T steps
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Sums:
+  """The scan's carry: added up over microbatches."""
+
+  grads: nnx.State
+  loss: jax.Array
+  approx_kl: jax.Array
+  clipfrac: jax.Array
+  ratio_drift: jax.Array  # a maximum
+
+
+def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float,
+                   epsilon: float, max_grad_norm: float) -> optax.GradientTransformation:
+  """AdamW (arXiv:1711.05101) behind clipping by the global norm."""
+  return optax.chain(
+      optax.clip_by_global_norm(max_grad_norm),
+      optax.adamw(learning_rate, b1=beta1, b2=beta2, eps=epsilon,
+                  weight_decay=weight_decay))
+
+
+def init_state(params: nnx.State, optimizer: optax.GradientTransformation,
+               loss_scaling: bool) -> TrainState:
+  """A train state before its first step."""
+  scale = _INITIAL_LOSS_SCALE if loss_scaling else 1.0
+  return TrainState(params=params, opt_state=optimizer.init(params), step=jnp.int32(0),
+                    loss_scale=LossScale(jnp.float32(scale), jnp.int32(0)))
+
+
+def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
+                optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+                ) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
+  """Builds the jitted update.
+
+  Args:
+    config: sizes and coefficients.
+    graphdef: of the UNet, from `lora.partition`.
+    schedule: the sampler's.
+    optimizer: from `make_optimizer`.
+    mesh: one axis, "data".
+
+  Returns:
+    `update(state, frozen, batch, key, index) -> (state, metrics)`: the optimizer step
+    number `index` ([] int32) of an inner epoch whose shuffle is drawn from `key`. The
+    state given is donated. `batch` has its samples as [batches, samples of all devices,
+    …], sharded over the second axis; all else is replicated.
+  """
+  local = functools.partial(_update, config, graphdef, schedule, optimizer)
+  sharded = Batch(trajectory=P(None, AXIS), text_embeddings=P(None, AXIS),
+                  negative_embedding=P(), advantages=P(None, AXIS))
+  mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), sharded, P(), P()),
+                         out_specs=(P(), P()))
+  return jax.jit(mapped, donate_argnums=0)
+
+
+def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
+            optimizer: optax.GradientTransformation, state: TrainState,
+            frozen: nnx.State, batch: Batch, key: jax.Array, index: jax.Array
+            ) -> tuple[TrainState, UpdateMetrics]:
+  """The program of one device."""
+  microbatches = _choose(config, schedule.num_steps, batch.advantages.shape, key, index)
+  grads, metrics = _gradients(config, graphdef, schedule, state, frozen,
+                              _flatten_samples(batch), microbatches)
+  finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  stepped = TrainState(params=optax.apply_updates(state.params, updates),
+                       opt_state=opt_state, step=state.step + 1,
+                       loss_scale=state.loss_scale)
+  state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+  if config.loss_scaling:
+    state = dataclasses.replace(state, loss_scale=_adjust(state.loss_scale, finite))
+  skipped = 1.0 - finite.astype(jnp.float32)
+  return state, dataclasses.replace(metrics, skipped=skipped)
+
+
+def _choose(config: UpdateConfig, num_steps: int, shape: tuple[int, int],
+            key: jax.Array, index: jax.Array) -> _Microbatches:
+  """Draws the microbatches of optimizer step `index` from the inner epoch's shuffle.
+
+  Samples never leave the device that drew them. So the epoch is laid out as a matrix:
+  a column for each slot of the training batch over all devices, and each column is
+  shuffled by itself. Devices own columns; the layout, and with it the samples of each
+  optimizer step, is the same however many devices share the columns.
+  """
+  batches, samples = shape
+  per_slot = config.sample_batch_size // config.batch_size  # samples of a batch in a column
+  first_column = jax.lax.axis_index(AXIS) * config.batch_size
+  sample_key, time_key = jax.random.split(key)
+  del key
+
+  def column(slot: jax.Array) -> jax.Array:  # -> [accumulation_steps] local samples
+    order = jax.random.permutation(
+        jax.random.fold_in(sample_key, first_column + slot), batches * per_slot)
+    rows = jax.lax.dynamic_slice_in_dim(order, index * config.accumulation_steps,
+                                        config.accumulation_steps)
+    return rows // per_slot * samples + slot * per_slot + rows % per_slot
+
+  def timesteps(sample: jax.Array) -> jax.Array:  # -> [num_train_timesteps]
+    batch, position = sample // samples, sample % samples
+    position += jax.lax.axis_index(AXIS) * samples
+    everywhere = batch * samples * jax.lax.axis_size(AXIS) + position
+    order = jax.random.permutation(jax.random.fold_in(time_key, everywhere), num_steps)
+    return order[:config.num_train_timesteps]
+
+  chosen = jax.vmap(column, out_axes=1)(jnp.arange(config.batch_size))
+  steps = jax.vmap(jax.vmap(timesteps))(chosen)  # [accumulation, batch, timesteps]
+  together = config.timesteps_per_batch
+  steps = steps.reshape(*chosen.shape, -1, together).transpose(0, 2, 1, 3)
+  chosen = jnp.broadcast_to(chosen[:, None, :, None], steps.shape)
+  flat = lambda x: x.reshape(-1, config.batch_size * together).astype(jnp.int32)
+  return _Microbatches(sample=flat(chosen), step=flat(steps))
+
+
+def _flatten_samples(batch: Batch) -> Batch:
+  """[batches, samples, …] -> [batches · samples, …] on this device."""
+  flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+  return Batch(trajectory=flat(batch.trajectory),
+               text_embeddings=flat(batch.text_embeddings),
+               negative_embedding=batch.negative_embedding,
+               advantages=flat(batch.advantages))
+
+
+def _gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
+               state: TrainState, frozen: nnx.State, batch: Batch,
+               microbatches: _Microbatches) -> tuple[nnx.State, UpdateMetrics]:
+  """The gradient of the mean loss over all microbatches of all devices."""
+  scale = state.loss_scale.scale
+  # Marked as differing between devices, so that the backward pass does not sum each
+  # microbatch's gradient over them: that is done once, below.
+  params = jax.lax.pcast(state.params, AXIS, to="varying")
+
+  def loss_fn(params: nnx.State, sample: jax.Array, step: jax.Array):
+    unet = nnx.merge(graphdef, params, frozen)
+    latents = batch.trajectory.latents
+    _, log_prob = policy_step(
+        unet, schedule, step, latents[sample, step], batch.text_embeddings[sample],
+        batch.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
+        prev_latents=latents[sample, step + 1])
+    loss, info = ppo.ppo_loss(
+        log_prob, batch.trajectory.log_probs[sample, step], batch.advantages[sample],
+        config.clip_range, config.adv_clip_max)
+    return loss * scale, (loss, info)
+
+  def body(sums: _Sums, microbatch: _Microbatches) -> tuple[_Sums, None]:
+    grads, (loss, info) = jax.grad(loss_fn, has_aux=True)(
+        params, microbatch.sample, microbatch.step)
+    return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
+                 loss=sums.loss + loss,
+                 approx_kl=sums.approx_kl + info.approx_kl,
+                 clipfrac=sums.clipfrac + info.clipfrac,
+                 ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), None
+
+  zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
+  start = _Sums(grads=jax.tree.map(jnp.zeros_like, params), loss=zero, approx_kl=zero,
+                clipfrac=zero, ratio_drift=zero)
+  sums, _ = jax.lax.scan(body, start, microbatches)
+  count = microbatches.sample.shape[0] * jax.lax.axis_size(AXIS)
+  total = jax.lax.psum((sums.grads, sums.loss, sums.approx_kl, sums.clipfrac), AXIS)
+  grads, loss, approx_kl, clipfrac = jax.tree.map(lambda x: x / count, total)
+  grads = jax.tree.map(lambda x: x / scale, grads)
+  metrics = UpdateMetrics(
+      loss=loss, approx_kl=approx_kl, clipfrac=clipfrac,
+      ratio_drift=jax.lax.pmax(sums.ratio_drift, AXIS),
+      grad_norm=optax.global_norm(grads), skipped=jnp.float32(0))
+  return grads, metrics
+
+
+def _adjust(loss_scale: LossScale, finite: jax.Array) -> LossScale:
+  """Halves the scale after an overflow, doubles it after a long run without one."""
+  good_steps = jnp.where(finite, loss_scale.good_steps + 1, 0)
+  grow = good_steps >= _LOSS_SCALE_PERIOD
+  factor = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5)
+  return LossScale(scale=jnp.maximum(loss_scale.scale * factor, 1.0),
+                   good_steps=jnp.where(grow, 0, good_steps))
