@@ -23,6 +23,8 @@ from ddpo_jax.types import Batch, LossScale, TrainState
 P = jax.sharding.PartitionSpec
 AXIS = "data"
 
+Update = Callable[..., tuple[TrainState, "UpdateMetrics"]]  # see `make_update`
+
 _INITIAL_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
 
@@ -58,7 +60,7 @@ class UpdateMetrics:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Microbatches:
+class Microbatches:
   """Which (sample, step) pairs each microbatch trains on."""
 
   sample: jax.Array  # [M, b] int32, index into this device's samples
@@ -96,7 +98,7 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation,
 
 def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
                 optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
-                ) -> Callable[..., tuple[TrainState, UpdateMetrics]]:
+                ) -> Update:
   """Builds the jitted update.
 
   Args:
@@ -125,9 +127,9 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
             frozen: nnx.State, batch: Batch, key: jax.Array, index: jax.Array
             ) -> tuple[TrainState, UpdateMetrics]:
   """The program of one device."""
-  microbatches = _choose(config, schedule.num_steps, batch.advantages.shape, key, index)
-  grads, metrics = _gradients(config, graphdef, schedule, state, frozen,
-                              _flatten_samples(batch), microbatches)
+  microbatches = choose_microbatches(config, schedule.num_steps, batch.advantages.shape, key, index)
+  grads, metrics = accumulate_gradients(config, graphdef, schedule, state, frozen,
+                              flatten_samples(batch), microbatches)
   finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   stepped = TrainState(params=optax.apply_updates(state.params, updates),
@@ -140,8 +142,8 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   return state, dataclasses.replace(metrics, skipped=skipped)
 
 
-def _choose(config: UpdateConfig, num_steps: int, shape: tuple[int, int],
-            key: jax.Array, index: jax.Array) -> _Microbatches:
+def choose_microbatches(config: UpdateConfig, num_steps: int, shape: tuple[int, int],
+            key: jax.Array, index: jax.Array) -> Microbatches:
   """Draws the microbatches of optimizer step `index` from the inner epoch's shuffle.
 
   Samples never leave the device that drew them. So the epoch is laid out as a matrix:
@@ -175,10 +177,10 @@ def _choose(config: UpdateConfig, num_steps: int, shape: tuple[int, int],
   steps = steps.reshape(*chosen.shape, -1, together).transpose(0, 2, 1, 3)
   chosen = jnp.broadcast_to(chosen[:, None, :, None], steps.shape)
   flat = lambda x: x.reshape(-1, config.batch_size * together).astype(jnp.int32)
-  return _Microbatches(sample=flat(chosen), step=flat(steps))
+  return Microbatches(sample=flat(chosen), step=flat(steps))
 
 
-def _flatten_samples(batch: Batch) -> Batch:
+def flatten_samples(batch: Batch) -> Batch:
   """[batches, samples, …] -> [batches · samples, …] on this device."""
   flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
   return Batch(trajectory=flat(batch.trajectory),
@@ -187,9 +189,9 @@ def _flatten_samples(batch: Batch) -> Batch:
                advantages=flat(batch.advantages))
 
 
-def _gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
+def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
                state: TrainState, frozen: nnx.State, batch: Batch,
-               microbatches: _Microbatches) -> tuple[nnx.State, UpdateMetrics]:
+               microbatches: Microbatches) -> tuple[nnx.State, UpdateMetrics]:
   """The gradient of the mean loss over all microbatches of all devices."""
   scale = state.loss_scale.scale
   # Marked as differing between devices, so that the backward pass does not sum each
@@ -208,7 +210,7 @@ def _gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSched
         config.clip_range, config.adv_clip_max)
     return loss * scale, (loss, info)
 
-  def body(sums: _Sums, microbatch: _Microbatches) -> tuple[_Sums, None]:
+  def body(sums: _Sums, microbatch: Microbatches) -> tuple[_Sums, None]:
     grads, (loss, info) = jax.grad(loss_fn, has_aux=True)(
         params, microbatch.sample, microbatch.step)
     return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
@@ -228,7 +230,7 @@ def _gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSched
   metrics = UpdateMetrics(
       loss=loss, approx_kl=approx_kl, clipfrac=clipfrac,
       ratio_drift=jax.lax.pmax(sums.ratio_drift, AXIS),
-      grad_norm=optax.global_norm(grads), skipped=jnp.float32(0))
+      grad_norm=optax.tree.norm(grads), skipped=jnp.float32(0))
   return grads, metrics
 
 

@@ -241,3 +241,10 @@ class TimestepEmbedding(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return self.linear_2(self.act(self.linear_1(x)))
+
+
+def set_compute_dtype(module: nnx.Module, dtype: jnp.dtype) -> None:
+  """Makes every layer of `module` compute in `dtype`, whatever its weights are kept in."""
+  for _, layer in nnx.iter_graph(module):
+    if isinstance(layer, (nnx.Conv, nnx.Linear, nnx.GroupNorm, nnx.LayerNorm)):
+      layer.dtype = dtype

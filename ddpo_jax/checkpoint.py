@@ -1,0 +1,112 @@
+"""Saving and restoring a run, with orbax. A checkpoint's number is its last finished epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ddpo_jax.types import TrainState, UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What a checkpoint held."""
+
+  epoch: int  # the last finished one; training goes on with the next
+  state: TrainState
+  meta: dict[str, Any]  # what `Checkpointer.save` was given
+
+
+def find(path: str | os.PathLike) -> tuple[pathlib.Path, int]:
+  """Resolves `resume_from` to a run folder and an epoch.
+
+  Args:
+    path: a run folder (its newest checkpoint is taken), its `checkpoints` folder, or one
+      checkpoint in that.
+
+  Raises:
+    UserError: if there is no checkpoint.
+  """
+  path = pathlib.Path(path).expanduser().resolve()
+  if not path.is_dir():
+    raise UserError(f"resume_from={str(path)!r} does not exist; must be a run folder or "
+                    "a checkpoint in it")
+  if path.name.isdigit() and path.parent.name == "checkpoints":
+    return path.parent.parent, int(path.name)
+  run = path.parent if path.name == "checkpoints" else path
+  with _manager(run, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    epoch = manager.latest_step()
+  if epoch is None:
+    raise UserError(f"resume_from={str(path)!r} holds no checkpoint; must be a run folder "
+                    "whose checkpoints/ has at least one")
+  return run, epoch
+
+
+class Checkpointer:
+  """Writes a run's checkpoints in the background and keeps the newest ones."""
+
+  def __init__(self, run: pathlib.Path, keep: int):
+    """Opens `run`/checkpoints, of which at most `keep` stay."""
+    policy = ocp.checkpoint_managers.LatestN(keep)
+    self._manager = _manager(run, ocp.CheckpointManagerOptions(
+        preservation_policy=policy, enable_async_checkpointing=True,
+        cleanup_tmp_directories=True))
+
+  def save(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
+    """Starts writing; returns once the arrays are copied. `meta` must be JSON-able."""
+    if epoch in self._manager.all_steps():
+      return
+    self._manager.save(epoch, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(_flatten(state)),
+        meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta})))
+
+  def close(self) -> None:
+    """Waits for what is being written."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def restore(run: pathlib.Path, epoch: int, like: TrainState) -> Restored:
+  """Reads a checkpoint into the shapes, dtypes and shardings of `like`.
+
+  Raises:
+    UserError: if it is missing, damaged, of another format or of another model.
+  """
+  abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _flatten(like))
+  where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
+  with _manager(run, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    try:
+      meta = manager.restore(epoch, args=ocp.args.Composite(
+          meta=ocp.args.JsonRestore())).meta
+      version = meta.pop("format_version", None)
+      if version != FORMAT_VERSION:
+        raise UserError(f"{where} has format_version {version}; must be {FORMAT_VERSION}")
+      flat = manager.restore(epoch, args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract))).state
+    except (OSError, ValueError, KeyError) as error:
+      reason = " ".join(str(error).split())[:300]
+      raise UserError(f"{where} cannot be read, or is of another model: {reason}") from error
+  treedef = jax.tree.structure(like)
+  return Restored(epoch, jax.tree.unflatten(treedef, [flat[k] for k in abstract]), meta)
+
+
+def _manager(run: pathlib.Path, options: ocp.CheckpointManagerOptions
+             ) -> ocp.CheckpointManager:
+  return ocp.CheckpointManager((run / "checkpoints").resolve(), options=options,
+                               item_names=("state", "meta"))
+
+
+def _flatten(state: TrainState) -> dict[str, jax.Array]:
+  """The state's arrays by their path, in tree order."""
+  leaves, _ = jax.tree.flatten_with_path(state)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+          for path, leaf in leaves}

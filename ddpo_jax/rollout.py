@@ -1,0 +1,215 @@
+"""One epoch's prompts -> trajectories -> images -> rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent import futures
+import dataclasses
+import functools
+import time
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ddpo_jax.diffusion import DDIMSchedule, sample
+from ddpo_jax.models import StableDiffusion
+from ddpo_jax.prompts import draw_prompts
+from ddpo_jax.rewards import check_rewards
+from ddpo_jax.types import PromptFn, RewardFn, Trajectory
+
+P = jax.sharding.PartitionSpec
+AXIS = "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """What sampling needs to know; sizes are per device."""
+
+  batch_size: int
+  num_batches: int  # per epoch
+  guidance_scale: float
+  eta: float
+  decode_batch_size: int  # images decoded at a time; bounds the decoder's memory
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What the device program makes of one batch of prompts, sharded over samples."""
+
+  trajectory: Trajectory
+  text_embeddings: jax.Array  # [B, L, D]
+  images: jax.Array  # [B, H, W, 3] uint8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrozenModels:
+  """The weights that sampling reads and training never changes."""
+
+  unet: nnx.State  # all but the trained ones
+  text_encoder: nnx.State
+  vae: nnx.State
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """One epoch's samples. Device arrays are [batches, samples of all devices, …]."""
+
+  trajectory: Trajectory
+  text_embeddings: jax.Array
+  prompts: list[str]  # of every sample of every process, in order of the sample index
+  rewards: np.ndarray  # [samples] float32, likewise
+  images: np.ndarray  # [samples of this process, H, W, 3] uint8
+  local_indices: np.ndarray  # the sample index of each of `images`
+  reward_info: list[dict[str, Any]]  # of each batch
+  sampling_seconds: float
+  reward_seconds: float  # waited for rewards after the last image was there
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+  """[-1, 1] floats to 0..255, rounded half to even as torch does."""
+  unit = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+  return jnp.round(unit * 255).astype(jnp.uint8)
+
+
+def make_generate(config: SamplingConfig, models: StableDiffusion,
+                  unet_graphdef: nnx.GraphDef, schedule: DDIMSchedule,
+                  mesh: jax.sharding.Mesh) -> Callable[..., Generation]:
+  """Builds the jitted sampling program.
+
+  Returns:
+    `generate(params, frozen, negative_embedding, token_ids, sample_indices, key)`:
+    token_ids [B, 77] and sample_indices [B] int32 sharded over devices, all else
+    replicated; `key` is the epoch's.
+  """
+  text_graphdef, vae_graphdef = (nnx.graphdef(m) for m in
+                                 (models.text_encoder, models.vae))
+  scaling_factor = models.vae.config.scaling_factor
+
+  def generate(params: nnx.State, frozen: FrozenModels, negative_embedding: jax.Array,
+               token_ids: jax.Array, sample_indices: jax.Array,
+               key: jax.Array) -> Generation:
+    unet = nnx.merge(unet_graphdef, params, frozen.unet)
+    vae = nnx.merge(vae_graphdef, frozen.vae)
+    embeddings = nnx.merge(text_graphdef, frozen.text_encoder)(token_ids)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
+    trajectory = sample(unet, schedule, embeddings, negative_embedding,
+                        guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
+    decode = lambda latents: to_uint8(vae.decode(latents[None] / scaling_factor))[0]
+    images = jax.lax.map(decode, trajectory.images_latents,
+                         batch_size=config.decode_batch_size)
+    return Generation(trajectory, embeddings, images)
+
+  mapped = jax.shard_map(generate, mesh=mesh,
+                         in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
+                         out_specs=P(AXIS))
+  return jax.jit(mapped)
+
+
+class RolloutWorker:
+  """Samples whole epochs. Rewards are computed in threads while the next batch samples."""
+
+  def __init__(self, config: SamplingConfig, models: StableDiffusion,
+               unet_graphdef: nnx.GraphDef, frozen: FrozenModels,
+               schedule: DDIMSchedule, prompt_fn: PromptFn, reward_fn: RewardFn,
+               reward_name: str, seed: int, mesh: jax.sharding.Mesh):
+    self._config = config
+    self._tokenize = models.tokenize
+    self._frozen = frozen
+    self._prompt_fn = prompt_fn
+    self._reward_fn = reward_fn
+    self._reward_name = reward_name
+    self._seed = seed
+    self._sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
+    self._global_batch = config.batch_size * mesh.size
+    self._generate = make_generate(config, models, unet_graphdef, schedule, mesh)
+    encoder = nnx.merge(nnx.graphdef(models.text_encoder), frozen.text_encoder)
+    replicated = jax.sharding.NamedSharding(mesh, P())
+    self.negative_embedding = jax.jit(lambda encoder, ids: encoder(ids))(  # [1, L, D]
+        encoder, jax.device_put(models.tokenize([""]), replicated))
+
+  @property
+  def samples_per_epoch(self) -> int:
+    return self._global_batch * self._config.num_batches
+
+  def run(self, params: nnx.State, epoch: int) -> Rollout:
+    """Samples and scores one epoch under the policy `params`.
+
+    Raises:
+      UserError: if a reward is not finite, or not one number for each image.
+    """
+    start = time.perf_counter()
+    key = jax.random.fold_in(jax.random.key(self._seed), epoch)
+    generations, pending = [], []
+    bar = functools.partial(tqdm, total=self._config.num_batches, leave=False,
+                            dynamic_ncols=True, disable=None, unit="batch")
+    with futures.ThreadPoolExecutor(max_workers=2) as pool:
+      with bar(desc=f"Epoch {epoch}: sampling") as progress:
+        for batch in range(self._config.num_batches):
+          generation, prompts, metadata = self._launch(params, epoch, batch, key)
+          pending.append(pool.submit(self._score, generation.images, prompts, metadata))
+          # One batch ahead of the device at most.
+          if generations:
+            jax.block_until_ready(generations[-1].images)
+            progress.update()
+          generations.append(generation)
+        jax.block_until_ready(generations[-1].images)
+        progress.update()
+      sampled = time.perf_counter()
+      results = [future.result() for future in
+                 bar(pending, desc=f"Epoch {epoch}: rewards")]
+    scored = time.perf_counter()
+    images, rewards, info = zip(*results)
+    return Rollout(
+        trajectory=_stack([g.trajectory for g in generations]),
+        text_embeddings=_stack([g.text_embeddings for g in generations]),
+        prompts=draw_prompts(self._prompt_fn, self._seed, epoch,
+                             range(self.samples_per_epoch))[0],
+        rewards=self._gather(np.stack(rewards)),
+        images=np.concatenate(images),
+        local_indices=np.concatenate([self._local_indices(b) for b in
+                                      range(self._config.num_batches)]),
+        reward_info=list(info), sampling_seconds=sampled - start,
+        reward_seconds=scored - sampled)
+
+  def _local_indices(self, batch: int) -> np.ndarray:
+    """Indices of this process's samples of a batch, among the epoch's."""
+    share = self._global_batch // jax.process_count()
+    first = batch * self._global_batch + jax.process_index() * share
+    return np.arange(first, first + share)
+
+  def _launch(self, params: nnx.State, epoch: int, batch: int, key: jax.Array):
+    """Starts sampling a batch; returns without waiting for it."""
+    indices = self._local_indices(batch)
+    prompts, metadata = draw_prompts(self._prompt_fn, self._seed, epoch, indices)
+    put = functools.partial(jax.make_array_from_process_local_data, self._sharding)
+    generation = self._generate(
+        params, self._frozen, self.negative_embedding, put(self._tokenize(prompts)),
+        put(indices.astype(np.int32)), key)
+    return generation, prompts, metadata
+
+  def _score(self, images: jax.Array, prompts: list[str], metadata: list[dict]
+             ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Runs in a thread: waits for the images, then for their rewards."""
+    shards = sorted(images.addressable_shards, key=lambda s: s.index[0].start or 0)
+    images = np.concatenate([np.asarray(shard.data) for shard in shards])
+    rewards, info = self._reward_fn(images, prompts, metadata)
+    return images, check_rewards(self._reward_name, rewards, prompts), info
+
+  def _gather(self, rewards: np.ndarray) -> np.ndarray:
+    """[batches, samples of this process] -> [samples of all processes] by sample index."""
+    if jax.process_count() == 1:
+      return rewards.reshape(-1)
+    from jax.experimental import multihost_utils
+    everyone = multihost_utils.process_allgather(rewards)  # [processes, batches, samples]
+    return np.concatenate(list(everyone), axis=1).reshape(-1)
+
+
+@jax.jit
+def _stack(trees):
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)

@@ -1,0 +1,284 @@
+"""The training loop: sample, score, turn rewards into advantages, update; every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import signal
+import time
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ddpo_jax import advantages, checkpoint, lora, tracking, update
+from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.diffusion import DDIMSchedule
+from ddpo_jax.models import StableDiffusion, load_pretrained
+from ddpo_jax.models.layers import set_compute_dtype
+from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.rewards import get_reward
+from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
+from ddpo_jax.types import Batch, Interrupted, TrainState
+
+P = jax.sharding.PartitionSpec
+
+_DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
+# Keys are folded from the seed by purpose, then by epoch: sampling takes the plain seed.
+_LORA_STREAM, _SHUFFLE_STREAM = 1_000_001, 1_000_002
+
+
+@dataclasses.dataclass
+class Trainer:
+  """What is built once; the loop only calls it."""
+
+  cfg: Config
+  plan: BatchPlan
+  mesh: jax.sharding.Mesh
+  worker: RolloutWorker
+  update: update.Update
+  frozen_unet: nnx.State
+  state: TrainState
+  stat_tracker: advantages.PerPromptStatTracker | None
+
+
+def train(cfg: Config) -> pathlib.Path:
+  """Runs the experiment that the config describes.
+
+  Returns:
+    The run's folder.
+
+  Raises:
+    UserError: for anything in the config, its paths or the reward's values that the user
+      can correct.
+    Interrupted: after SIGTERM or SIGINT, once what was finished is saved.
+  """
+  started = time.perf_counter()
+  configure_jax(cfg)
+  plan = BatchPlan.create(cfg, jax.device_count())
+  run = tracking.create_run_folder(cfg)
+  tracker = tracking.Tracker(run, cfg)
+  tracker.print(plan.describe())
+  trainer = build(cfg, plan)
+  first_epoch = resume(trainer, tracker) if cfg.resume_from else 0
+  checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
+  try:
+    with interruptible() as stop:
+      for epoch in range(first_epoch, cfg.num_epochs):
+        before = checkpoint_of(trainer)
+        try:
+          run_epoch(trainer, tracker, epoch, stop, started)
+        except Interrupted:
+          # An epoch is a pure function of the state before it, so nothing is lost.
+          if epoch > 0:
+            checkpointer.save(epoch - 1, *before)
+          raise
+        if (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.num_epochs:
+          checkpointer.save(epoch, *checkpoint_of(trainer))
+  finally:
+    checkpointer.close()
+    tracker.close()
+  return run
+
+
+def configure_jax(cfg: Config) -> None:
+  """Settings of JAX itself: the compilation cache, and TF32 where it is allowed."""
+  folder = cfg.compilation_cache_folder()
+  if folder is not None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  precision = "tensorfloat32" if cfg.allow_tf32 else "highest"
+  jax.config.update("jax_default_matmul_precision", precision)
+
+
+def build(cfg: Config, plan: BatchPlan) -> Trainer:
+  """Loads the model, attaches LoRA, and puts everything where training needs it."""
+  mesh = jax.make_mesh((plan.num_devices,), (update.AXIS,),
+                       axis_types=(jax.sharding.AxisType.Auto,))
+  replicate = functools.partial(jax.device_put,
+                                device=jax.sharding.NamedSharding(mesh, P()))
+  prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
+  reward_fn = get_reward(cfg.reward_fn, **cfg.reward_kwargs)
+  models = load_models(cfg)
+  graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
+  schedule = replicate(DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps))
+  frozen = replicate(FrozenModels(unet=frozen_unet, vae=nnx.state(models.vae),
+                                  text_encoder=nnx.state(models.text_encoder)))
+  optimizer = update.make_optimizer(
+      cfg.train.learning_rate, cfg.train.adam_beta1, cfg.train.adam_beta2,
+      cfg.train.adam_weight_decay, cfg.train.adam_epsilon, cfg.train.max_grad_norm)
+  update_config = make_update_config(cfg, plan)
+  state = update.init_state(params, optimizer, update_config.loss_scaling)
+  worker = RolloutWorker(
+      SamplingConfig(cfg.sample.batch_size, cfg.sample.num_batches_per_epoch,
+                     cfg.sample.guidance_scale, cfg.sample.eta,
+                     cfg.sample.decode_batch_size),
+      models, graphdef, frozen, schedule, prompt_fn, reward_fn, cfg.reward_fn, cfg.seed,
+      mesh)
+  tracking_config = cfg.per_prompt_stat_tracking
+  return Trainer(
+      cfg=cfg, plan=plan, mesh=mesh, worker=worker, frozen_unet=frozen.unet,
+      update=update.make_update(update_config, graphdef, schedule, optimizer, mesh),
+      state=replicate(state),
+      stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
+          tracking_config.buffer_size, tracking_config.min_count))
+
+
+def load_models(cfg: Config) -> StableDiffusion:
+  """The pretrained model in the dtype asked for, ready to be partitioned."""
+  dtype = _DTYPES[cfg.mixed_precision]
+  models = load_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype)
+  models.unet.gradient_checkpointing = cfg.train.gradient_checkpointing
+  if not cfg.use_lora:
+    # What the optimizer changes stays float32; the network computes in `dtype`.
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), nnx.state(models.unet))
+    nnx.update(models.unet, weights)
+    set_compute_dtype(models.unet, dtype)
+  elif cfg.lora.init_from:
+    lora.import_lora(models.unet, cfg.lora.init_from)
+  else:
+    key = jax.random.fold_in(jax.random.key(cfg.seed), _LORA_STREAM)
+    lora.inject_lora(models.unet, cfg.lora.rank, key)
+  return models
+
+
+def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
+  return update.UpdateConfig(
+      batch_size=cfg.train.batch_size, sample_batch_size=cfg.sample.batch_size,
+      accumulation_steps=cfg.train.gradient_accumulation_steps,
+      num_train_timesteps=plan.num_train_timesteps,
+      timesteps_per_batch=cfg.train.timesteps_per_batch,
+      guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
+      clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
+      loss_scaling=cfg.mixed_precision == "fp16")
+
+
+def resume(trainer: Trainer, tracker: tracking.Tracker) -> int:
+  """Restores what a checkpoint holds; returns the epoch to go on with."""
+  run, epoch = checkpoint.find(trainer.cfg.resume_from)
+  restored = checkpoint.restore(run, epoch, trainer.state)
+  trainer.state = restored.state
+  if trainer.stat_tracker is not None:
+    trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
+  tracker.resume(restored.epoch)
+  return restored.epoch + 1
+
+
+def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
+  """The state as it is now, safe from the update's donation, and the rest as JSON."""
+  stats = trainer.stat_tracker
+  meta = {"config": trainer.cfg.to_dict(),
+          "per_prompt_stats": None if stats is None else stats.state_dict()}
+  return jax.tree.map(jnp.copy, trainer.state), meta
+
+
+def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Stop,
+              started: float) -> None:
+  """Samples, scores, updates, and logs one epoch."""
+  rollout = trainer.worker.run(trainer.state.params, epoch)
+  stop.check()
+  batch = make_batch(trainer, rollout)
+  training_started = time.perf_counter()
+  steps = [jax.device_get(metrics)
+           for metrics in optimizer_steps(trainer, batch, epoch, stop)]
+  if epoch == 0:
+    tracker.print(f"start-up: {rollout.started + rollout.sampling_seconds:.1f}")
+  metrics = epoch_metrics(trainer, rollout, steps,
+                          time.perf_counter() - training_started)
+  tracker.log_epoch(epoch, metrics, rollout)
+
+
+def make_batch(trainer: Trainer, rollout: Rollout) -> Batch:
+  """Turns rewards into advantages and lays the epoch out for the update."""
+  if trainer.stat_tracker is None:
+    values = advantages.normalize(rollout.rewards)
+  else:
+    values = trainer.stat_tracker.update(rollout.prompts, rollout.rewards)
+  shape = rollout.trajectory.log_probs.shape[:2]
+  sharding = jax.sharding.NamedSharding(trainer.mesh, P(None, update.AXIS))
+  everywhere = values.reshape(shape)
+  return Batch(trajectory=rollout.trajectory, text_embeddings=rollout.text_embeddings,
+               negative_embedding=trainer.worker.negative_embedding,
+               advantages=jax.make_array_from_callback(
+                   shape, sharding, lambda index: everywhere[index]))
+
+
+def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
+                    ) -> Iterator[update.UpdateMetrics]:
+  """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
+  shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), _SHUFFLE_STREAM)
+  shuffle = jax.random.fold_in(shuffle, epoch)
+  per_inner_epoch = trainer.plan.steps_per_inner_epoch
+  steps = [(inner, index) for inner in range(trainer.cfg.train.num_inner_epochs)
+           for index in range(per_inner_epoch)]
+  for inner, index in tqdm(steps, desc=f"Epoch {epoch}: training", leave=False,
+                           dynamic_ncols=True, disable=None, unit="step"):
+    stop.check()
+    trainer.state, metrics = trainer.update(
+        trainer.state, trainer.frozen_unet, batch, jax.random.fold_in(shuffle, inner),
+        jnp.int32(index))
+    yield metrics
+
+
+def epoch_metrics(trainer: Trainer, rollout: Rollout, steps: list[update.UpdateMetrics],
+                  training_seconds: float) -> dict[str, float | int | None]:
+  """One line of metrics.jsonl. `ratio_drift` is from before the first optimizer step."""
+  rewards = rollout.rewards
+  mean = lambda name: float(np.mean([getattr(step, name) for step in steps]))
+  return {
+      "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),
+      "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
+      "sampling_seconds": rollout.sampling_seconds,
+      "reward_seconds": rollout.reward_seconds, "training_seconds": training_seconds,
+      "images_per_second": len(rewards) / rollout.sampling_seconds,
+      "loss": mean("loss"), "approx_kl": mean("approx_kl"),
+      "clipfrac": mean("clipfrac"), "grad_norm": mean("grad_norm"),
+      "ratio_drift": float(steps[0].ratio_drift),
+      "skipped_steps": int(sum(step.skipped for step in steps)),
+      "learning_rate": trainer.cfg.train.learning_rate,
+      "optimizer_steps": int(trainer.state.step),
+      "peak_memory_bytes": peak_memory_bytes(),
+  }
+
+
+def peak_memory_bytes() -> int | None:
+  """The most that any device of this process held, or None where it is not known."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+  return max(peaks, default=None)
+
+
+class Stop:
+  """Whether a signal has asked the run to stop."""
+
+  def __init__(self):
+    self.signum: int | None = None
+
+  def check(self) -> None:
+    """Raises Interrupted if so; called where everything is at rest."""
+    if self.signum is not None:
+      raise Interrupted(self.signum)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Stop]:
+  """Turns the first SIGTERM or SIGINT into a request; a second one acts as ever."""
+  stop = Stop()
+
+  def request(signum: int, _) -> None:
+    stop.signum = signum
+    for each, handler in previous.items():
+      signal.signal(each, handler)
+
+  previous = {each: signal.signal(each, request)
+              for each in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield stop
+  finally:
+    for each, handler in previous.items():
+      signal.signal(each, handler)
