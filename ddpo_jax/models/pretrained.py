@@ -1,0 +1,346 @@
+"""Stable Diffusion in diffusers' folder format -> NNX modules, and back.
+
+A tensor's name in the file and its path in the module differ only by the rules in
+`_RENAMES` and `_LEAVES`; what they leave unmatched, on either side, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import importlib.resources
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from flax import nnx
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ddpo_jax.diffusion.schedule import NoiseSchedule
+from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
+from ddpo_jax.types import UserError
+
+# The model in this package, for machines without any other.
+TINY = "tiny"
+
+# Names found in files, and what they are called here. First match of each, in order.
+_RENAMES = (
+    (r"^text_model\.", ""),  # transformers before version 5
+    (r"(mid_block\.attentions\.\d+)\.query\.", r"\1.to_q."),  # diffusers before 0.18
+    (r"(mid_block\.attentions\.\d+)\.key\.", r"\1.to_k."),
+    (r"(mid_block\.attentions\.\d+)\.value\.", r"\1.to_v."),
+    (r"(mid_block\.attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
+)
+_IGNORED = (r"(^|\.)position_ids$",)  # a buffer that counts from 0
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+_WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+                 "text_encoder": "model"}
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_LISTED = 8  # names shown in a message before "and N more"
+
+
+@dataclasses.dataclass
+class StableDiffusion:
+  """The parts of a text-to-image model."""
+
+  unet: UNet2DConditionModel
+  vae: AutoencoderKL
+  text_encoder: CLIPTextModel
+  tokenizer: Any  # transformers' CLIPTokenizer
+  noise_schedule: NoiseSchedule
+
+  @property
+  def scaling_factor(self) -> float:
+    """Latents are the VAE's code times this."""
+    return self.vae.config.scaling_factor
+
+  def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
+    """Prompts -> int32 [B, L], padded or cut to the L tokens that the encoder takes."""
+    length = self.text_encoder.config.max_position_embeddings
+    encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True,
+                             max_length=length, return_tensors="np")
+    return encoded.input_ids.astype(np.int32)
+
+
+def load_pretrained(path: str | os.PathLike, revision: str | None = None,
+                    dtype: jnp.dtype = jnp.float32) -> StableDiffusion:
+  """Loads a Stable Diffusion 1.x or 2.x checkpoint.
+
+  Args:
+    path: a local folder in diffusers' format, a hub id ("owner/name"), or "tiny" for the
+      model in this package.
+    revision: branch, tag or commit of a hub id.
+    dtype: of the weights and the computation.
+
+  Raises:
+    UserError: if the folder, a file or a tensor is missing, misshapen or too many, or if
+      a config asks for what is not built here.
+  """
+  folder = resolve(path, revision)
+  _check_pipeline(folder)
+  configs = {name: _read_json(folder / name / "config.json") for name in _WEIGHT_NAMES}
+  build = {
+      "unet": (UNet2DConditionModel, UNetConfig.from_dict(configs["unet"])),
+      "vae": (AutoencoderKL, VAEConfig.from_dict(configs["vae"])),
+      "text_encoder": (CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"])),
+  }
+  noise_schedule = NoiseSchedule.from_config(
+      _read_json(folder / "scheduler" / "scheduler_config.json"))
+  files = {name: find_weights(folder / name, stem)
+           for name, stem in _WEIGHT_NAMES.items()}
+  tokenizer = _load_tokenizer(folder / "tokenizer")
+  modules = {name: load_module(functools.partial(cls, config, dtype=dtype), files[name])
+             for name, (cls, config) in build.items()}
+  return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
+
+
+def resolve(path: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+  """The local folder of a model, downloaded if `path` is a hub id.
+
+  Raises:
+    UserError: if there is no such folder and no such repository.
+  """
+  if str(path) == TINY:
+    return pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
+  folder = pathlib.Path(path).expanduser()
+  if folder.is_dir():
+    return folder
+  if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
+    raise UserError(f"pretrained.model={str(path)!r} does not exist; must be a folder in "
+                    "diffusers' format, a hub id such as 'owner/name', or 'tiny'")
+  return _download(str(path), revision)
+
+
+def find_weights(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+  """The safetensors files of one part: plain before `.fp16`, whole before sharded.
+
+  Raises:
+    UserError: if there are none, or an index names a file that is absent or elsewhere.
+  """
+  for variant in ("", ".fp16"):
+    whole = folder / f"{stem}{variant}.safetensors"
+    if whole.is_file():
+      return [whole]
+    index = folder / f"{stem}.safetensors.index{variant}.json"
+    if index.is_file():
+      return _shards(index)
+  if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
+    raise UserError(f"{folder} has only pickled weights, which can run code when read; "
+                    "convert them to safetensors, for example with diffusers: "
+                    "DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)")
+  raise UserError(f"{folder / stem}.safetensors does not exist; must hold the weights of "
+                  f"{folder.name}")
+
+
+def load_module(build: Callable[..., nnx.Module], files: Iterable[pathlib.Path]
+                ) -> nnx.Module:
+  """Builds a module straight from its weights, one tensor at a time.
+
+  Args:
+    build: called as `build(rngs=…)`; only its shapes and dtypes are used.
+    files: safetensors files that together hold each of its tensors once.
+
+  Raises:
+    UserError: lists tensors that are missing, unknown, or of another shape.
+  """
+  abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+  graphdef, state = nnx.split(abstract)
+  paths = {_file_name(path): (path, variable) for path, variable in
+           nnx.to_flat_state(state)}
+  loaded, unknown, misshapen = {}, [], []
+  for file in files:
+    with _open(file) as tensors:
+      for name in tensors.keys():
+        key = _canonical(name)
+        if any(re.search(pattern, key) for pattern in _IGNORED):
+          continue
+        if key not in paths:
+          unknown.append(name)
+          continue
+        path, variable = paths[key]
+        axes = _axes(path[-1], tensors.get_slice(name).get_shape(), variable.shape)
+        if axes is None:
+          misshapen.append(f"{name} {tensors.get_slice(name).get_shape()}, which does "
+                           f"not fit {list(variable.shape)}")
+          continue
+        tensor = tensors.get_tensor(name).transpose(axes).reshape(variable.shape)
+        loaded[path] = variable.replace(jnp.asarray(tensor, variable.dtype))
+  missing = [key for key, (path, _) in paths.items() if path not in loaded]
+  _refuse(files, missing, unknown, misshapen)
+  return nnx.merge(graphdef, nnx.from_flat_state(list(loaded.items())))
+
+
+def save_module(module: nnx.Module, path: str | os.PathLike, *,
+                dtype: jnp.dtype | None = None) -> None:
+  """Writes a module as one safetensors file that diffusers and transformers read.
+
+  Args:
+    module: any of this package's networks, without LoRA.
+    path: of the file.
+    dtype: to cast to; the weights' own where absent.
+  """
+  tensors = {}
+  for variable_path, variable in nnx.to_flat_state(nnx.state(module)):
+    array = np.asarray(variable[...], dtype)
+    if variable_path[-1] == "kernel":
+      array = array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
+    tensors[_file_name(variable_path)] = np.ascontiguousarray(array)
+  save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _file_name(path: tuple[Any, ...]) -> str:
+  """A variable's path in the module -> its tensor's name in the file."""
+  *modules, leaf = path
+  return ".".join([*map(str, modules), _LEAVES[leaf]])
+
+
+def _canonical(name: str) -> str:
+  for pattern, replacement in _RENAMES:
+    name = re.sub(pattern, replacement, name)
+  return name
+
+
+def _axes(leaf: str, found: Sequence[int], wanted: Sequence[int]
+          ) -> tuple[int, ...] | None:
+  """How to transpose a tensor of shape `found`; None if it then does not fit `wanted`.
+
+  Kernels are stored output first. A linear layer and a 1×1 convolution are the same
+  thing in two shapes, and files have either for the same block.
+  """
+  if leaf != "kernel":
+    return tuple(range(len(found))) if tuple(found) == tuple(wanted) else None
+  axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(len(found))
+  if axes is None:
+    return None
+  shape = [found[axis] for axis in axes]
+  as_convolution = lambda s: [1] * (4 - len(s)) + list(s)
+  return axes if as_convolution(shape) == as_convolution(wanted) else None
+
+
+def _refuse(files: Iterable[pathlib.Path], missing: list[str], unknown: list[str],
+            misshapen: list[str]) -> None:
+  problems = []
+  for what, names in (("missing", missing), ("not part of the model", unknown),
+                      ("misshapen", misshapen)):
+    if names:
+      rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+      problems.append(f"{len(names)} tensors {what}: {', '.join(names[:_LISTED])}{rest}")
+  if problems:
+    raise UserError(f"{', '.join(map(str, files))}: {'; '.join(problems)}")
+
+
+def _open(file: pathlib.Path):
+  try:
+    return safe_open(file, framework="flax")
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def _shards(index: pathlib.Path) -> list[pathlib.Path]:
+  """The files that a sharded checkpoint's index names."""
+  weight_map = _read_json(index).get("weight_map")
+  if not isinstance(weight_map, Mapping):
+    raise UserError(f"{index} has no weight_map; must map tensor names to files")
+  names = sorted(set(map(str, weight_map.values())))
+  for name in names:
+    if name != pathlib.PurePath(name).name or not name.endswith(".safetensors"):
+      raise UserError(f"{index} names {name!r}; must be a .safetensors file beside it")
+    if not (index.parent / name).is_file():
+      raise UserError(f"{index.parent / name} does not exist, but {index.name} names it")
+  return [index.parent / name for name in names]
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path} does not exist; a model folder in diffusers' format "
+                    "must have it") from None
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read as JSON: {error}") from error
+  if not isinstance(content, dict):
+    raise UserError(f"{path} holds a {type(content).__name__}; must be a JSON object")
+  return content
+
+
+def _check_pipeline(folder: pathlib.Path) -> None:
+  """Refuses a folder that says it is another kind of pipeline."""
+  if not (folder / "model_index.json").is_file():
+    return
+  name = _read_json(folder / "model_index.json").get("_class_name")
+  if name not in _PIPELINES:
+    raise UserError(f"{folder / 'model_index.json'}: _class_name={name!r} is not "
+                    f"supported; must be one of {', '.join(_PIPELINES)}")
+
+
+def _load_tokenizer(folder: pathlib.Path):
+  from transformers import CLIPTokenizer  # slow to import, so only where it is needed
+
+  for name in ("vocab.json", "merges.txt"):
+    if not (folder / name).is_file():
+      raise UserError(f"{folder / name} does not exist; a model folder in diffusers' "
+                      "format must have it")
+  try:
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception as error:  # the library raises a different type for each damage
+    reason = " ".join(str(error).split())
+    raise UserError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
+
+
+def _download(repo: str, revision: str | None) -> pathlib.Path:
+  """Downloads what is needed of a hub repository, each weight in one variant only."""
+  try:
+    wanted = _choose_files(huggingface_hub.list_repo_files(repo, revision=revision))
+  except hub_errors.GatedRepoError:
+    raise UserError(f"pretrained.model={repo!r} is gated: accept its terms on the hub and "
+                    "log in with `hf auth login`") from None
+  except hub_errors.RevisionNotFoundError:
+    raise UserError(f"pretrained.revision={revision!r} does not exist in {repo!r}; must "
+                    "be a branch, tag or commit") from None
+  except hub_errors.RepositoryNotFoundError:
+    raise UserError(f"pretrained.model={repo!r} is neither a local folder nor a public "
+                    "hub repository; if it is private, run `hf auth login`") from None
+  except Exception:  # no network, in one of the ways of several HTTP libraries
+    return _from_cache(repo, revision)
+  return pathlib.Path(huggingface_hub.snapshot_download(
+      repo, revision=revision, allow_patterns=wanted))
+
+
+def _from_cache(repo: str, revision: str | None) -> pathlib.Path:
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        repo, revision=revision, local_files_only=True))
+  except hub_errors.LocalEntryNotFoundError:
+    raise UserError(f"pretrained.model={repo!r} is not a local folder, and the hub cannot "
+                    "be reached; give a folder that holds the model") from None
+
+
+def _choose_files(names: Sequence[str]) -> list[str]:
+  """Of a repository's files: configs, tokenizer, and each part's weights once."""
+  chosen = [n for n in names if n == "model_index.json" or n in (
+      "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in _WEIGHT_NAMES))
+            or n.startswith("tokenizer/") and n.endswith((".json", ".txt"))]
+  for part, stem in _WEIGHT_NAMES.items():
+    for variant in ("", ".fp16"):
+      pattern = (rf"{part}/{stem}{variant}(-\d+-of-\d+)?\.safetensors|"
+                 rf"{part}/{stem}\.safetensors\.index{variant}\.json|"
+                 rf"{part}/{stem}-\d+-of-\d+{variant}\.safetensors")
+      found = [n for n in names if re.fullmatch(pattern, n)]
+      if variant == "":
+        found = [n for n in found if ".fp16" not in n]
+      if found:
+        chosen += found
+        break
+  return chosen
