@@ -11,12 +11,12 @@ from typing import Any
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.models import StableDiffusion
+from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import draw_prompts
 from ddpo_jax.rewards import check_rewards
 from ddpo_jax.types import PromptFn, RewardFn, Trajectory
@@ -69,12 +69,6 @@ class Rollout:
   reward_info: list[dict[str, Any]]  # of each batch
   sampling_seconds: float
   reward_seconds: float  # waited for rewards after the last image was there
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-  """[-1, 1] floats to 0..255, rounded half to even as torch does."""
-  unit = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
-  return jnp.round(unit * 255).astype(jnp.uint8)
 
 
 def make_generate(config: SamplingConfig, models: StableDiffusion,

@@ -209,3 +209,9 @@ class AutoencoderKL(nnx.Module):
   def decode(self, latents: jax.Array) -> jax.Array:
     """Latents [B, h, w, C], already divided by `scaling_factor`, -> [B, H, W, 3] in [-1, 1]."""
     return self.decoder(self.post_quant_conv(latents))
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+  """[-1, 1] floats to 0..255, rounded half to even as torch does."""
+  unit = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+  return jnp.round(unit * 255).astype(jnp.uint8)
