@@ -21,10 +21,10 @@ from ddpo_jax.config import BatchPlan, Config
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import set_compute_dtype
-from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.prompts import draw_prompts, get_prompt_fn
 from ddpo_jax.rewards import get_reward
 from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
-from ddpo_jax.types import Batch, Interrupted, TrainState
+from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState
 
 P = jax.sharding.PartitionSpec
 
@@ -59,14 +59,19 @@ def train(cfg: Config) -> pathlib.Path:
     Interrupted: after SIGTERM or SIGINT, once what was finished is saved.
   """
   started = time.perf_counter()
+  prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
+  reward_fn = get_reward(cfg.reward_fn, **cfg.reward_kwargs)
+  draw_prompts(prompt_fn, cfg.seed, 0, [0])  # finds a bad prompt file before the loading
+  run = tracking.choose_run_folder(cfg)
   configure_jax(cfg)
   plan = BatchPlan.create(cfg, jax.device_count())
-  run = tracking.create_run_folder(cfg)
+  tracking.say(plan.describe())
+  trainer = build(cfg, plan, prompt_fn, reward_fn)
+  first_epoch = resume(trainer) if cfg.resume_from else 0
   tracker = tracking.Tracker(run, cfg)
-  tracker.print(plan.describe())
-  trainer = build(cfg, plan)
-  first_epoch = resume(trainer, tracker) if cfg.resume_from else 0
+  tracker.resume(first_epoch)
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
+  tracking.say(f"Writing to {run}")
   try:
     with interruptible() as stop:
       for epoch in range(first_epoch, cfg.num_epochs):
@@ -96,14 +101,13 @@ def configure_jax(cfg: Config) -> None:
   jax.config.update("jax_default_matmul_precision", precision)
 
 
-def build(cfg: Config, plan: BatchPlan) -> Trainer:
+def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
+          reward_fn: RewardFn) -> Trainer:
   """Loads the model, attaches LoRA, and puts everything where training needs it."""
   mesh = jax.make_mesh((plan.num_devices,), (update.AXIS,),
                        axis_types=(jax.sharding.AxisType.Auto,))
   replicate = functools.partial(jax.device_put,
                                 device=jax.sharding.NamedSharding(mesh, P()))
-  prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
-  reward_fn = get_reward(cfg.reward_fn, **cfg.reward_kwargs)
   models = load_models(cfg)
   graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
   schedule = replicate(DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps))
@@ -158,14 +162,13 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       loss_scaling=cfg.mixed_precision == "fp16")
 
 
-def resume(trainer: Trainer, tracker: tracking.Tracker) -> int:
+def resume(trainer: Trainer) -> int:
   """Restores what a checkpoint holds; returns the epoch to go on with."""
   run, epoch = checkpoint.find(trainer.cfg.resume_from)
   restored = checkpoint.restore(run, epoch, trainer.state)
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
-  tracker.resume(restored.epoch)
   return restored.epoch + 1
 
 
@@ -180,17 +183,20 @@ def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
 def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Stop,
               started: float) -> None:
   """Samples, scores, updates, and logs one epoch."""
+  first = int(trainer.state.step) == 0
   rollout = trainer.worker.run(trainer.state.params, epoch)
-  stop.check()
   batch = make_batch(trainer, rollout)
   training_started = time.perf_counter()
-  steps = [jax.device_get(metrics)
-           for metrics in optimizer_steps(trainer, batch, epoch, stop)]
-  if epoch == 0:
-    tracker.print(f"start-up: {rollout.started + rollout.sampling_seconds:.1f}")
-  metrics = epoch_metrics(trainer, rollout, steps,
-                          time.perf_counter() - training_started)
-  tracker.log_epoch(epoch, metrics, rollout)
+  steps = []
+  for metrics in optimizer_steps(trainer, batch, epoch, stop):
+    steps.append(jax.device_get(metrics))
+    if first and len(steps) == 1:
+      tracking.say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
+  training_seconds = time.perf_counter() - training_started
+  shown = rollout.local_indices
+  tracker.log_epoch(epoch, epoch_metrics(trainer, rollout, steps, training_seconds),
+                    rollout.images, [rollout.prompts[i] for i in shown],
+                    rollout.rewards[shown])
 
 
 def make_batch(trainer: Trainer, rollout: Rollout) -> Batch:

@@ -1,0 +1,144 @@
+"""Command line -> config -> training run -> exit status."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+import pathlib
+import runpy
+import sys
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+from ddpo_jax.config import Config, resolve
+from ddpo_jax.types import Interrupted, UserError
+
+USAGE_ERROR = 2
+_HELP = ("--help", "-h")
+_FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")
+
+
+_USAGE = """usage: train.py --config FILE[:EXPERIMENT] [--config.FIELD=VALUE …]
+
+Experiments are in configs/; every field is described in configs/base.py."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs scripts/train.py; returns its exit status.
+
+  0: done. 2: an error that the user can correct, said in one line on standard error.
+  128 + n: stopped by signal n, after saving. Anything else raises.
+  """
+  argv = sys.argv if argv is None else argv
+  if set(argv) & set(_HELP):
+    print(_USAGE)
+    return 0
+  try:
+    train(read_config(argv))
+  except UserError as error:
+    print(error, file=sys.stderr)
+    return USAGE_ERROR
+  except Interrupted as stop:
+    print(stop, file=sys.stderr)
+    return 128 + stop.signum
+  return 0
+
+
+def train(config: Config) -> None:
+  from ddpo_jax import train as training  # imports JAX: only once the config is right
+  training.train(config)
+
+
+def read_config(argv: Sequence[str]) -> Config:
+  """Reads `--config FILE[:EXPERIMENT]` and its overrides `--config.FIELD=VALUE`.
+
+  Raises:
+    UserError: if the file, the experiment or a field does not exist, or a value is not
+      right.
+  """
+  arguments = _join(argv[1:])
+  files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+  if not files:
+    raise UserError("--config is missing; must be a config file such as configs/demo.py")
+  config = load_config(files[-1])
+  overrides = [a for a in arguments if not a.startswith("--config=")]
+  overrides = [a for a in overrides if not _set_free_form(config, a)]
+  for argument in overrides:
+    _check_field(config, argument)
+  values, words = flags.FlagValues(), [argv[0], *overrides]
+  try:
+    flag = config_flags.DEFINE_config_dict("config", config, flag_values=values,
+                                           sys_argv=words)
+    values(words)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(_one_line(error)) from error
+  return resolve(flag.value)
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+  """Runs the `get_config` of "FILE" or "FILE:EXPERIMENT".
+
+  Raises:
+    UserError: if there is no such file or experiment.
+  """
+  file, colon, experiment = spec.partition(":")
+  if not pathlib.Path(file).is_file():
+    raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
+                    "as configs/demo.py")
+  try:
+    get_config = runpy.run_path(file)["get_config"]
+    config = get_config(experiment) if colon else get_config()
+  except (ValueError, TypeError, KeyError, ImportError, SyntaxError) as error:
+    raise UserError(f"--config={spec}: {_one_line(error)}") from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f"--config={spec}: get_config returned a {type(config).__name__}; "
+                    "must be a ConfigDict")
+  return config
+
+
+def _join(arguments: Sequence[str]) -> list[str]:
+  """`--name value` -> `--name=value`; refuses what is not an option of ours."""
+  joined, rest = [], list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    name = argument.partition("=")[0]
+    if name != "--config" and not name.startswith("--config."):
+      raise UserError(f"{argument!r} is not an option; there are --config=FILE and "
+                      "--config.FIELD=VALUE")
+    if "=" not in argument:
+      if not rest:
+        raise UserError(f"{argument} has no value")
+      argument = f"{argument}={rest.pop(0)}"
+    joined.append(argument)
+  return joined
+
+
+def _check_field(config: ml_collections.ConfigDict, argument: str) -> None:
+  path = argument.partition("=")[0].removeprefix("--config.")
+  group, names = config, path.split(".")
+  for i, name in enumerate(names):
+    if not isinstance(group, ml_collections.ConfigDict) or name not in group:
+      there = ", ".join(group) if isinstance(group, ml_collections.ConfigDict) else "none"
+      raise UserError(f"{argument}: {'.'.join(names[:i + 1])} is not a field; there are: "
+                      f"{there}")
+    group = group[name]
+
+
+def _set_free_form(config: ml_collections.ConfigDict, argument: str) -> bool:
+  """Sets a keyword argument, of any name and type, of the prompt or reward function."""
+  path, _, text = argument.removeprefix("--config.").partition("=")
+  group, _, name = path.partition(".")
+  if group not in _FREE_FORM or not name:
+    return False
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  config[group] = {**(config[group] or {}), name: value}
+  return True
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
