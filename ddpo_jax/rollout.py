@@ -11,6 +11,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 

@@ -51,15 +51,18 @@ class Scene:
   background: str
   texture: str
 
-  def caption(self, *, background: bool = True, texture: bool = True) -> str:
+  def caption(self, *, background: bool = True, texture: bool = True,
+              numeral: bool = False) -> str:
     """Describes the scene, for example "three red circles on a striped blue background".
 
     Args:
       background: whether to name the background at all.
       texture: whether to name its texture.
+      numeral: whether a single shape is "one" and not "a".
     """
     if self.count == 1:
-      text = f"{_article(self.color)} {self.color} {self.shape}"
+      number = COUNTS[0] if numeral else _article(self.color)
+      text = f"{number} {self.color} {self.shape}"
     else:
       text = f"{COUNTS[self.count - 1]} {self.color} {self.shape}s"
     if not background:
@@ -90,7 +93,8 @@ def random_prompt(rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:
   """A caption as training sees it: texture named in half of them, background in most."""
   named = rng.random()
-  return scene.caption(background=named > 0.15, texture=named > 0.5)
+  return scene.caption(background=named > 0.15, texture=named > 0.5,
+                       numeral=rng.random() < 0.3)
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -164,7 +168,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, center: np.ndarray,
   if shape == "circle":
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
   elif shape == "square":
-    half = radius * 0.85
+    half = radius * 0.75  # corners about as far out as a circle, so that none touch
     pen.rectangle((x - half, y - half, x + half, y + half), fill=255)
   elif shape == "triangle":
     pen.polygon(_corners(center, [radius * 1.1] * 3), fill=255)

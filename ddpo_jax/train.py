@@ -110,7 +110,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
                                 device=jax.sharding.NamedSharding(mesh, P()))
   models = load_models(cfg)
   graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
-  schedule = replicate(DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps))
+  schedule = DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps)
   frozen = replicate(FrozenModels(unet=frozen_unet, vae=nnx.state(models.vae),
                                   text_encoder=nnx.state(models.text_encoder)))
   optimizer = update.make_optimizer(

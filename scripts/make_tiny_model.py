@@ -285,8 +285,9 @@ def make_latents(args: argparse.Namespace) -> None:
     scenes = [shapes.random_scene(rng) for _ in range(size)]
     images = np.stack([shapes.draw(scene, rng) for scene in scenes])
     latents.append(np.asarray(encode(vae, to_float(images))))
-    captions += [[s.caption(), s.caption(texture=False), s.caption(background=False)]
-                 for s in scenes]
+    captions += [[s.caption(numeral=n), s.caption(texture=False, numeral=n),
+                  s.caption(background=False, numeral=n)]
+                 for s, n in zip(scenes, rng.random(size) < 0.3)]
   latents = np.concatenate(latents)
   write_json(folder / "config.json", {**VAE, "scaling_factor": float(1 / latents.std())})
   np.savez(args.work / "latents.npz", latents=latents / latents.std(),

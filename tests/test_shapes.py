@@ -1,0 +1,151 @@
+"""The embedded model's world: what captions say, what pictures show, what tokens they are."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+import scipy.ndimage
+
+from ddpo_jax import rewards, shapes
+
+SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
+SCENE = shapes.Scene(count=3, color="red", shape="circle", background="blue",
+                     texture="striped")
+
+
+def scenes(number, **fixed):
+  rng = np.random.default_rng(0)
+  return [dataclasses.replace(shapes.random_scene(rng), **fixed) for _ in range(number)]
+
+
+def draw(scene, seed=0):
+  return shapes.draw(scene, np.random.default_rng(seed))
+
+
+def foreground(scene, image):
+  """Where a picture without texture is nearer to the shapes' colour than to the other."""
+  distance = {name: np.linalg.norm(image - np.array(shapes.COLORS[name], float), axis=-1)
+              for name in (scene.color, scene.background)}
+  return distance[scene.color] < distance[scene.background]
+
+
+@pytest.mark.parametrize("scene, told, caption", [
+    (SCENE, {}, "three red circles on a striped blue background"),
+    (SCENE, {"texture": False}, "three red circles on a blue background"),
+    (SCENE, {"background": False}, "three red circles"),
+    (dataclasses.replace(SCENE, count=1, color="orange", background="orange"),
+     {"texture": False}, "an orange circle on an orange background"),
+])
+def test_caption(scene, told, caption):
+  assert scene.caption(**told) == caption
+
+
+def test_captions_keep_to_the_vocabulary():
+  rng, known = np.random.default_rng(0), set(shapes.vocabulary())
+  captions = [shapes.random_caption(scene, rng) for scene in scenes(300)]
+  assert {word for caption in captions for word in caption.split()} == known
+
+
+def test_scenes_cover_the_world_and_never_hide_their_shapes():
+  drawn = scenes(300)
+  assert all(scene.color != scene.background for scene in drawn)
+  for field, values in (("count", {1, 2, 3, 4}), ("color", set(shapes.COLORS)),
+                        ("shape", set(shapes.SHAPES)), ("texture", set(shapes.TEXTURES)),
+                        ("background", set(shapes.COLORS))):
+    assert {getattr(scene, field) for scene in drawn} == values
+
+
+def test_prompts_leave_the_texture_open():
+  rng = np.random.default_rng(0)
+  for _ in range(100):
+    prompt, metadata = shapes.random_prompt(rng)
+    assert not set(prompt.split()) & set(shapes.TEXTURES)
+    assert prompt == shapes.Scene(**metadata, texture="plain").caption(texture=False)
+
+
+@pytest.mark.parametrize("texture", shapes.TEXTURES)
+def test_drawing_is_a_function_of_scene_and_generator(texture):
+  scene = dataclasses.replace(SCENE, texture=texture)
+  image = draw(scene)
+  assert image.shape == (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3)
+  assert image.dtype == np.uint8
+  np.testing.assert_array_equal(image, draw(scene))
+  assert np.any(image != draw(scene, seed=1))
+
+
+def test_unknown_texture_and_shape_are_refused():
+  with pytest.raises(ValueError, match="texture='dotted' must be one of"):
+    draw(dataclasses.replace(SCENE, texture="dotted"))
+  with pytest.raises(ValueError, match="shape='heart' must be one of"):
+    draw(dataclasses.replace(SCENE, shape="heart"))
+
+
+def test_pictures_have_the_colours_asked_for():
+  for seed, scene in enumerate(scenes(50, texture="plain")):
+    colors, areas = np.unique(draw(scene, seed).reshape(-1, 3), axis=0, return_counts=True)
+    two_largest = {tuple(map(int, colors[i])) for i in np.argsort(areas)[-2:]}
+    assert two_largest == {shapes.COLORS[scene.color], shapes.COLORS[scene.background]}
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+@pytest.mark.parametrize("count", range(1, len(shapes.COUNTS) + 1))
+def test_pictures_have_the_number_of_shapes_asked_for(shape, count):
+  for seed, scene in enumerate(scenes(10, shape=shape, count=count, texture="plain")):
+    parts, found = scipy.ndimage.label(foreground(scene, draw(scene, seed)))
+    areas = np.bincount(parts.ravel(), minlength=found + 1)[1:]
+    # The tip of a star can come apart from it, by a pixel or two.
+    assert (areas > 8).sum() == count, scene.caption()
+
+
+def test_jpeg_size_depends_on_the_texture():
+  sizes = {}
+  for texture in shapes.TEXTURES:
+    images = np.stack([draw(scene, i) for i, scene in enumerate(scenes(100, texture=texture))])
+    sizes[texture], _ = rewards.get_reward("jpeg_incompressibility")(images, [], [])
+  means = {texture: size.mean() for texture, size in sizes.items()}
+  assert means["plain"] < 0.75 * means["checkered"]
+  assert means["plain"] < 0.75 * means["striped"]
+  assert max(means, key=means.get) == "noisy"
+  # Room to move, in standard deviations of what an untrained model would draw.
+  weights = np.repeat([*shapes.TEXTURES.values()], 100)
+  every = np.concatenate([sizes[texture] for texture in shapes.TEXTURES])
+  mean = np.average(every, weights=weights)
+  spread = np.average((every - mean) ** 2, weights=weights) ** 0.5
+  assert every.min() < mean - 1.5 * spread
+  assert every.max() > mean + 1.5 * spread
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  transformers = pytest.importorskip("transformers")
+  folder = tmp_path_factory.mktemp("tiny")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(SCRIPTS)
+    import make_tiny_model
+    make_tiny_model.write_configs(folder)
+  return transformers.CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+
+
+def test_each_word_is_one_token(tokenizer):
+  words = shapes.vocabulary()
+  ids = tokenizer(words, add_special_tokens=False).input_ids
+  assert [len(i) for i in ids] == [1] * len(words)
+  assert len({i for [i] in ids}) == len(words)
+
+
+def test_tokenizer_frames_and_pads_as_clip_does(tokenizer):
+  assert tokenizer.model_max_length == 77
+  caption = SCENE.caption()
+  ids = tokenizer(caption, padding="max_length").input_ids
+  assert len(ids) == 77
+  assert ids[0] == tokenizer.bos_token_id
+  words = len(caption.split())
+  assert tokenizer.decode(ids[1:1 + words]).strip() == caption
+  assert set(ids[1 + words:]) == {tokenizer.eos_token_id}
+
+
+def test_words_outside_the_vocabulary_become_letters(tokenizer):
+  ids = tokenizer("zebra", add_special_tokens=False).input_ids
+  assert 1 < len(ids) <= 5
+  assert tokenizer.decode(ids).strip() == "zebra"
