@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 
 from flax import nnx
