@@ -1,0 +1,24 @@
+# make demo   sets everything up, then fine-tunes the embedded model
+# make test   sets everything up, then runs the tests
+# make setup  what both begin with: .venv/ with the package and its test extra
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test
+
+setup: .venv/installed
+
+# The stamp is written last, so an interrupted install is taken up again.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'ddpo_jax needs Python 3.11 or later: make PYTHON=python3.12 setup' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/train.py --config configs/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
