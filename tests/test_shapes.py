@@ -36,6 +36,8 @@ def foreground(scene, image):
     (SCENE, {"background": False}, "three red circles"),
     (dataclasses.replace(SCENE, count=1, color="orange", background="orange"),
      {"texture": False}, "an orange circle on an orange background"),
+    (dataclasses.replace(SCENE, count=1), {"numeral": True},
+     "one red circle on a striped blue background"),
 ])
 def test_caption(scene, told, caption):
   assert scene.caption(**told) == caption

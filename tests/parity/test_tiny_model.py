@@ -32,7 +32,7 @@ def model():
 @pytest.fixture(scope="module")
 def pipeline():
   pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-      str(FOLDER), torch_dtype=torch.float32, local_files_only=True)
+      str(FOLDER), local_files_only=True).to(torch.float32)
   pipeline.set_progress_bar_config(disable=True)
   return pipeline
 
