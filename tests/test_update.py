@@ -1,103 +1,90 @@
 """The PPO microbatch, its gradients and the AdamW step against the reference's numbers."""
 
 import dataclasses
-import functools
-import json
-import pathlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from ddpo_jax import lora, update
-from ddpo_jax.diffusion import DDIMSchedule, NoiseSchedule, policy_step
-from ddpo_jax.models import load_pretrained
+from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.types import Batch, Trajectory
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-CASES = ("onpolicy", "tight", "mid", "wide")
+CASES = {"onpolicy": "lora_old", "tight": "lora_new", "mid": "lora_new",
+         "wide": "lora_new"}
 P = jax.sharding.PartitionSpec
 
 
-def nhwc(x):
-  return jnp.asarray(np.moveaxis(x, -3, -1))
+@pytest.fixture(scope="module")
+def micro(golden):
+  return golden("e_ppo_microbatch")
 
 
 @pytest.fixture(scope="module")
-def golden():
-  return dict(np.load(GOLDEN / "e_ppo_microbatch.npz"))
+def weights(golden):
+  return golden("e_lora_grads")
 
 
 @pytest.fixture(scope="module")
-def weights():
-  return dict(np.load(GOLDEN / "e_lora_grads.npz"))
+def schedule(tiny_sd, micro):
+  return DDIMSchedule.create(tiny_sd.noise_schedule, int(micro["num_inference_steps"]))
 
 
 @pytest.fixture(scope="module")
-def pretrained():
-  return load_pretrained(GOLDEN / "tiny-sd")
-
-
-def unet_with(pretrained, weights, group, tmp_path):
-  """A fresh UNet with the golden LoRA weights, read from a file as a user's would be."""
-  tensors = {k.split("/")[1]: v for k, v in weights.items() if k.startswith("lora_old/")}
-  tensors |= {k.split("/")[1]: v for k, v in weights.items() if k.startswith(group + "/")}
-  save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()},
-            tmp_path / "lora.safetensors")
-  unet = nnx.clone(pretrained.unet)
-  lora.import_lora(unet, tmp_path / "lora.safetensors")
-  return unet
-
-
-def golden_batch(golden, schedule):
+def batch(micro, schedule, nhwc):
   """The golden (sample, timestep) pairs, laid out as trajectories that a device holds."""
-  steps = np.array([[int(np.where(np.asarray(schedule.timesteps) == t)[0][0]) for t in row]
-                    for row in golden["timesteps"]])
-  before, after = nhwc(golden["latents"]), nhwc(golden["next_latents"])
+  visited = list(np.asarray(schedule.timesteps))
+  steps = np.array([[visited.index(t) for t in row] for row in micro["timesteps"]])
+  before, after = nhwc(micro["latents"]), nhwc(micro["next_latents"])
   latents = np.zeros((4, schedule.num_steps + 1, *before.shape[2:]), np.float32)
   log_probs = np.zeros((4, schedule.num_steps), np.float32)
-  for sample in range(4):
-    for j, step in enumerate(steps[sample]):
-      latents[sample, step] = before[sample, j]
-      latents[sample, step + 1] = after[sample, j]
-      log_probs[sample, step] = golden["old_log_probs"][sample, j]
+  for sample, j in np.ndindex(steps.shape):
+    step = steps[sample, j]
+    latents[sample, step], latents[sample, step + 1] = before[sample, j], after[sample, j]
+    log_probs[sample, step] = micro["old_log_probs"][sample, j]
   batch = Batch(trajectory=Trajectory(jnp.asarray(latents), jnp.asarray(log_probs)),
-                text_embeddings=jnp.asarray(golden["prompt_embeds"]),
-                negative_embedding=jnp.asarray(golden["neg_embeds"]),
-                advantages=jnp.asarray(golden["advantages"]))
-  microbatches = update.Microbatches(
+                text_embeddings=jnp.asarray(micro["prompt_embeds"]),
+                negative_embedding=jnp.asarray(micro["neg_embeds"]),
+                advantages=jnp.asarray(micro["advantages"]))
+  return batch, update.Microbatches(
       sample=jnp.tile(jnp.arange(4, dtype=jnp.int32), (3, 1)),
       step=jnp.asarray(steps.T, jnp.int32))
-  return batch, microbatches
 
 
-def config_for(golden, case):
-  return update.UpdateConfig(
-      batch_size=4, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=3,
-      timesteps_per_batch=1, guidance_scale=float(golden["guidance_scale"]),
-      eta=float(golden["eta"]), clip_range=float(golden[f"{case}_clip_range"]),
-      adv_clip_max=float(golden["adv_clip_max"]), loss_scaling=False)
-
-
-def run_case(golden, weights, pretrained, case, tmp_path):
-  group = "lora_old" if case == "onpolicy" else "lora_new"
-  schedule = DDIMSchedule.create(pretrained.noise_schedule,
-                                 int(golden["num_inference_steps"]))
-  unet = unet_with(pretrained, weights, group, tmp_path)
-  graphdef, params, frozen = lora.partition(unet)
+@pytest.fixture(scope="module")
+def results(micro, schedule, batch, golden_lora):
+  """{case: (train state, gradients, metrics, log-probs)}; one compilation for all."""
   optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
-  state = update.init_state(params, optimizer, loss_scaling=False)
-  batch, microbatches = golden_batch(golden, schedule)
+  config = update.UpdateConfig(
+      batch_size=4, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=3,
+      timesteps_per_batch=1, guidance_scale=float(micro["guidance_scale"]),
+      eta=float(micro["eta"]), clip_range=0.0, adv_clip_max=float(micro["adv_clip_max"]),
+      loss_scaling=False)
+  graphdef, _, frozen = lora.partition(golden_lora("lora_old"))
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  compute = functools.partial(update.accumulate_gradients, config_for(golden, case),
-                              graphdef, schedule)
-  mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 4,
-                                 out_specs=P()))
-  grads, metrics = mapped(state, frozen, batch, microbatches)
-  return unet, state, optimizer, grads, metrics
+
+  def compute(clip_range, state, samples, microbatches):
+    grads, metrics = update.accumulate_gradients(
+        dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
+        frozen, samples, microbatches)
+    unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
+    log_probs = jnp.stack([policy_step(
+        unet, schedule, step, latents[sample, step], samples.text_embeddings[sample],
+        samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
+        prev_latents=latents[sample, step + 1])[1]
+        for sample, step in zip(microbatches.sample, microbatches.step)])
+    return grads, metrics, log_probs
+
+  mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 4, out_specs=P(),
+                                 check_vma=False))
+  out = {}
+  for case, group in CASES.items():
+    params = lora.partition(golden_lora(group))[1]
+    state = update.init_state(params, optimizer, loss_scaling=False)
+    out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, *batch))
+  return optimizer, out
 
 
 def by_name(state, reference):
@@ -115,57 +102,83 @@ def by_name(state, reference):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_microbatch_metrics(golden, weights, pretrained, case, tmp_path):
-  *_, grads, metrics = run_case(golden, weights, pretrained, case, tmp_path)
-  loss = golden[f"{case}_loss_f64"].mean()
-  scale = np.abs(golden["advantages"]).max()  # the loss is a difference of such terms
-  assert abs(float(metrics.loss) - loss) < 1e-4 * scale
-  np.testing.assert_allclose(float(metrics.approx_kl),
-                             golden[f"{case}_approx_kl_f64"].mean(), rtol=1e-3, atol=1e-11)
-  assert float(metrics.clipfrac) == pytest.approx(golden[f"{case}_clipfrac_f64"].mean())
-  if f"{case}_grad_norm" in golden:
-    np.testing.assert_allclose(float(metrics.grad_norm), golden[f"{case}_grad_norm"],
-                               rtol=1e-4)
+def test_log_probs(results, micro, case):
+  *_, log_probs = results[1][case]
+  np.testing.assert_allclose(log_probs, micro[f"{case}_log_prob_f64"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_log_probs(golden, weights, pretrained, case, tmp_path):
-  schedule = DDIMSchedule.create(pretrained.noise_schedule, 8)
-  unet = unet_with(pretrained, weights,
-                   "lora_old" if case == "onpolicy" else "lora_new", tmp_path)
-  batch, microbatches = golden_batch(golden, schedule)
-  latents = batch.trajectory.latents
+def test_metrics(results, micro, case):
+  _, _, metrics, _ = results[1][case]
+  # The loss is a difference of terms as large as the advantages.
+  scale = np.abs(micro["advantages"]).max()
+  assert abs(float(metrics.loss) - micro[f"{case}_loss_f64"].mean()) < 1e-4 * scale
+  np.testing.assert_allclose(float(metrics.approx_kl),
+                             micro[f"{case}_approx_kl_f64"].mean(), rtol=1e-3, atol=1e-11)
+  assert float(metrics.clipfrac) == pytest.approx(micro[f"{case}_clipfrac_f64"].mean())
+  if f"{case}_grad_norm" in micro:
+    np.testing.assert_allclose(float(metrics.grad_norm), micro[f"{case}_grad_norm"],
+                               rtol=1e-4)
 
-  @jax.jit
-  def log_prob(unet, sample, step):
-    return policy_step(unet, schedule, step, latents[sample, step],
-                       batch.text_embeddings[sample], batch.negative_embedding,
-                       guidance_scale=5.0, eta=1.0,
-                       prev_latents=latents[sample, step + 1])[1]
 
-  ours = np.stack([log_prob(unet, s, t) for s, t in
-                   zip(microbatches.sample, microbatches.step)])
-  np.testing.assert_allclose(ours, golden[f"{case}_log_prob_f64"], rtol=1e-4)
+def test_ratio_is_one_on_policy(results):
+  assert float(results[1]["onpolicy"][2].ratio_drift) < 1e-5
 
 
 @pytest.mark.parametrize("case", ("onpolicy", "mid"))
-def test_every_lora_gradient(golden, weights, pretrained, case, tmp_path):
-  *_, grads, _ = run_case(golden, weights, pretrained, case, tmp_path)
+def test_every_lora_gradient(results, weights, case):
   reference = {k.split("/")[-1]: v for k, v in weights.items()
                if k.startswith(f"{case}/accgrad/")}
-  ours = by_name(grads, reference)
+  ours = by_name(results[1][case][1], reference)
   for name, expected in reference.items():
     error = np.linalg.norm(ours[name] - expected)
     assert error <= 1e-3 * np.linalg.norm(expected) + 1e-9, (name, error)
 
 
-def test_adamw_step(golden, weights, pretrained, tmp_path):
-  _, state, optimizer, grads, _ = run_case(golden, weights, pretrained, "mid", tmp_path)
+def test_adamw_step(results, weights):
+  optimizer, cases = results
+  state, grads, *_ = cases["mid"]
   updates, _ = optimizer.update(grads, state.opt_state, state.params)
-  after = jax.tree.map(jnp.add, state.params, updates)
   reference = {k.split("/")[-1]: v for k, v in weights.items()
                if k.startswith("mid/after_step/")}
-  ours = by_name(after, reference)
+  ours = by_name(jax.tree.map(jnp.add, state.params, updates), reference)
   for name, expected in reference.items():
     error = np.linalg.norm(ours[name] - expected)
     assert error < 1e-4 * np.linalg.norm(expected), (name, error)
+
+
+def test_microbatches_cover_every_sample_and_timestep_once():
+  """Over an inner epoch, on any number of devices, and in the same groups of samples."""
+  groups = {}
+  for devices in (1, 2, 4):
+    config = update.UpdateConfig(
+        batch_size=4 // devices, sample_batch_size=8 // devices, accumulation_steps=2,
+        num_train_timesteps=6, timesteps_per_batch=3, guidance_scale=1.0, eta=1.0,
+        clip_range=1e-4, adv_clip_max=5.0, loss_scaling=False)
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices],
+                         axis_types=(jax.sharding.AxisType.Auto,))
+
+    def choose(index):
+      local = update.choose_microbatches(config, 6, (3, 8 // devices), jax.random.key(5),
+                                         index)
+      batch, place = local.sample // (8 // devices), local.sample % (8 // devices)
+      everywhere = batch * 8 + jax.lax.axis_index("data") * (8 // devices) + place
+      return everywhere[None], local.step[None]
+
+    mapped = jax.jit(jax.shard_map(choose, mesh=mesh, in_specs=P(), out_specs=P("data")))
+    steps = [mapped(jnp.int32(index)) for index in range(3)]
+    pairs = [{(int(s), int(t)) for s, t in zip(np.ravel(sample), np.ravel(step))}
+             for sample, step in steps]
+    assert set.union(*pairs) == {(s, t) for s in range(24) for t in range(6)}
+    assert sum(map(len, pairs)) == 24 * 6
+    groups[devices] = pairs
+  assert groups[1] == groups[2] == groups[4]
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_in_time():
+  from ddpo_jax.types import LossScale
+  scale = LossScale(jnp.float32(8.0), jnp.int32(update._LOSS_SCALE_PERIOD - 1))
+  halved = update._adjust(scale, jnp.bool_(False))
+  assert (float(halved.scale), int(halved.good_steps)) == (4.0, 0)
+  doubled = update._adjust(scale, jnp.bool_(True))
+  assert (float(doubled.scale), int(doubled.good_steps)) == (16.0, 0)

@@ -1,0 +1,65 @@
+"""Shared by all tests: virtual CPU devices, golden files, an embedded model to load."""
+
+import os
+import pathlib
+
+# Before JAX is imported: eight devices, for the tests that compare numbers of devices.
+os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
+                           " --xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Programs that several tests compile are compiled once."""
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """Loads a golden file by name: `golden("a_extras")` -> {array name: array}."""
+  return lambda name: dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd():
+  """The golden files' random-weight Stable Diffusion."""
+  from ddpo_jax.models import load_pretrained
+  return load_pretrained(GOLDEN / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def nhwc():
+  """[..., C, H, W] numpy -> [..., H, W, C] jax."""
+  return lambda x: jnp.asarray(np.moveaxis(x, -3, -1))
+
+
+@pytest.fixture(scope="session")
+def golden_lora(golden, tiny_sd, tmp_path_factory):
+  """The tiny UNet with golden LoRA weights, read from a file as a user's would be."""
+  from flax import nnx
+  from safetensors.numpy import save_file
+
+  from ddpo_jax import lora
+
+  def make(group):
+    arrays = golden("e_lora_grads")
+    tensors = {name.split("/")[1]: np.ascontiguousarray(array)
+               for source in ("lora_old", group) for name, array in arrays.items()
+               if name.startswith(source + "/")}
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_file(tensors, path)
+    unet = nnx.clone(tiny_sd.unet)
+    lora.import_lora(unet, path)
+    return unet
+
+  return make

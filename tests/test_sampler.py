@@ -1,0 +1,102 @@
+"""The scanned sampler: the reference's trajectories, a plain loop, and its randomness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpo_jax.diffusion import DDIMSchedule, ddim, policy_step, sample
+
+
+@pytest.fixture(scope="module")
+def pipeline(golden):
+  return golden("f_pipeline")
+
+
+@pytest.fixture(scope="module")
+def schedule(tiny_sd):
+  return DDIMSchedule.create(tiny_sd.noise_schedule, 8)
+
+
+def replay(unet, schedule, pipeline, nhwc):
+  return sample(unet, schedule, jnp.asarray(pipeline["prompt_embeds"]),
+                jnp.asarray(pipeline["neg_embeds"]), guidance_scale=5.0, eta=1.0,
+                initial_latents=nhwc(pipeline["init_latents"]),
+                step_noise=jnp.moveaxis(nhwc(pipeline["step_noise"]), 1, 0))
+
+
+def relative(ours, reference):
+  return np.linalg.norm(ours - reference) / np.linalg.norm(reference)
+
+
+def test_text_encoder_and_tokenizer(tiny_sd, pipeline):
+  ids = tiny_sd.tokenize([str(p) for p in pipeline["prompts"]])
+  np.testing.assert_array_equal(ids, pipeline["prompt_ids"])
+  assert ids.dtype == np.int32
+  assert relative(tiny_sd.text_encoder(ids), pipeline["prompt_embeds"]) < 1e-5
+
+
+def test_whole_trajectory_and_images(tiny_sd, schedule, pipeline, nhwc):
+  trajectory = replay(tiny_sd.unet, schedule, pipeline, nhwc)
+  assert relative(trajectory.latents, nhwc(pipeline["base_latents"])) < 1e-4
+  np.testing.assert_allclose(trajectory.log_probs, pipeline["base_log_probs"], rtol=1e-4)
+  images = tiny_sd.vae.decode(trajectory.images_latents / tiny_sd.scaling_factor)
+  np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1),
+                             nhwc(pipeline["base_images"]), atol=1e-4)
+
+
+def test_trajectory_with_lora(tiny_sd, schedule, pipeline, golden_lora, nhwc):
+  trajectory = replay(golden_lora("lora_old"), schedule, pipeline, nhwc)
+  assert relative(trajectory.latents, nhwc(pipeline["lora_latents"])) < 1e-4
+  np.testing.assert_allclose(trajectory.log_probs, pipeline["lora_log_probs"], rtol=1e-4)
+
+
+def test_scan_equals_a_plain_loop(tiny_sd, schedule, pipeline, nhwc):
+  scanned = replay(tiny_sd.unet, schedule, pipeline, nhwc)
+  latents = nhwc(pipeline["init_latents"])
+  one_step = jax.jit(lambda unet, step, latents, noise: policy_step(
+      unet, schedule, jnp.full(2, step), latents, jnp.asarray(pipeline["prompt_embeds"]),
+      jnp.asarray(pipeline["neg_embeds"]), guidance_scale=5.0, eta=1.0, noise=noise))
+  for step in range(schedule.num_steps):
+    latents, log_prob = one_step(tiny_sd.unet, step, latents,
+                                 nhwc(pipeline["step_noise"][:, step]))
+    np.testing.assert_allclose(scanned.latents[:, step + 1], latents, atol=2e-5)
+    np.testing.assert_allclose(scanned.log_probs[:, step], log_prob, rtol=1e-5)
+
+
+def draw(tiny_sd, embeddings, key, guidance_scale=1.0):
+  schedule = DDIMSchedule.create(tiny_sd.noise_schedule, 2)
+  return sample(tiny_sd.unet, schedule, embeddings, jnp.zeros_like(embeddings[:1]),
+                guidance_scale=guidance_scale, key=key)
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny_sd, pipeline):
+  embeddings = jnp.tile(jnp.asarray(pipeline["prompt_embeds"]), (2, 1, 1))
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(4))
+  together = draw(tiny_sd, embeddings, keys)
+  alone = draw(tiny_sd, embeddings[2:3], keys[2:3])
+  np.testing.assert_array_equal(together.latents[2, 0], alone.latents[0, 0])
+  np.testing.assert_allclose(together.latents[2], alone.latents[0], atol=1e-4)
+  one_key = draw(tiny_sd, embeddings, jax.random.key(3))
+  np.testing.assert_array_equal(one_key.latents, together.latents)
+
+
+def test_no_noise_is_drawn_twice(tiny_sd, pipeline):
+  latents = draw(tiny_sd, jnp.asarray(pipeline["prompt_embeds"]), jax.random.key(0)).latents
+  assert not np.allclose(latents[0, 0], latents[1, 0])
+
+
+@pytest.mark.parametrize("scale", (0.0, 0.7, 1.0))
+def test_guidance_up_to_one_is_none(tiny_sd, pipeline, scale):
+  """One rule: in the reference the sampler drops guidance here and the update does not."""
+  embeddings = jnp.asarray(pipeline["prompt_embeds"])
+  ours = draw(tiny_sd, embeddings, jax.random.key(0), scale)
+  plain = draw(tiny_sd, embeddings, jax.random.key(0), 1.0)
+  np.testing.assert_array_equal(ours.latents, plain.latents)
+  assert not ddim.uses_guidance(scale)
+
+
+def test_sampling_needs_randomness_from_somewhere(tiny_sd, schedule, pipeline):
+  with pytest.raises(ValueError, match="key"):
+    sample(tiny_sd.unet, schedule, jnp.asarray(pipeline["prompt_embeds"]),
+           jnp.asarray(pipeline["neg_embeds"]))
