@@ -1,4 +1,4 @@
-"""The embedded model's world: what captions say, what pictures show, what tokens they are."""
+"""The embedded model's world: captions, pictures, and the tokens of the words."""
 
 import dataclasses
 import pathlib
@@ -103,7 +103,8 @@ def test_pictures_have_the_number_of_shapes_asked_for(shape, count):
 def test_jpeg_size_depends_on_the_texture():
   sizes = {}
   for texture in shapes.TEXTURES:
-    images = np.stack([draw(scene, i) for i, scene in enumerate(scenes(100, texture=texture))])
+    images = np.stack([draw(scene, seed) for seed, scene in
+                       enumerate(scenes(100, texture=texture))])
     sizes[texture], _ = rewards.get_reward("jpeg_incompressibility")(images, [], [])
   means = {texture: size.mean() for texture, size in sizes.items()}
   assert means["plain"] < 0.75 * means["checkered"]

@@ -128,7 +128,7 @@ def test_colour_check_itself():
 
 
 def _shows(image, wanted):
-  """Whether the shapes' colour fills a part of the picture, and the background's the rim."""
+  """Whether the shapes' colour fills part of the picture, and the background's the rim."""
   color = np.linalg.norm(image - np.array(shapes.COLORS[wanted["color"]], float), axis=-1)
   rim = np.concatenate([image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3),
                         image[:, :3].reshape(-1, 3), image[:, -3:].reshape(-1, 3)])
