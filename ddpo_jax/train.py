@@ -105,7 +105,8 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
           reward_fn: RewardFn) -> Trainer:
   """Loads the model, attaches LoRA, and puts everything where training needs it."""
   mesh = jax.make_mesh((plan.num_devices,), (update.AXIS,),
-                       axis_types=(jax.sharding.AxisType.Auto,))
+                       axis_types=(jax.sharding.AxisType.Auto,),
+                       devices=jax.devices()[:plan.num_devices])
   replicate = functools.partial(jax.device_put,
                                 device=jax.sharding.NamedSharding(mesh, P()))
   models = load_models(cfg)

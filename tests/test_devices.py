@@ -1,0 +1,72 @@
+"""The same seed on 1, 2, 4 and 8 devices: the same samples, gradients and weights."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from ddpo_jax import train
+from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.rewards import get_reward
+
+TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
+IMAGES = 16
+
+
+def make_config(devices):
+  """16 images in 2 batches, 2 optimizer steps of 2 accumulated batches, whatever the devices."""
+  config = base.get_config()
+  config.pretrained.model = str(TINY)
+  config.mixed_precision = "no"
+  config.prompt_fn = "simple_animals"
+  config.sample.num_steps = 2
+  config.sample.batch_size = 8 // devices
+  config.sample.num_batches_per_epoch = IMAGES // 8
+  config.train.batch_size = 8 // devices
+  config.train.learning_rate = 1e-3
+  config.per_prompt_stat_tracking.min_count = 2
+  return resolve(config)
+
+
+def run_epoch(devices):
+  cfg = make_config(devices)
+  trainer = train.build(cfg, BatchPlan.create(cfg, devices),
+                        get_prompt_fn(cfg.prompt_fn), get_reward(cfg.reward_fn))
+  rollout = trainer.worker.run(trainer.state.params, epoch=0)
+  # JPEG sizes jump by bytes where a pixel rounds the other way; these do not.
+  smooth = np.random.default_rng(0).normal(size=IMAGES).astype(np.float32)
+  batch = train.make_batch(trainer, dataclasses.replace(rollout, rewards=smooth))
+  steps = train.optimizer_steps(trainer, batch, 0, train.Stop())
+  next(steps)
+  # After one step Adam's first moment is (1 − beta1) times the clipped gradient.
+  gradient = flat(trainer.state.opt_state[1][0].mu)
+  metrics = list(steps)
+  return rollout, gradient, flat(trainer.state.params), metrics
+
+
+def flat(tree):
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.fixture(scope="module")
+def single():
+  return run_epoch(1)
+
+
+@pytest.mark.parametrize("devices", (2, 4, 8))
+def test_as_on_one_device(single, devices):
+  rollout, gradient, weights, metrics = run_epoch(devices)
+  assert len(metrics) == 1  # the second of two
+  assert rollout.prompts == single[0].prompts
+  np.testing.assert_allclose(rollout.trajectory.log_probs,
+                             single[0].trajectory.log_probs, rtol=1e-5)
+  assert np.abs(rollout.images.astype(int) - single[0].images.astype(int)).max() <= 1
+  np.testing.assert_allclose(rollout.rewards, single[0].rewards, atol=0.01)
+  difference = np.linalg.norm(gradient - single[1])
+  assert 0 < np.linalg.norm(single[1])
+  assert difference < 1e-5 * np.linalg.norm(single[1])
+  assert np.linalg.norm(weights - single[2]) < 1e-3 * np.linalg.norm(single[2])
