@@ -132,8 +132,14 @@ class RolloutWorker:
   def samples_per_epoch(self) -> int:
     return self._global_batch * self._config.num_batches
 
-  def run(self, params: nnx.State, epoch: int) -> Rollout:
+  def run(self, params: nnx.State, epoch: int,
+          before_batch: Callable[[], None] = lambda: None) -> Rollout:
     """Samples and scores one epoch under the policy `params`.
+
+    Args:
+      params: the trained weights.
+      epoch: from 0; with the seed it decides prompts and noise.
+      before_batch: called before each batch; may raise to stop.
 
     Raises:
       UserError: if a reward is not finite, or not one number for each image.
@@ -146,6 +152,7 @@ class RolloutWorker:
     with futures.ThreadPoolExecutor(max_workers=2) as pool:
       with bar(desc=f"Epoch {epoch}: sampling") as progress:
         for batch in range(self._config.num_batches):
+          before_batch()
           generation, prompts, metadata = self._launch(params, epoch, batch, key)
           pending.append(pool.submit(self._score, generation.images, prompts, metadata))
           # One batch ahead of the device at most.

@@ -45,6 +45,7 @@ class Trainer:
   frozen_unet: nnx.State
   state: TrainState
   stat_tracker: advantages.PerPromptStatTracker | None
+  skipped_in_a_row: int = 0
 
 
 def train(cfg: Config) -> pathlib.Path:
@@ -57,6 +58,7 @@ def train(cfg: Config) -> pathlib.Path:
     UserError: for anything in the config, its paths or the reward's values that the user
       can correct.
     Interrupted: after SIGTERM or SIGINT, once what was finished is saved.
+    FloatingPointError: if training does not get finite numbers any more; likewise.
   """
   started = time.perf_counter()
   prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
@@ -78,7 +80,7 @@ def train(cfg: Config) -> pathlib.Path:
         before = checkpoint_of(trainer)
         try:
           run_epoch(trainer, tracker, epoch, stop, started)
-        except Interrupted:
+        except (Interrupted, FloatingPointError):
           # An epoch is a pure function of the state before it, so nothing is lost.
           if epoch > 0:
             checkpointer.save(epoch - 1, *before)
@@ -185,12 +187,13 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
               started: float) -> None:
   """Samples, scores, updates, and logs one epoch."""
   first = int(trainer.state.step) == 0
-  rollout = trainer.worker.run(trainer.state.params, epoch)
+  rollout = trainer.worker.run(trainer.state.params, epoch, before_batch=stop.check)
   batch = make_batch(trainer, rollout)
   training_started = time.perf_counter()
   steps = []
   for metrics in optimizer_steps(trainer, batch, epoch, stop):
     steps.append(jax.device_get(metrics))
+    check_finite(trainer, steps[-1], epoch)
     if first and len(steps) == 1:
       tracking.say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
   training_seconds = time.perf_counter() - training_started
@@ -198,6 +201,18 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   tracker.log_epoch(epoch, epoch_metrics(trainer, rollout, steps, training_seconds),
                     rollout.images, [rollout.prompts[i] for i in shown],
                     rollout.rewards[shown])
+
+
+def check_finite(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:
+  """Counts skipped steps; raises FloatingPointError after too many in a row."""
+  trainer.skipped_in_a_row = trainer.skipped_in_a_row + 1 if metrics.skipped else 0
+  limit = trainer.cfg.train.max_skipped_steps
+  if trainer.skipped_in_a_row > limit:
+    raise FloatingPointError(
+        f"epoch {epoch}: loss or gradient was not finite in the last "
+        f"{trainer.skipped_in_a_row} optimizer steps, all of them skipped "
+        f"(train.max_skipped_steps={limit}); lower train.learning_rate, or set "
+        "mixed_precision='no'")
 
 
 def make_batch(trainer: Trainer, rollout: Rollout) -> Batch:
