@@ -41,12 +41,12 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int]:
   if path.name.isdigit() and path.parent.name == "checkpoints":
     return path.parent.parent, int(path.name)
   run = path.parent if path.name == "checkpoints" else path
-  with _manager(run, ocp.CheckpointManagerOptions(read_only=True)) as manager:
-    epoch = manager.latest_step()
-  if epoch is None:
+  folder = run / "checkpoints"
+  epochs = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+  if not epochs:
     raise UserError(f"resume_from={str(path)!r} holds no checkpoint; must be a run folder "
                     "whose checkpoints/ has at least one")
-  return run, epoch
+  return run, max(epochs)
 
 
 class Checkpointer:
@@ -79,11 +79,10 @@ def restore(run: pathlib.Path, epoch: int, like: TrainState) -> Restored:
   Raises:
     UserError: if it is missing, damaged, of another format or of another model.
   """
-  abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      _flatten(like))
+  abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+              for path, x in _flatten(like).items()}
   where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
-  with _manager(run, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+  with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
     try:
       meta = manager.restore(epoch, args=ocp.args.Composite(
           meta=ocp.args.JsonRestore())).meta

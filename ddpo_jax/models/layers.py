@@ -135,12 +135,16 @@ def attention_implementation(query: jax.Array, key: jax.Array) -> str:
 def multi_head_attention(query: jax.Array, key: jax.Array, value: jax.Array,
                          num_heads: int, *, is_causal: bool = False) -> jax.Array:
   """Scaled dot-product attention: [B, T, N·H], [B, S, N·H], [B, S, N·H] -> [B, T, N·H]."""
+  dtype = query.dtype
   split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
   query, key, value = split(query), split(key), split(value)
+  if dtype == jnp.float16 and jax.default_backend() == "cpu":
+    # XLA has no float16 product with float32 accumulation there.
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
   out = jax.nn.dot_product_attention(
       query, key, value, is_causal=is_causal,
       implementation=attention_implementation(query, key))
-  return out.reshape(*out.shape[:2], -1)
+  return out.reshape(*out.shape[:2], -1).astype(dtype)
 
 
 class Attention(nnx.Module):

@@ -1,0 +1,143 @@
+"""Whole runs of the loop on the golden files' tiny model: files, resume, signals, failures."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from configs import base
+from ddpo_jax import checkpoint, train
+from ddpo_jax.config import resolve
+from ddpo_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ROOT / "tests" / "golden" / "tiny-sd"
+
+
+def brightness(images, prompts, metadata):
+  return images.mean(axis=(1, 2, 3)), {}
+
+
+def nan_for_the_third(images, prompts, metadata):
+  rewards = np.zeros(len(images))
+  rewards[2] = np.nan
+  return rewards, {}
+
+
+@pytest.fixture
+def make_config(tmp_path, monkeypatch):
+  """A one-device config of seconds; keyword arguments override it."""
+  monkeypatch.setattr("jax.device_count", lambda: 1)
+
+  def make(**changes):
+    config = base.get_config()
+    config.pretrained.model = str(TINY)
+    config.mixed_precision = "no"
+    config.logdir, config.run_name = str(tmp_path), "run"
+    config.compilation_cache = ""
+    config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:brightness"
+    config.num_epochs, config.save_freq = 3, 2
+    config.sample.num_steps, config.sample.batch_size = 2, 4
+    config.sample.guidance_scale = 1.0
+    config.train.batch_size, config.train.gradient_accumulation_steps = 2, 2
+    config.train.learning_rate = 1e-2
+    config.per_prompt_stat_tracking.min_count = 2
+    config.update_from_flattened_dict(changes)
+    return resolve(config)
+
+  return make
+
+
+def metrics_of(run):
+  return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+REQUIRED = {
+    "epoch", "reward_mean", "reward_std", "reward_min", "reward_max", "sampling_seconds",
+    "reward_seconds", "training_seconds", "images_per_second", "loss", "approx_kl",
+    "clipfrac", "grad_norm", "ratio_drift", "learning_rate", "optimizer_steps",
+    "peak_memory_bytes"}
+
+
+def test_run_folder_and_resume(make_config, tmp_path):
+  """A run of 3 epochs equals one of 2 that is resumed for the third, bit for bit."""
+  run = train.train(make_config())
+  assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "images",
+                                             "checkpoints"}
+  lines = metrics_of(run)
+  assert [line["epoch"] for line in lines] == [0, 1, 2]
+  assert REQUIRED <= set(lines[0])
+  assert all(line["ratio_drift"] < 1e-5 for line in lines)
+  assert [line["optimizer_steps"] for line in lines] == [2, 4, 6]
+  assert sorted(p.name for p in (run / "images").iterdir()) == [
+      f"epoch_{epoch:04d}.jpg" for epoch in range(3)]
+  assert json.loads((run / "config.json").read_text())["seed"] == 42
+  assert checkpoint.find(run) == (run, 2)
+
+  with pytest.raises(UserError, match="already holds a run"):
+    train.train(make_config())
+
+  train.train(make_config(run_name="other", num_epochs=2))
+  train.train(make_config(run_name="other", resume_from=str(tmp_path / "other")))
+  resumed = metrics_of(tmp_path / "other")
+  timing = {"sampling_seconds", "reward_seconds", "training_seconds",
+            "images_per_second", "peak_memory_bytes"}
+  for ours, expected in zip(resumed, lines, strict=True):
+    assert {k: v for k, v in ours.items() if k not in timing} == {
+        k: v for k, v in expected.items() if k not in timing}
+
+
+def test_nan_reward_stops_the_run_and_names_the_sample(make_config):
+  """The reference trains on, every later loss is NaN, and it exits 0."""
+  cfg = make_config(reward_fn=f"{__name__}:nan_for_the_third")
+  with pytest.raises(UserError, match=r"nan_for_the_third.*sample 2"):
+    train.train(cfg)
+
+
+def test_resume_from_another_model_is_refused(make_config, tmp_path):
+  train.train(make_config(num_epochs=1))
+  cfg = make_config(resume_from=str(tmp_path / "run"), **{"lora.rank": 2})
+  with pytest.raises(UserError, match="another model"):
+    train.train(cfg)
+
+
+def test_full_finetuning_trains_every_weight(make_config, tmp_path):
+  run = train.train(make_config(use_lora=False, num_epochs=1))
+  assert metrics_of(run)[0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("precision", ("fp16", "bf16"))
+def test_half_precision_runs(make_config, precision):
+  line = metrics_of(train.train(make_config(mixed_precision=precision, num_epochs=1)))[0]
+  assert np.isfinite(line["loss"]) and line["skipped_steps"] == 0
+
+
+def test_sigterm_saves_and_exits_143(tmp_path):
+  """In a process of its own: the last finished epoch is there to go on from."""
+  command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config",
+             str(ROOT / "configs" / "demo.py"), f"--config.pretrained.model={TINY}",
+             "--config.num_epochs=1000", "--config.save_freq=1000",
+             "--config.sample.num_steps=2", "--config.sample.batch_size=2",
+             "--config.train.batch_size=1", "--config.sample.guidance_scale=1.0",
+             f"--config.logdir={tmp_path}", "--config.run_name=run",
+             f"--config.compilation_cache={tmp_path / 'cache'}"]
+  environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+  metrics = tmp_path / "run" / "metrics.jsonl"
+  deadline = time.monotonic() + 240
+  while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+    assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+    time.sleep(0.2)
+  process.send_signal(signal.SIGTERM)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 143, errors
+  assert "signal 15" in errors
+  finished = len(metrics.read_text().splitlines())
+  assert checkpoint.find(tmp_path / "run")[1] == finished - 1
