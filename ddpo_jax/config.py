@@ -272,7 +272,8 @@ def _paths(cfg: Config) -> list[str]:
   problems = []
   model = cfg.pretrained.model
   is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
-  if model != "tiny" and not pathlib.Path(model).expanduser().is_dir() and not is_hub_id:
+  is_folder = bool(model) and pathlib.Path(model).expanduser().is_dir()
+  if model != "tiny" and not is_folder and not is_hub_id:
     problems.append(
         f"pretrained.model={model!r} does not exist; must be a folder in diffusers' "
         "format, a hub id such as 'owner/name', or 'tiny'")

@@ -115,7 +115,7 @@ def resolve(path: str | os.PathLike, revision: str | None = None) -> pathlib.Pat
   if str(path) == TINY:
     return pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
   folder = pathlib.Path(path).expanduser()
-  if folder.is_dir():
+  if str(path) and folder.is_dir():
     return folder
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
     raise UserError(f"pretrained.model={str(path)!r} does not exist; must be a folder in "

@@ -1,0 +1,110 @@
+"""LoRA: which weights it adds, that they start as nothing, and its files."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ddpo_jax import lora
+from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.types import UserError
+
+
+@pytest.fixture
+def unet(tiny_sd):
+  return nnx.clone(tiny_sd.unet)
+
+
+def noise_of(unet, seed=0):
+  latents = jax.random.normal(jax.random.key(seed), (1, 8, 8, 4))
+  return jax.jit(lambda unet: unet(latents, jnp.array([500]), jnp.ones((1, 7, 32))))(unet)
+
+
+def test_attached_lora_changes_nothing_yet(unet):
+  before = noise_of(unet)
+  lora.inject_lora(unet, rank=4, key=jax.random.key(0))
+  np.testing.assert_array_equal(noise_of(unet), before)
+  # And is not merely ignored:
+  _, first = next(lora.attention_projections(unet))
+  first.lora_up[...] = jnp.ones_like(first.lora_up[...])
+  assert not np.allclose(noise_of(unet), before)
+
+
+def test_shapes_and_initial_values(unet):
+  """The reference's: 112 matrices, down normal with std 1/rank, up zero."""
+  lora.inject_lora(unet, rank=4, key=jax.random.key(0))
+  _, params, _ = lora.partition(unet)
+  leaves = nnx.to_flat_state(params)
+  assert len(leaves) == 112
+  assert sum(leaf[...].size for _, leaf in leaves) == 21504
+  down = np.concatenate([np.ravel(x[...]) for path, x in leaves if path[-1] == "lora_down"])
+  assert down.std() == pytest.approx(1 / 4, rel=0.05) and abs(down.mean()) < 0.02
+  assert all(not x[...].any() for path, x in leaves if path[-1] == "lora_up")
+  assert {x[...].dtype for _, x in leaves} == {jnp.dtype("float32")}
+
+
+def test_partition_covers_everything_once(unet):
+  everything = len(jax.tree.leaves(nnx.state(unet)))
+  lora.inject_lora(unet, rank=2, key=jax.random.key(0))
+  graphdef, params, frozen = lora.partition(unet)
+  assert len(jax.tree.leaves(frozen)) == everything
+  np.testing.assert_array_equal(noise_of(nnx.merge(graphdef, params, frozen)),
+                                noise_of(unet))
+
+
+def test_full_finetuning_partition(unet):
+  _, params, frozen = lora.partition(unet, use_lora=False)
+  assert len(jax.tree.leaves(frozen)) == 0
+  assert len(jax.tree.leaves(params)) == len(jax.tree.leaves(nnx.state(unet)))
+
+
+def test_partition_without_lora_is_an_error(unet):
+  with pytest.raises(ValueError, match="inject_lora"):
+    lora.partition(unet)
+
+
+def test_unet_without_attention_cannot_take_lora():
+  config = UNetConfig.from_dict(dict(
+      block_out_channels=[8], norm_num_groups=4, layers_per_block=1, mid_block_type=None,
+      down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]))
+  with pytest.raises(ValueError, match="no attention"):
+    lora.inject_lora(UNet2DConditionModel(config, rngs=nnx.Rngs(0)), 4, jax.random.key(0))
+
+
+def test_export_and_import(unet, tiny_sd, golden_lora, tmp_path):
+  trained = golden_lora("lora_new")
+  lora.export_lora(trained, tmp_path / "lora.safetensors", {"base_model": "tiny"})
+  names = load_file(tmp_path / "lora.safetensors")
+  assert len(names) == 112 and all(n.startswith("unet.") for n in names)
+  lora.import_lora(unet, tmp_path / "lora.safetensors")
+  np.testing.assert_array_equal(noise_of(unet), noise_of(trained))
+  bare = {n.removeprefix("unet."): v for n, v in names.items()}
+  save_file(bare, tmp_path / "bare.safetensors")
+  other = nnx.clone(tiny_sd.unet)
+  lora.import_lora(other, tmp_path / "bare.safetensors")
+  np.testing.assert_array_equal(noise_of(other), noise_of(trained))
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda t: t.pop(min(t)), "has no"),
+    (lambda t: t.update({"unet.other.lora_A.weight": np.zeros((4, 4), np.float32)}),
+     "belong to no attention"),
+    (lambda t: t.update({min(t): np.zeros((4, 5), np.float32)}), "shapes"),
+    (lambda t: t.update({min(t): np.zeros(4, np.float32)}), "matrix"),
+])
+def test_wrong_files_are_refused(unet, golden_lora, tmp_path, change, message):
+  lora.export_lora(golden_lora("lora_new"), tmp_path / "lora.safetensors")
+  tensors = load_file(tmp_path / "lora.safetensors")
+  change(tensors)
+  save_file(tensors, tmp_path / "lora.safetensors")
+  with pytest.raises(UserError, match=message):
+    lora.import_lora(unet, tmp_path / "lora.safetensors")
+
+
+def test_a_file_that_is_no_safetensors(unet, tmp_path):
+  (tmp_path / "x").write_bytes(b"PK\x03\x04 not this")
+  for path in (tmp_path / "x", tmp_path / "missing"):
+    with pytest.raises(UserError, match="safetensors"):
+      lora.import_lora(unet, path)

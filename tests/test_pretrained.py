@@ -1,0 +1,210 @@
+"""Loading: every layout that occurs in the wild, and every way a folder can be wrong."""
+
+import json
+import pathlib
+import shutil
+
+from flax import nnx
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ddpo_jax.models import load_pretrained
+from ddpo_jax.models import pretrained
+from ddpo_jax.models.clip import CLIPTextConfig
+from ddpo_jax.models.unet import UNetConfig
+from ddpo_jax.models.vae import VAEConfig
+from ddpo_jax.types import UserError
+
+TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
+UNET = "unet/diffusion_pytorch_model"
+VAE = "vae/diffusion_pytorch_model"
+TEXT = "text_encoder/model"
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A copy of the golden model that a test may damage."""
+  return pathlib.Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def rewrite(folder, stem, change):
+  """Applies `change` to the tensors of one file."""
+  path = folder / f"{stem}.safetensors"
+  tensors = load_file(path)
+  tensors = change(tensors) or tensors
+  save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+
+
+def leaves(model):
+  return [np.asarray(x, np.float32) for part in (model.unet, model.vae,
+                                                 model.text_encoder)
+          for x in jax.tree.leaves(nnx.state(part))]
+
+
+def assert_same_weights(ours, expected):
+  for a, b in zip(leaves(ours), leaves(expected), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def rename(tensors, pairs):
+  out = {}
+  for name, tensor in tensors.items():
+    for old, new in pairs:
+      name = name.replace(old, new)
+    out[name] = tensor
+  return out
+
+
+def test_old_and_new_vae_attention_names(folder, tiny_sd):
+  old = [("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."),
+         ("to_out.0.", "proj_attn.")]
+  for pairs in (old, [(new, name) for name, new in old]):
+    rewrite(folder, VAE, lambda tensors, pairs=pairs: rename(tensors, pairs))
+    assert_same_weights(load_pretrained(folder), tiny_sd)
+
+
+def test_with_and_without_text_model_prefix(folder, tiny_sd):
+  rewrite(folder, TEXT, lambda t: {k.removeprefix("text_model."): v for k, v in t.items()})
+  assert_same_weights(load_pretrained(folder), tiny_sd)
+  rewrite(folder, TEXT, lambda t: {f"text_model.{k}": v for k, v in t.items()})
+  assert_same_weights(load_pretrained(folder), tiny_sd)
+
+
+def test_projections_as_linear_or_as_convolution(folder, tiny_sd):
+  def to_linear(tensors):
+    return {k: v[..., 0, 0] if "proj_in.weight" in k or "proj_out.weight" in k else v
+            for k, v in tensors.items()}
+  rewrite(folder, UNET, to_linear)
+  rewrite(folder, VAE, lambda t: {k: v[..., None, None] if "attentions" in k and
+                                  v.ndim == 2 else v for k, v in t.items()})
+  assert_same_weights(load_pretrained(folder), tiny_sd)
+
+
+def test_sharded_and_fp16_files(folder, tiny_sd):
+  tensors = load_file(folder / f"{UNET}.safetensors")
+  (folder / f"{UNET}.safetensors").unlink()
+  names = sorted(tensors)
+  halves = {f"diffusion_pytorch_model-0000{i}-of-00002.safetensors": names[i - 1::2]
+            for i in (1, 2)}
+  for file, part in halves.items():
+    save_file({name: tensors[name] for name in part}, folder / "unet" / file)
+  index = folder / f"{UNET}.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {n: f for f, p in halves.items() for n in p}}))
+  (folder / f"{TEXT}.safetensors").rename(folder / f"{TEXT}.fp16.safetensors")
+  assert_same_weights(load_pretrained(folder), tiny_sd)
+
+  index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../elsewhere.safetensors"}}))
+  with pytest.raises(UserError, match="elsewhere"):
+    load_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_dtype_asked_for(dtype):
+  model = load_pretrained(TINY, dtype=dtype)
+  for part in (model.unet, model.vae, model.text_encoder):
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(part))} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("part", ("unet", "vae", "text_encoder"))
+def test_saved_files_are_the_loaded_ones(part, tiny_sd, tmp_path):
+  pretrained.save_module(getattr(tiny_sd, part), tmp_path / "x.safetensors")
+  stem = pretrained._WEIGHT_NAMES[part]
+  original = {pretrained._canonical(k): v for k, v in
+              load_file(TINY / part / f"{stem}.safetensors").items()
+              if "position_ids" not in k}
+  saved = load_file(tmp_path / "x.safetensors")
+  assert saved.keys() == original.keys()
+  for name, tensor in saved.items():
+    np.testing.assert_array_equal(tensor, original[name])
+
+
+def drop(name):
+  return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
+
+@pytest.mark.parametrize("stem,change,message", [
+    (UNET, drop("conv_in.weight"), r"1 tensors missing: conv_in\.weight"),
+    (UNET, lambda t: {**t, "extra.weight": np.zeros(2, np.float32)}, "extra.weight"),
+    (VAE, lambda t: {**t, "decoder.conv_in.bias": np.zeros(3, np.float32)},
+     "1 tensors misshapen: decoder.conv_in.bias"),
+    (TEXT, drop("text_model.final_layer_norm.bias"), "final_layer_norm.bias"),
+])
+def test_wrong_tensors_are_listed(folder, stem, change, message):
+  rewrite(folder, stem, change)
+  with pytest.raises(UserError, match=message):
+    load_pretrained(folder)
+
+
+def edit_json(path, **changes):
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda f: shutil.rmtree(f / "vae"), "vae"),
+    (lambda f: (f / "unet" / "config.json").unlink(), "unet.config.json"),
+    (lambda f: (f / "unet" / "config.json").write_text("{"), "JSON"),
+    (lambda f: (f / f"{UNET}.safetensors").unlink(), "must hold the weights"),
+    (lambda f: (f / f"{UNET}.safetensors").rename(f / f"{UNET}.bin"), "pickled"),
+    (lambda f: (f / f"{VAE}.safetensors").write_bytes(b"\x08" * 20), "safetensors"),
+    (lambda f: (f / "tokenizer" / "merges.txt").unlink(), "merges.txt"),
+    (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config"),
+    (lambda f: edit_json(f / "model_index.json",
+                         _class_name="StableDiffusionXLPipeline"), "XLPipeline"),
+    (lambda f: edit_json(f / "unet" / "config.json", class_embed_type="timestep"),
+     "class_embed_type"),
+])
+def test_damaged_folders_are_refused_by_name(folder, damage, message):
+  damage(folder)
+  with pytest.raises(UserError, match=message) as error:
+    load_pretrained(folder)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config,field,value", [
+    (UNetConfig, "in_channels", 9), (UNetConfig, "num_class_embeds", 10),
+    (UNetConfig, "addition_embed_type", "text_time"),
+    (UNetConfig, "mid_block_type", "UNetMidBlock2D"),
+    (UNetConfig, "down_block_types", ["AttnDownBlock2D"] * 4),
+    (UNetConfig, "transformer_layers_per_block", [1, 2, 10]),
+    (UNetConfig, "resnet_time_scale_shift", "scale_shift"),
+    (UNetConfig, "act_fn", "tanh"), (UNetConfig, "a_field_of_tomorrow", 3),
+    (UNetConfig, "attention_head_dim", [5, 10]),
+    (VAEConfig, "up_block_types", ["AttnUpDecoderBlock2D"]),
+    (VAEConfig, "use_quant_conv", False),
+    (CLIPTextConfig, "hidden_act", "swish2"),
+])
+def test_configs_that_ask_for_more_are_refused_by_field(config, field, value):
+  with pytest.raises(UserError, match=field):
+    config.from_dict({field: value})
+
+
+@pytest.mark.parametrize("path", ("no_such_folder", "./owner/name", "a/b/c", ""))
+def test_neither_folder_nor_hub_id(path):
+  with pytest.raises(UserError, match="does not exist"):
+    pretrained.resolve(path)
+
+
+def test_hub_files_are_chosen_once():
+  names = ["model_index.json", "unet/config.json", f"{UNET}.safetensors", f"{UNET}.bin",
+           f"{UNET}.fp16.safetensors", f"{TEXT}.fp16.safetensors",
+           "text_encoder/config.json", "vae/config.json", f"{VAE}.safetensors",
+           "tokenizer/vocab.json", "tokenizer/merges.txt", "v1-5-pruned.ckpt",
+           "scheduler/scheduler_config.json", "safety_checker/model.safetensors"]
+  chosen = pretrained._choose_files(names)
+  assert set(names) - set(chosen) == {
+      f"{UNET}.bin", f"{UNET}.fp16.safetensors", "v1-5-pruned.ckpt",
+      "safety_checker/model.safetensors"}
+  assert len(chosen) == len(set(chosen))
+
+
+def test_unreachable_hub_is_said_in_one_line(monkeypatch, tmp_path):
+  def unreachable(*args, **kwargs):
+    raise ConnectionError("no network")
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+  with pytest.raises(UserError, match="'some/model' is not a local folder"):
+    load_pretrained("some/model")

@@ -1,0 +1,106 @@
+"""The run folder: where it is, what is in it, and trackers that fail."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import demo
+from ddpo_jax import tracking
+from ddpo_jax.config import resolve
+from ddpo_jax.types import UserError
+
+METRICS = {"reward_mean": -2.5, "reward_std": 0.5, "images_per_second": 3.0,
+           "loss": float("nan"), "peak_memory_bytes": None}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+  config = demo.get_config()
+  config.logdir, config.run_name, config.num_epochs = str(tmp_path), "run", 3
+  return resolve(config)
+
+
+def log(tracker, epoch):
+  images = np.random.default_rng(epoch).integers(0, 256, (3, 16, 16, 3), np.uint8)
+  tracker.log_epoch(epoch, {**METRICS, "reward_mean": -2.5 + epoch}, images,
+                    ["a cat", "a dog " * 30, ""], np.arange(3.0))
+
+
+def lines_of(run):
+  return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_folder_and_lines(cfg, capsys):
+  run = tracking.choose_run_folder(cfg)
+  tracker = tracking.Tracker(run, cfg)
+  log(tracker, 0)
+  log(tracker, 1)
+  tracker.close()
+  assert run.name == "run"
+  assert json.loads((run / "config.json").read_text()) == json.loads(
+      json.dumps(cfg.to_dict()))
+  assert [(line["epoch"], line["loss"]) for line in lines_of(run)] == [(0, None), (1, None)]
+  with Image.open(run / "images" / "epoch_0001.jpg") as grid:
+    assert grid.width >= 3 * 192
+  printed = capsys.readouterr().out
+  assert "epoch 2/3  reward -1.500 ± 0.500 (+1.000 since the start)" in printed
+  assert "left" in printed
+
+
+def test_a_run_is_never_written_over(cfg):
+  tracking.Tracker(tracking.choose_run_folder(cfg), cfg)
+  with pytest.raises(UserError, match="run_name='run'.*already holds a run"):
+    tracking.choose_run_folder(cfg)
+  again = dataclasses.replace(cfg, resume_from=f"{cfg.logdir}/run")
+  assert tracking.choose_run_folder(again).name == "run"
+
+
+def test_resuming_without_a_name_goes_on_in_the_same_folder(cfg, tmp_path):
+  for path in ("old", "old/checkpoints", "old/checkpoints/7"):
+    (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    resumed = dataclasses.replace(cfg, run_name="", resume_from=str(tmp_path / path))
+    assert tracking.choose_run_folder(resumed) == tmp_path / "old"
+
+
+def test_a_name_is_made_from_the_time(cfg):
+  assert tracking.choose_run_folder(dataclasses.replace(cfg, run_name="")).name[:2] == "20"
+
+
+def test_resume_drops_epochs_that_will_be_done_again(cfg):
+  run = tracking.choose_run_folder(cfg)
+  tracker = tracking.Tracker(run, cfg)
+  for epoch in range(3):
+    log(tracker, epoch)
+  resumed = tracking.Tracker(run, cfg)
+  resumed.resume(1)
+  log(resumed, 1)
+  assert [line["epoch"] for line in lines_of(run)] == [0, 1]
+
+
+def test_unwritable_logdir_names_the_field(cfg, tmp_path):
+  (tmp_path / "file").write_text("")
+  bad = dataclasses.replace(cfg, logdir=str(tmp_path / "file"))
+  with pytest.raises(UserError, match="logdir"):
+    tracking.Tracker(tracking.choose_run_folder(bad), bad)
+
+
+def test_a_failing_wandb_never_stops_the_run(cfg, monkeypatch, capsys):
+  def fail(*args, **kwargs):
+    raise ConnectionError("server gone")
+
+  fake = types.SimpleNamespace(init=lambda **kwargs: fake, log=fail, finish=fail,
+                               Histogram=lambda x: x, Image=lambda x: x)
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  online = dataclasses.replace(cfg, wandb=dataclasses.replace(cfg.wandb, mode="offline"))
+  run = tracking.choose_run_folder(online)
+  tracker = tracking.Tracker(run, online)
+  log(tracker, 0)
+  log(tracker, 1)
+  tracker.close()
+  assert len(lines_of(run)) == 2
+  assert capsys.readouterr().out.count("server gone") == 1  # said once
