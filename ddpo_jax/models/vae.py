@@ -140,7 +140,6 @@ class _Encoder(nnx.Module):
   def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
     common = dict(dtype=dtype, rngs=rngs)
     channels = config.block_out_channels
-    self.act = layers.ACTIVATIONS[config.act_fn]
     self.conv_in = layers.Conv(config.in_channels, channels[0], **common)
     self.down_blocks = nnx.List([
         _DownBlock(config, channels[max(i - 1, 0)], channels[i],
@@ -155,7 +154,7 @@ class _Encoder(nnx.Module):
     x = self.conv_in(x)
     for block in self.down_blocks:
       x = block(x)
-    return self.conv_out(self.act(self.conv_norm_out(self.mid_block(x))))
+    return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class _Decoder(nnx.Module):
@@ -163,7 +162,6 @@ class _Decoder(nnx.Module):
   def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
     common = dict(dtype=dtype, rngs=rngs)
     channels = config.block_out_channels[::-1]
-    self.act = layers.ACTIVATIONS[config.act_fn]
     self.conv_in = layers.Conv(config.latent_channels, channels[0], **common)
     self.mid_block = _MidBlock(config, channels[0], **common)
     self.up_blocks = nnx.List([
@@ -178,7 +176,7 @@ class _Decoder(nnx.Module):
     x = self.mid_block(self.conv_in(x))
     for block in self.up_blocks:
       x = block(x)
-    return self.conv_out(self.act(self.conv_norm_out(x)))
+    return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 class AutoencoderKL(nnx.Module):
