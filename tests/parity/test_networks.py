@@ -2,14 +2,16 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from ddpo_jax.models.pretrained import find_weights, load_module
-from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.models.pretrained import find_weights, load_module, save_module
+from ddpo_jax.models.unet import GRADIENT_CHECKPOINTING, UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 
 torch = pytest.importorskip("torch")
@@ -34,12 +36,31 @@ UNETS = {
                               freq_shift=1,
                               down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                               up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")),
+    "no-attention-mish": dict(block_out_channels=(32, 64), layers_per_block=1,
+                              cross_attention_dim=16, mid_block_type=None, act_fn="mish",
+                              down_block_types=("DownBlock2D",) * 2,
+                              up_block_types=("UpBlock2D",) * 2),
+    "narrowing": dict(block_out_channels=(64, 32), layers_per_block=1,
+                      cross_attention_dim=16, in_channels=3, out_channels=3,
+                      norm_num_groups=16, norm_eps=1e-3,
+                      down_block_types=("CrossAttnDownBlock2D",) * 2,
+                      up_block_types=("CrossAttnUpBlock2D",) * 2),
+    "four-levels": dict(block_out_channels=(16, 32, 48, 64), layers_per_block=1,
+                        attention_head_dim=(2, 4, 6, 8), cross_attention_dim=16),
+    "one-level": dict(block_out_channels=(32,), layers_per_block=1,
+                      cross_attention_dim=16,
+                      down_block_types=("CrossAttnDownBlock2D",),
+                      up_block_types=("CrossAttnUpBlock2D",)),
 }
 SD15_UNET = dict(block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
                  attention_head_dim=8, cross_attention_dim=768, norm_num_groups=32)
-VAE = dict(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
-           down_block_types=("DownEncoderBlock2D",) * 3,
-           up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4)
+VAES = {
+    "sd": dict(block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8,
+               down_block_types=("DownEncoderBlock2D",) * 3,
+               up_block_types=("UpDecoderBlock2D",) * 3),
+    "one-level-gelu": dict(block_out_channels=(16,), layers_per_block=2, act_fn="gelu",
+                           norm_num_groups=4, latent_channels=8),
+}
 SD15_VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
                 down_block_types=("DownEncoderBlock2D",) * 4,
                 up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)
@@ -51,8 +72,12 @@ SD15_TEXT = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072,
 
 
 def relative_error(ours, reference):
+  """The larger of two: of the norm over all elements, and of the largest element."""
   reference = reference.detach().numpy()
-  return np.linalg.norm(np.asarray(ours) - reference) / np.linalg.norm(reference)
+  assert ours.shape == reference.shape
+  difference = np.asarray(ours) - reference
+  return max(np.linalg.norm(difference) / np.linalg.norm(reference),
+             np.abs(difference).max() / np.abs(reference).max())
 
 
 def ours_from(reference, cls, config_cls, folder, stem):
@@ -72,19 +97,28 @@ def perturb(module):
   return module.eval()
 
 
-def check_unet(config, tmp_path, size):
+def make_unets(config, tmp_path, size):
+  """Torch's UNet, ours with its weights, and inputs of two samples."""
   torch.manual_seed(0)
   reference = perturb(diffusers.UNet2DConditionModel(**{"norm_num_groups": 8, **config}))
   unet = ours_from(reference, UNet2DConditionModel, UNetConfig, tmp_path,
                    "diffusion_pytorch_model")
-  latents, timesteps = torch.randn(2, 4, *size), torch.tensor([1, 801])
+  latents = torch.randn(2, reference.config.in_channels, *size)
   text = torch.randn(2, 7, config["cross_attention_dim"])
+  return reference, unet, (latents, torch.tensor([1, 801]), text)
+
+
+def as_ours(latents, timesteps, text):
+  return (jnp.asarray(latents.permute(0, 2, 3, 1).numpy()),
+          jnp.asarray(timesteps.numpy()), jnp.asarray(text.numpy()))
+
+
+def check_unet(config, tmp_path, size):
+  reference, unet, inputs = make_unets(config, tmp_path, size)
   with torch.no_grad():
-    expected = reference(latents, timesteps, text).sample.permute(0, 2, 3, 1)
+    expected = reference(*inputs).sample.permute(0, 2, 3, 1)
   del reference
-  ours = jax.jit(lambda unet, *args: unet(*args))(
-      unet, jnp.asarray(latents.permute(0, 2, 3, 1).numpy()),
-      jnp.asarray(timesteps.numpy()), jnp.asarray(text.numpy()))
+  ours = jax.jit(lambda unet, *args: unet(*args))(unet, *as_ours(*inputs))
   error = relative_error(ours, expected)
   print(f"UNet: relative error {error:.2e}")
   assert error < TOLERANCE
@@ -98,6 +132,25 @@ def test_unet(name, tmp_path):
 def test_unet_with_odd_latents(tmp_path):
   """Where halving rounds up, the way up must crop to the way down."""
   check_unet(UNETS["sd1"], tmp_path, (10, 13))
+
+
+@pytest.mark.parametrize("mode", GRADIENT_CHECKPOINTING)
+def test_gradient_of_every_unet_weight(mode, tmp_path):
+  """However much of the forward pass is kept for the backward one."""
+  reference, unet, inputs = make_unets(UNETS["one-level"], tmp_path, (8, 8))
+  reference(*inputs).sample.square().sum().backward()
+  expected = {name: p.grad for name, p in reference.named_parameters()}
+
+  unet.gradient_checkpointing = mode
+  graphdef, state = nnx.split(unet)
+  loss = lambda state: jnp.square(nnx.merge(graphdef, state)(*as_ours(*inputs))).sum()
+  gradient = nnx.merge(graphdef, jax.jit(jax.grad(loss))(state))
+  # Written as weights are, so that names and layouts are torch's.
+  save_module(gradient, tmp_path / "gradient.safetensors")
+  ours = load_file(tmp_path / "gradient.safetensors")
+  assert ours.keys() == expected.keys()
+  errors = {name: relative_error(ours[name], expected[name]) for name in expected}
+  assert max(errors.values()) < 1e-3, max(errors, key=errors.get)
 
 
 def check_vae(config, tmp_path, size):
@@ -121,8 +174,9 @@ def check_vae(config, tmp_path, size):
   assert max(errors) < TOLERANCE
 
 
-def test_vae(tmp_path):
-  check_vae(VAE, tmp_path, (32, 48))
+@pytest.mark.parametrize("name", VAES)
+def test_vae(name, tmp_path):
+  check_vae(VAES[name], tmp_path, (32, 48) if name == "sd" else (8, 12))
 
 
 def check_text(config, tmp_path):
@@ -145,7 +199,7 @@ def test_text_encoder(act, tmp_path):
 
 @pytest.mark.slow
 def test_full_size_unet(tmp_path):
-  check_unet(SD15_UNET, tmp_path, (32, 32))
+  check_unet(SD15_UNET, tmp_path, (64, 64))
 
 
 @pytest.mark.slow
