@@ -107,7 +107,7 @@ def test_eta_without_density_is_refused(schedule_of, eta):
 def test_schedule_without_density_is_refused(schedule_of):
   """With steps_offset 0 the last step goes from timestep 0 to itself."""
   x = jnp.zeros((1, 2, 2, 4))
-  with pytest.raises(ValueError, match="steps_offset"):
+  with pytest.raises(UserError, match="steps_offset"):
     ddim_step(schedule_of(10, steps_offset=0), x, jnp.array([0]), x, 1.0, noise=x)
 
 
@@ -124,6 +124,24 @@ def test_neither_or_both_of_noise_and_prev_latents(schedule_of):
 def test_unknown_scheduler_config_is_refused_by_name(config):
   with pytest.raises(UserError, match=next(iter(config))):
     NoiseSchedule.from_config(config)
+
+
+@pytest.mark.parametrize("config", [
+    {"trained_betas": [0.1] * 7}, {"trained_betas": [0.1, 1.5], "num_train_timesteps": 2},
+    {"beta_end": 2.0}, {"beta_start": float("nan")}, {"num_train_timesteps": 0}])
+def test_betas_that_give_no_schedule_are_refused_by_name(config):
+  with pytest.raises(UserError, match=next(iter(config))):
+    NoiseSchedule.from_config(config)
+
+
+@pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace"))
+def test_every_number_of_steps(spacing):
+  """In diffusers, 62 numbers of trailing steps give one more, at timestep -1."""
+  noise_schedule = NoiseSchedule(timestep_spacing=spacing)
+  for num_steps in (*range(1, 130), 223, 500, 999, 1000):
+    timesteps = np.asarray(DDIMSchedule.create(noise_schedule, num_steps).timesteps)
+    assert timesteps.shape == (num_steps,)
+    assert (np.diff(timesteps) < 0).all() and timesteps[-1] >= 0
 
 
 @pytest.mark.parametrize("num_steps", (0, 1001))

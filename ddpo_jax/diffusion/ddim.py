@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpo_jax.diffusion.schedule import DDIMSchedule
-from ddpo_jax.types import Denoiser
+from ddpo_jax.types import Denoiser, UserError
 
 
 def uses_guidance(guidance_scale: float) -> bool:
@@ -115,8 +115,9 @@ def ddim_step(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
     averaged (not summed) over the elements; both float32.
 
   Raises:
-    ValueError: if not exactly one of `noise` and `prev_latents` is given, or if the step
-      has no density (`eta` 0, or a schedule with a step of no variance).
+    ValueError: if not exactly one of `noise` and `prev_latents` is given, or if `eta`
+      leaves the step without a density.
+    UserError: if the model's schedule does (a step that begins at timestep 0).
   """
   check_density(schedule, eta)
   if (noise is None) == (prev_latents is None):
@@ -129,14 +130,14 @@ def ddim_step(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
 
 
 def check_density(schedule: DDIMSchedule, eta: float) -> None:
-  """Raises ValueError where a step's log-probability would not exist."""
+  """Refuses an eta (ValueError) or a model's schedule (UserError) without likelihood."""
   if not 0.0 < eta <= 1.0:
     raise ValueError(f"{eta=} must be in (0, 1]: at 0 a step is deterministic and has no "
                      "log-probability")
   if not schedule.has_density:
-    raise ValueError("the schedule's last step starts at timestep 0, which has no "
-                     "variance and so no log-probability: set steps_offset to 1 in the "
-                     "model's scheduler_config.json")
+    raise UserError("scheduler config: the last step starts at timestep 0, which has no "
+                    "variance and so no log-probability; must have timestep_spacing "
+                    "'leading' with a steps_offset of 1, or 'trailing'")
 
 
 def policy_step(unet: Denoiser, schedule: DDIMSchedule, step: jax.Array,

@@ -52,6 +52,17 @@ class NoiseSchedule:
       raise UserError("scheduler config: rescale_betas_zero_snr=True needs "
                       "prediction_type 'v_prediction' or 'sample', not 'epsilon': noise "
                       "alone says nothing about the sample")
+    if self.num_train_timesteps < 1:
+      raise UserError(f"scheduler config: num_train_timesteps={self.num_train_timesteps} "
+                      "must be at least 1")
+    bar = self.alphas_cumprod
+    if bar.shape != (self.num_train_timesteps,):
+      raise UserError(f"scheduler config: trained_betas has {len(bar)} entries; must have "
+                      f"num_train_timesteps={self.num_train_timesteps}")
+    if not (1 > bar[0] and (np.diff(bar) < 0).all() and bar[-1] >= 0):
+      raise UserError("scheduler config: the betas must be above 0 and below 1: "
+                      f"beta_start={self.beta_start}, beta_end={self.beta_end}, "
+                      f"trained_betas {'absent' if self.trained_betas is None else 'given'}")
 
   @classmethod
   def from_config(cls, values: Mapping[str, Any]) -> NoiseSchedule:
@@ -164,4 +175,6 @@ def _timesteps(noise_schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
   if noise_schedule.timestep_spacing == "leading":
     steps = np.arange(num_steps) * (trained // num_steps)
     return steps[::-1] + noise_schedule.steps_offset
-  return np.round(np.arange(trained, 0, -trained / num_steps)).astype(np.int64) - 1
+  # Rounding can give `arange` a step too many: its end would be timestep -1.
+  steps = np.arange(trained, 0, -trained / num_steps)[:num_steps]
+  return np.round(steps).astype(np.int64) - 1
