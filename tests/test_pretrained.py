@@ -3,9 +3,12 @@
 import json
 import pathlib
 import shutil
+import types
+import unittest.mock
 
 from flax import nnx
 import huggingface_hub
+from huggingface_hub import errors as hub_errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,11 +135,14 @@ def drop(name):
     (VAE, lambda t: {**t, "decoder.conv_in.bias": np.zeros(3, np.float32)},
      "1 tensors misshapen: decoder.conv_in.bias"),
     (TEXT, drop("text_model.final_layer_norm.bias"), "final_layer_norm.bias"),
+    (TEXT, lambda t: {**t, "final_layer_norm.bias": np.zeros(32, np.float32)},
+     "1 tensors there twice: (text_model.)?final_layer_norm.bias"),
 ])
 def test_wrong_tensors_are_listed(folder, stem, change, message):
   rewrite(folder, stem, change)
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(UserError, match=message) as error:
     load_pretrained(folder)
+  assert str(error.value).count(" tensors ") == 1  # one problem, said once
 
 
 def edit_json(path, **changes):
@@ -156,6 +162,20 @@ def edit_json(path, **changes):
                          _class_name="StableDiffusionXLPipeline"), "XLPipeline"),
     (lambda f: edit_json(f / "unet" / "config.json", class_embed_type="timestep"),
      "class_embed_type"),
+    (lambda f: edit_json(f / "unet" / "config.json", layers_per_block="2"),
+     "unet.config.json describes no network"),
+    (lambda f: edit_json(f / "unet" / "config.json", block_out_channels=32),
+     "unet.config.json has a value of the wrong kind"),
+    (lambda f: edit_json(f / "vae" / "config.json", norm_num_groups=5),
+     r"vae.config.json describes no network.*\(5\)"),
+    (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", beta_start=None),
+     "scheduler_config.json has a value of the wrong kind"),
+    (lambda f: edit_json(f / "unet" / "config.json", cross_attention_dim=48),
+     "hidden_size=32 must equal the UNet's cross_attention_dim=48"),
+    (lambda f: edit_json(f / "vae" / "config.json", latent_channels=8),
+     "latent_channels=8 must equal the UNet's in_channels=4"),
+    (lambda f: edit_json(f / "text_encoder" / "config.json", vocab_size=500),
+     "tokenizer has 530 tokens"),
 ])
 def test_damaged_folders_are_refused_by_name(folder, damage, message):
   damage(folder)
@@ -172,7 +192,8 @@ def test_damaged_folders_are_refused_by_name(folder, damage, message):
     (UNetConfig, "transformer_layers_per_block", [1, 2, 10]),
     (UNetConfig, "resnet_time_scale_shift", "scale_shift"),
     (UNetConfig, "act_fn", "tanh"), (UNetConfig, "a_field_of_tomorrow", 3),
-    (UNetConfig, "attention_head_dim", [5, 10]),
+    (UNetConfig, "attention_head_dim", [5, 10]), (UNetConfig, "attention_head_dim", 7),
+    (CLIPTextConfig, "num_attention_heads", 7), (VAEConfig, "scaling_factor", 0),
     (VAEConfig, "up_block_types", ["AttnUpDecoderBlock2D"]),
     (VAEConfig, "use_quant_conv", False),
     (CLIPTextConfig, "hidden_act", "swish2"),
@@ -201,10 +222,51 @@ def test_hub_files_are_chosen_once():
   assert len(chosen) == len(set(chosen))
 
 
-def test_unreachable_hub_is_said_in_one_line(monkeypatch, tmp_path):
-  def unreachable(*args, **kwargs):
-    raise ConnectionError("no network")
-  monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
-  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-  with pytest.raises(UserError, match="'some/model' is not a local folder"):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+  """A hub that raises `hub.error`, with an empty cache folder `hub.cache`."""
+  hub = types.SimpleNamespace(error=ConnectionError("no\nnetwork"), cache=tmp_path / "hub")
+
+  def refuse(*args, **kwargs):
+    raise hub.error
+
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub.cache))
+  return hub
+
+
+def test_unreachable_hub_is_said_in_one_line(hub):
+  with pytest.raises(UserError, match="'some/model' is not a local folder.*no network"):
     load_pretrained("some/model")
+
+
+def test_downloaded_model_loads_without_network(hub, tiny_sd):
+  """What was downloaded is part of the repository: its other files are never asked for."""
+  repository = hub.cache / "models--some--model"
+  shutil.copytree(TINY, repository / "snapshots" / ("0" * 40))
+  (repository / "refs").mkdir()
+  (repository / "refs" / "main").write_text("0" * 40)
+  assert_same_weights(load_pretrained("some/model"), tiny_sd)
+  with pytest.raises(UserError, match="cannot be downloaded"):
+    load_pretrained("some/model", revision="fp16")
+
+
+@pytest.mark.parametrize("error,message", [
+    (hub_errors.GatedRepoError, "is gated"),
+    (hub_errors.RepositoryNotFoundError, "neither a local folder nor a public hub"),
+    (hub_errors.RevisionNotFoundError, "revision='fp17' does not exist"),
+])
+@pytest.mark.parametrize("at", ("list_repo_files", "snapshot_download"))
+def test_hub_refusals_are_told_apart(hub, monkeypatch, at, error, message):
+  """A gated repository may be listed by anyone, and refuses only the download."""
+  hub.error = error("", response=unittest.mock.MagicMock())
+  if at == "snapshot_download":
+    monkeypatch.setattr(huggingface_hub, at, huggingface_hub.list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: [])
+  with pytest.raises(UserError, match=message):
+    load_pretrained("some/model", revision="fp17")
+
+
+def test_name_that_no_repository_can_have():
+  with pytest.raises(UserError, match="does not exist"):
+    load_pretrained("some/mo..del")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ddpo_jax.models import layers
+from ddpo_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ class CLIPTextConfig:
     fields = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{k: v for k, v in values.items() if k in fields})
     layers.check_activation("text encoder", "hidden_act", config.hidden_act)
+    if config.hidden_size % config.num_attention_heads:
+      raise UserError(
+          f"text encoder config: num_attention_heads={config.num_attention_heads} must "
+          f"divide hidden_size={config.hidden_size}")
     return config
 
 

@@ -90,19 +90,20 @@ def load_pretrained(path: str | os.PathLike, revision: str | None = None,
   """
   folder = resolve(path, revision)
   _check_pipeline(folder)
-  configs = {name: _read_json(folder / name / "config.json") for name in _WEIGHT_NAMES}
-  build = {
-      "unet": (UNet2DConditionModel, UNetConfig.from_dict(configs["unet"])),
-      "vae": (AutoencoderKL, VAEConfig.from_dict(configs["vae"])),
-      "text_encoder": (CLIPTextModel, CLIPTextConfig.from_dict(configs["text_encoder"])),
-  }
-  noise_schedule = NoiseSchedule.from_config(
-      _read_json(folder / "scheduler" / "scheduler_config.json"))
+  parts = {"unet": (UNet2DConditionModel, UNetConfig),
+           "vae": (AutoencoderKL, VAEConfig),
+           "text_encoder": (CLIPTextModel, CLIPTextConfig)}
+  configs = {name: _read_config(folder / name / "config.json", config_cls.from_dict)
+             for name, (_, config_cls) in parts.items()}
+  noise_schedule = _read_config(folder / "scheduler" / "scheduler_config.json",
+                                NoiseSchedule.from_config)
   files = {name: find_weights(folder / name, stem)
            for name, stem in _WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")
-  modules = {name: load_module(functools.partial(cls, config, dtype=dtype), files[name])
-             for name, (cls, config) in build.items()}
+  _check_parts_fit(folder, **configs, tokens=len(tokenizer))
+  modules = {
+      name: load_module(functools.partial(cls, configs[name], dtype=dtype), files[name])
+      for name, (cls, _) in parts.items()}
   return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
 
 
@@ -144,7 +145,7 @@ def find_weights(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
                   f"{folder.name}")
 
 
-def load_module(build: Callable[..., nnx.Module], files: Iterable[pathlib.Path]
+def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path]
                 ) -> nnx.Module:
   """Builds a module straight from its weights, one tensor at a time.
 
@@ -153,13 +154,13 @@ def load_module(build: Callable[..., nnx.Module], files: Iterable[pathlib.Path]
     files: safetensors files that together hold each of its tensors once.
 
   Raises:
-    UserError: lists tensors that are missing, unknown, or of another shape.
+    UserError: lists tensors that are missing, unknown, there twice, or of another shape;
+      or says why the config describes no network.
   """
-  abstract = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-  graphdef, state = nnx.split(abstract)
+  graphdef, state = nnx.split(_abstract(build, files[0].parent))
   paths = {_file_name(path): (path, variable) for path, variable in
            nnx.to_flat_state(state)}
-  loaded, unknown, misshapen = {}, [], []
+  missing, loaded, unknown, twice, misshapen = set(paths), {}, [], [], []
   for file in files:
     with _open(file) as tensors:
       for name in tensors.keys():
@@ -169,6 +170,10 @@ def load_module(build: Callable[..., nnx.Module], files: Iterable[pathlib.Path]
         if key not in paths:
           unknown.append(name)
           continue
+        if key not in missing:
+          twice.append(name)
+          continue
+        missing.remove(key)
         path, variable = paths[key]
         axes = _axes(path[-1], tensors.get_slice(name).get_shape(), variable.shape)
         if axes is None:
@@ -177,8 +182,8 @@ def load_module(build: Callable[..., nnx.Module], files: Iterable[pathlib.Path]
           continue
         tensor = tensors.get_tensor(name).transpose(axes).reshape(variable.shape)
         loaded[path] = variable.replace(jnp.asarray(tensor, variable.dtype))
-  missing = [key for key, (path, _) in paths.items() if path not in loaded]
-  _refuse(files, missing, unknown, misshapen)
+  _refuse(files, {"missing": sorted(missing), "not part of the model": unknown,
+                  "there twice": twice, "misshapen": misshapen})
   return nnx.merge(graphdef, nnx.from_flat_state(list(loaded.items())))
 
 
@@ -229,11 +234,19 @@ def _axes(leaf: str, found: Sequence[int], wanted: Sequence[int]
   return axes if as_convolution(shape) == as_convolution(wanted) else None
 
 
-def _refuse(files: Iterable[pathlib.Path], missing: list[str], unknown: list[str],
-            misshapen: list[str]) -> None:
+def _abstract(build: Callable[..., nnx.Module], folder: pathlib.Path) -> nnx.Module:
+  """The module with shapes and dtypes in the place of its weights."""
+  try:
+    return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+  except (TypeError, ValueError, ZeroDivisionError) as error:
+    raise UserError(f"{folder / 'config.json'} describes no network: "
+                    f"{_one_line(error)}") from error
+
+
+def _refuse(files: Iterable[pathlib.Path], named: Mapping[str, Sequence[str]]) -> None:
+  """Raises UserError if there are names of tensors under any problem."""
   problems = []
-  for what, names in (("missing", missing), ("not part of the model", unknown),
-                      ("misshapen", misshapen)):
+  for what, names in named.items():
     if names:
       rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
       problems.append(f"{len(names)} tensors {what}: {', '.join(names[:_LISTED])}{rest}")
@@ -275,6 +288,34 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   return content
 
 
+def _read_config(path: pathlib.Path, parse: Callable[[Mapping[str, Any]], Any]) -> Any:
+  """Reads a JSON file and parses it; values of the wrong kind are the file's fault."""
+  values = _read_json(path)
+  try:
+    return parse(values)
+  except (TypeError, ValueError, ZeroDivisionError) as error:
+    raise UserError(f"{path} has a value of the wrong kind: {_one_line(error)}") from error
+
+
+def _check_parts_fit(folder: pathlib.Path, unet: UNetConfig, vae: VAEConfig,
+                     text_encoder: CLIPTextConfig, tokens: int) -> None:
+  """Refuses parts of different models in one folder."""
+  if text_encoder.hidden_size != unet.cross_attention_dim:
+    raise UserError(
+        f"{folder}: the text encoder's hidden_size={text_encoder.hidden_size} must equal "
+        f"the UNet's cross_attention_dim={unet.cross_attention_dim}")
+  if vae.latent_channels != unet.in_channels:
+    raise UserError(f"{folder}: the VAE's latent_channels={vae.latent_channels} must "
+                    f"equal the UNet's in_channels={unet.in_channels}")
+  if tokens > text_encoder.vocab_size:
+    raise UserError(f"{folder}: the tokenizer has {tokens} tokens; must be at most the "
+                    f"text encoder's vocab_size={text_encoder.vocab_size}")
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
+
+
 def _check_pipeline(folder: pathlib.Path) -> None:
   """Refuses a folder that says it is another kind of pipeline."""
   if not (folder / "model_index.json").is_file():
@@ -295,14 +336,16 @@ def _load_tokenizer(folder: pathlib.Path):
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # the library raises a different type for each damage
-    reason = " ".join(str(error).split())
-    raise UserError(f"{folder} cannot be read as a CLIP tokenizer: {reason}") from error
+    raise UserError(f"{folder} cannot be read as a CLIP tokenizer: "
+                    f"{_one_line(error)}") from error
 
 
 def _download(repo: str, revision: str | None) -> pathlib.Path:
   """Downloads what is needed of a hub repository, each weight in one variant only."""
   try:
     wanted = _choose_files(huggingface_hub.list_repo_files(repo, revision=revision))
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        repo, revision=revision, allow_patterns=wanted))
   except hub_errors.GatedRepoError:
     raise UserError(f"pretrained.model={repo!r} is gated: accept its terms on the hub and "
                     "log in with `hf auth login`") from None
@@ -312,19 +355,22 @@ def _download(repo: str, revision: str | None) -> pathlib.Path:
   except hub_errors.RepositoryNotFoundError:
     raise UserError(f"pretrained.model={repo!r} is neither a local folder nor a public "
                     "hub repository; if it is private, run `hf auth login`") from None
-  except Exception:  # no network, in one of the ways of several HTTP libraries
-    return _from_cache(repo, revision)
-  return pathlib.Path(huggingface_hub.snapshot_download(
-      repo, revision=revision, allow_patterns=wanted))
+  except hub_errors.HFValidationError:
+    raise UserError(f"pretrained.model={repo!r} does not exist, and is no hub id such as "
+                    "'owner/name'") from None
+  except Exception as error:  # no network, in one of the ways of several HTTP libraries
+    return _from_cache(repo, revision, error)
 
 
-def _from_cache(repo: str, revision: str | None) -> pathlib.Path:
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        repo, revision=revision, local_files_only=True))
-  except hub_errors.LocalEntryNotFoundError:
-    raise UserError(f"pretrained.model={repo!r} is not a local folder, and the hub cannot "
-                    "be reached; give a folder that holds the model") from None
+def _from_cache(repo: str, revision: str | None, error: Exception) -> pathlib.Path:
+  """What an earlier download left; `snapshot_download` would ask for every file."""
+  found = huggingface_hub.try_to_load_from_cache(repo, "unet/config.json",
+                                                 revision=revision)
+  if not isinstance(found, str):
+    raise UserError(f"pretrained.model={repo!r} is not a local folder, and cannot be "
+                    f"downloaded ({_one_line(error)}); give a folder that holds the model"
+                    ) from error
+  return pathlib.Path(found).parents[1]
 
 
 def _choose_files(names: Sequence[str]) -> list[str]:

@@ -98,6 +98,14 @@ class UNetConfig:
       if isinstance(value, tuple) and len(value) != levels:
         raise UserError(f"UNet config: {name} has {len(value)} entries; must have one "
                         f"for each of the {levels} block_out_channels")
+    types = zip(self.down_block_types, reversed(self.up_block_types))
+    for level, (heads, channels, pair) in enumerate(
+        zip(self.heads, self.block_out_channels, types)):
+      attends = any(block_type.startswith("CrossAttn") for block_type in pair)
+      innermost = level == levels - 1 and self.mid_block_type is not None
+      if (attends or innermost) and channels % heads:
+        raise UserError(f"UNet config: attention_head_dim={heads}, which means the number "
+                        f"of heads, must divide the block's {channels} channels")
 
   @property
   def heads(self) -> tuple[int, ...]:

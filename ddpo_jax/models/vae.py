@@ -57,6 +57,8 @@ class VAEConfig:
     config = cls(**{k: tuple(v) if isinstance(v, list) else v
                     for k, v in values.items() if k in fields})
     layers.check_activation("VAE", "act_fn", config.act_fn)
+    if not config.scaling_factor > 0:
+      raise UserError(f"VAE config: scaling_factor={config.scaling_factor} must be above 0")
     return config
 
   @property
