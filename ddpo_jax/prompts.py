@@ -95,9 +95,16 @@ def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
       "answers": [number, noun]}
 
 
-def tiny_shapes(rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
-  """What the embedded model understands, such as "two red circles on a blue background"."""
-  return shapes.random_prompt(rng)
+def tiny_shapes(rng: np.random.Generator, max_count: int = len(shapes.COUNTS)
+                ) -> tuple[str, dict[str, Any]]:
+  """What the embedded model understands, such as "two red circles on a blue background".
+
+  Shows up to `max_count` shapes, 1 to 4.
+  """
+  if not 1 <= max_count <= len(shapes.COUNTS):
+    raise UserError(f"prompt_fn_kwargs.max_count={max_count} must be in "
+                    f"1..{len(shapes.COUNTS)}")
+  return shapes.random_prompt(rng, max_count)
 
 
 PROMPT_FUNCTIONS = {f.__name__: f for f in (

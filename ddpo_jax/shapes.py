@@ -76,17 +76,18 @@ class Scene:
             "background": self.background}
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-  """Draws a scene, the background never of the shapes' colour."""
+def random_scene(rng: np.random.Generator, max_count: int = len(COUNTS)) -> Scene:
+  """Draws a scene of up to `max_count` shapes, the background never of their colour."""
   color, background = rng.choice(list(COLORS), size=2, replace=False)
-  return Scene(count=int(rng.integers(1, len(COUNTS) + 1)), color=str(color),
+  return Scene(count=int(rng.integers(1, max_count + 1)), color=str(color),
                shape=str(rng.choice(SHAPES)), background=str(background),
                texture=str(rng.choice(list(TEXTURES), p=list(TEXTURES.values()))))
 
 
-def random_prompt(rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
+def random_prompt(rng: np.random.Generator, max_count: int = len(COUNTS)
+                  ) -> tuple[str, dict[str, Any]]:
   """A prompt that leaves the texture open, and what it asks for."""
-  scene = random_scene(rng)
+  scene = random_scene(rng, max_count)
   return scene.caption(texture=False), scene.metadata()
 
 
