@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ddpo_jax.models import load_pretrained
-from ddpo_jax.models import pretrained
+from ddpo_jax.models import load_pretrained, pretrained
 from ddpo_jax.models.clip import CLIPTextConfig
 from ddpo_jax.models.unet import UNetConfig
 from ddpo_jax.models.vae import VAEConfig

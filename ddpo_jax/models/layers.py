@@ -6,8 +6,9 @@ the file is its path in the module (see `pretrained.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 import functools
-from typing import Any, Callable, Mapping
+from typing import Any
 
 from flax import nnx
 import jax
