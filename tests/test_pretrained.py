@@ -16,9 +16,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ddpo_jax.models import load_pretrained, pretrained
-from ddpo_jax.models.clip import CLIPTextConfig
-from ddpo_jax.models.unet import UNetConfig
-from ddpo_jax.models.vae import VAEConfig
+from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 from ddpo_jax.types import UserError
 
 TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
@@ -200,6 +200,51 @@ def test_damaged_folders_are_refused_by_name(folder, damage, message):
 def test_configs_that_ask_for_more_are_refused_by_field(config, field, value):
   with pytest.raises(UserError, match=field):
     config.from_dict({field: value})
+
+
+# What the hub's files say, and how many parameters their networks have.
+CROSS = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+HUB_CONFIGS = {
+    "unet 1.4": (UNet2DConditionModel, UNetConfig, 859_520_964, {
+        "_class_name": "UNet2DConditionModel", "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768,
+        "down_block_types": CROSS, "dropout": 0.0, "freq_shift": 0, "in_channels": 4,
+        "layers_per_block": 2, "out_channels": 4, "sample_size": 64,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}),
+    "unet 2.1": (UNet2DConditionModel, UNetConfig, 865_910_724, {
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu",
+        "attention_head_dim": [5, 10, 20, 20],
+        "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+        "cross_attention_dim": 1024, "down_block_types": CROSS, "downsample_padding": 1,
+        "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0,
+        "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05, "norm_num_groups": 32, "num_class_embeds": None,
+        "only_cross_attention": False, "out_channels": 4, "sample_size": 96,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "upcast_attention": True, "use_linear_projection": True}),
+    "vae": (AutoencoderKL, VAEConfig, 83_653_863, {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "force_upcast": True,
+        "block_out_channels": [128, 256, 512, 512], "in_channels": 3,
+        "latent_channels": 4, "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3,
+        "sample_size": 768, "up_block_types": ["UpDecoderBlock2D"] * 4}),
+    "text encoder 1.4": (CLIPTextModel, CLIPTextConfig, 123_060_480, {
+        "architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu",
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+        "num_hidden_layers": 12, "projection_dim": 768, "torch_dtype": "float32"}),
+    "text encoder 2.1": (CLIPTextModel, CLIPTextConfig, 340_387_840, {
+        "architectures": ["CLIPTextModel"], "hidden_act": "gelu", "hidden_size": 1024,
+        "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23,
+        "projection_dim": 512, "torch_dtype": "float16"}),
+}
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_hub_configs_give_networks_of_the_known_size(name):
+  cls, config_cls, parameters, values = HUB_CONFIGS[name]
+  rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))  # fast to trace
+  network = nnx.eval_shape(lambda: cls(config_cls.from_dict(values), rngs=rngs))
+  assert sum(x.size for x in jax.tree.leaves(nnx.state(network))) == parameters
 
 
 @pytest.mark.parametrize("path", ("no_such_folder", "./owner/name", "a/b/c", ""))
