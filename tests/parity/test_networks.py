@@ -134,6 +134,22 @@ def test_unet_with_odd_latents(tmp_path):
   check_unet(UNETS["sd1"], tmp_path, (10, 13))
 
 
+@pytest.mark.parametrize("dtype,tolerance", [("bfloat16", 3e-2), ("float16", 4e-3)])
+def test_unet_in_half_precision(dtype, tolerance, tmp_path):
+  """As near to torch's float32 as the rounding of weights and activations allows."""
+  reference, _, inputs = make_unets(UNETS["one-level"], tmp_path, (8, 8))
+  with torch.no_grad():
+    expected = reference(*inputs).sample.permute(0, 2, 3, 1)
+  config = UNetConfig.from_dict(dict(reference.config))
+  unet = load_module(functools.partial(UNet2DConditionModel, config, dtype=dtype),
+                     find_weights(tmp_path, "diffusion_pytorch_model"))
+  ours = jax.jit(lambda unet, *args: unet(*args))(unet, *as_ours(*inputs))
+  assert ours.dtype == dtype
+  error = relative_error(ours.astype(jnp.float32), expected)
+  print(f"UNet in {dtype}: relative error {error:.2e}")
+  assert error < tolerance
+
+
 @pytest.mark.parametrize("mode", GRADIENT_CHECKPOINTING)
 def test_gradient_of_every_unet_weight(mode, tmp_path):
   """However much of the forward pass is kept for the backward one."""
