@@ -23,16 +23,17 @@ def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
   config.pretrained.model = "tiny"
   config.mixed_precision = "no"
   config.seed = 0
-  config.num_epochs = 16
+  config.num_epochs = 28
   config.save_freq = 4
   config.prompt_fn = "tiny_shapes"
-  config.prompt_fn_kwargs.max_count = 1
+  # Sixteen prompts of a single shape: each comes up sixteen times in an epoch, enough
+  # for statistics of its own.
+  config.prompt_fn_kwargs = {"max_count": 1, "pool": 16}
   config.reward_fn = REWARDS[name]
-  # Each of the 224 prompts comes up too rarely for statistics of its own.
-  config.per_prompt_stat_tracking = None
+  config.per_prompt_stat_tracking = {"buffer_size": 16, "min_count": 8}
 
   # 128 * 2 = 256 images per epoch.
-  config.sample.num_steps = 8
+  config.sample.num_steps = 6
   config.sample.guidance_scale = 1.0
   config.sample.batch_size = 128
   config.sample.num_batches_per_epoch = 2
@@ -40,7 +41,7 @@ def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
 
   # 256 / 64 = 4 optimizer steps per epoch.
   config.train.batch_size = 64
-  config.train.learning_rate = 3e-3
+  config.train.learning_rate = 5e-3
   # A latent here has 256 elements, Stable Diffusion's 16,384: the mean over them, which
   # is the log-probability, moves by that much more.
   config.train.clip_range = 1e-2

@@ -95,15 +95,18 @@ def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
       "answers": [number, noun]}
 
 
-def tiny_shapes(rng: np.random.Generator, max_count: int = len(shapes.COUNTS)
-                ) -> tuple[str, dict[str, Any]]:
+def tiny_shapes(rng: np.random.Generator, max_count: int = len(shapes.COUNTS),
+                pool: int = 0) -> tuple[str, dict[str, Any]]:
   """What the embedded model understands, such as "two red circles on a blue background".
 
-  Shows up to `max_count` shapes, 1 to 4.
+  Shows up to `max_count` shapes, 1 to 4. With `pool` there are only so many different
+  prompts, always the same ones, so that each comes up often.
   """
   if not 1 <= max_count <= len(shapes.COUNTS):
     raise UserError(f"prompt_fn_kwargs.max_count={max_count} must be in "
                     f"1..{len(shapes.COUNTS)}")
+  if pool:
+    rng = np.random.default_rng(int(rng.integers(pool)))
   return shapes.random_prompt(rng, max_count)
 
 

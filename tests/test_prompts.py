@@ -97,3 +97,13 @@ def test_what_cannot_be_called_is_refused(name, kwargs):
 
 def test_every_function_has_a_docstring():
   assert all(function.__doc__ for function in PROMPT_FUNCTIONS.values())
+
+
+def test_pool_of_tiny_shapes():
+  function = get_prompt_fn("tiny_shapes", max_count=1, pool=4)
+  prompts = draw_prompts(function, 0, 0, range(60))[0]
+  assert 1 < len(set(prompts)) <= 4
+  assert set(draw_prompts(function, 9, 3, range(60))[0]) == set(prompts)
+  assert all(prompt.startswith(("a ", "an ")) for prompt in prompts)
+  with pytest.raises(UserError, match="max_count=5"):
+    get_prompt_fn("tiny_shapes", max_count=5)(np.random.default_rng(0))
