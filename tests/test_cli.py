@@ -20,12 +20,12 @@ def read(*arguments):
 def test_overrides():
   cfg = read("--config", f"{DEMO}:incompressibility", "--config.sample.batch_size=128",
              "--config.train.learning_rate", "2e-4", "--config.run_name=x",
-             "--config.use_lora=False", "--config.prompt_fn_kwargs.path=a.txt",
+             "--config.use_lora=False", "--config.prompt_fn_kwargs.pool=4",
              "--config.reward_kwargs.strength=2.5")
   assert cfg.reward_fn == "jpeg_incompressibility"
   assert (cfg.sample.batch_size, cfg.train.learning_rate) == (128, 2e-4)
   assert (cfg.run_name, cfg.use_lora) == ("x", False)
-  assert cfg.prompt_fn_kwargs == {"path": "a.txt"}
+  assert cfg.prompt_fn_kwargs["pool"] == 4
   assert cfg.reward_kwargs == {"strength": 2.5}
 
 
