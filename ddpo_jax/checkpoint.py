@@ -7,6 +7,7 @@ import os
 import pathlib
 from typing import Any
 
+from flax import nnx
 import jax
 import orbax.checkpoint as ocp
 
@@ -96,6 +97,39 @@ def restore(run: pathlib.Path, epoch: int, like: TrainState) -> Restored:
       raise UserError(f"{where} cannot be read, or is of another model: {reason}") from error
   treedef = jax.tree.structure(like)
   return Restored(epoch, jax.tree.unflatten(treedef, [flat[k] for k in abstract]), meta)
+
+
+def restore_params(run: pathlib.Path, epoch: int, like: nnx.State) -> nnx.State:
+  """Reads the trained weights alone, on this machine's first device.
+
+  Args:
+    run: the run's folder.
+    epoch: of the checkpoint.
+    like: the same weights of the same model; LoRA's may be of another rank.
+
+  Raises:
+    UserError: if the checkpoint is missing, damaged or of another model.
+  """
+  paths, treedef = jax.tree.flatten_with_path(like)
+  names = ["params/" + jax.tree_util.keystr(path, simple=True, separator="/")
+           for path, _ in paths]
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
+  with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
+    try:
+      stored = manager.item_metadata(epoch).state
+      abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+                  for name, x in stored.items()}
+      flat = manager.restore(epoch, args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract))).state
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+      reason = " ".join(str(error).split())[:300]
+      raise UserError(f"{where} cannot be read: {reason}") from error
+  absent = [name for name in names if name not in flat]
+  if absent:
+    raise UserError(f"{where} has no {absent[0]!r}; is pretrained.model still the model "
+                    "that it was trained on?")
+  return jax.tree.unflatten(treedef, [flat[name] for name in names])
 
 
 def _manager(run: pathlib.Path, options: ocp.CheckpointManagerOptions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import pathlib
 import runpy
 import sys
@@ -26,17 +26,22 @@ Experiments are in configs/; every field is described in configs/base.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs scripts/train.py; returns its exit status.
-
-  0: done. 2: an error that the user can correct, said in one line on standard error.
-  128 + n: stopped by signal n, after saving. Anything else raises.
-  """
+  """Runs scripts/train.py; returns its exit status."""
   argv = sys.argv if argv is None else argv
   if set(argv) & set(_HELP):
     print(_USAGE)
     return 0
+  return exit_status(lambda: train(read_config(argv)))
+
+
+def exit_status(run: Callable[[], None]) -> int:
+  """What a script exits with.
+
+  0: done. 2: an error that the user can correct, said in one line on standard error.
+  128 + n: stopped by signal n, after saving. Anything else raises.
+  """
   try:
-    train(read_config(argv))
+    run()
   except UserError as error:
     print(error, file=sys.stderr)
     return USAGE_ERROR

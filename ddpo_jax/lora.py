@@ -22,9 +22,13 @@ from safetensors.numpy import load_file, save_file
 from ddpo_jax.models import layers
 from ddpo_jax.types import UserError
 
+FORMATS = ("diffusers", "kohya")
+
 # How files in circulation name the same matrix, rewritten to the first, diffusers' own.
 _IMPORT_RULES = (
     (r"^unet\.", ""),
+    (r"\.lora_down\.weight$", ".lora_A.weight"),  # kohya's
+    (r"\.lora_up\.weight$", ".lora_B.weight"),
     (r"\.processor\.(to_\w+)_lora\.(down|up)\.weight$", r".\1.lora.\2.weight"),
     (r"\.to_out\.lora\.", ".to_out.0.lora."),
     (r"\.lora(?:_linear_layer)?\.down\.weight$", ".lora_A.weight"),
@@ -86,56 +90,84 @@ def partition(unet: nnx.Module, use_lora: bool = True
 
 
 def export_lora(unet: nnx.Module, path: str | os.PathLike,
-                metadata: dict[str, str] | None = None) -> None:
-  """Writes the LoRA weights as one safetensors file in diffusers' format.
+                metadata: dict[str, str] | None = None, *,
+                file_format: str = "diffusers") -> None:
+  """Writes the LoRA weights as one safetensors file, float32.
 
-  Keys are `unet.<module>.lora_A.weight` [rank, in] and `….lora_B.weight` [out, rank],
-  float32: what `StableDiffusionPipeline.load_lora_weights` reads.
+  Args:
+    unet: with LoRA attached.
+    path: of the file.
+    metadata: goes into the file's header.
+    file_format: "diffusers": keys `unet.<module>.lora_A.weight` [rank, in] and
+      `….lora_B.weight` [out, rank], what `StableDiffusionPipeline.load_lora_weights`
+      reads. "kohya": keys `lora_unet_<module, dots as underscores>.lora_down.weight`,
+      `….lora_up.weight` and `….alpha` (the rank, for a scale of 1), what ComfyUI and
+      the A1111 web UI read.
+
+  Raises:
+    ValueError: if the UNet has no LoRA weights, or the format is unknown.
   """
+  if file_format not in FORMATS:
+    raise ValueError(f"{file_format=} must be one of {', '.join(FORMATS)}")
+  kohya = file_format == "kohya"
+  suffixes = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
   tensors = {}
   for name, linear in attention_projections(unet):
     if linear.lora_down is None:
       raise ValueError(f"{name} has no LoRA weights to export")
-    for suffix, weight in (("lora_A", linear.lora_down), ("lora_B", linear.lora_up)):
+    prefix = _kohya_name(name) if kohya else f"unet.{name}"
+    for suffix, weight in zip(suffixes, (linear.lora_down, linear.lora_up)):
       array = np.asarray(weight[...], np.float32)
-      tensors[f"unet.{name}.{suffix}.weight"] = np.ascontiguousarray(array.T)
+      tensors[f"{prefix}.{suffix}.weight"] = np.ascontiguousarray(array.T)
+    if kohya:
+      tensors[f"{prefix}.alpha"] = np.array(linear.lora_down.shape[1], np.float32)
   save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
 
 
 def import_lora(unet: nnx.Module, path: str | os.PathLike) -> None:
   """Reads LoRA weights from a safetensors file into the UNet, in place.
 
-  Takes diffusers' format, with or without the `unet.` prefix, and the names of older
-  releases (`….processor.to_q_lora.down.weight`). The file's rank is used.
+  Takes diffusers' format, with or without the `unet.` prefix, the names of older
+  releases (`….processor.to_q_lora.down.weight`), and kohya's. Each matrix has the rank
+  that it has in the file; an `alpha` scales the update by alpha/rank.
 
   Raises:
     UserError: if the file cannot be read, or a weight is missing, unknown or misshapen.
   """
-  tensors = _read(path)
-  for name, linear in attention_projections(unet):
+  projections = list(attention_projections(unet))
+  tensors = _read(path, {_kohya_name(name): name for name, _ in projections})
+  for name, linear in projections:
     down, up = (_take(tensors, f"{name}.{suffix}.weight", path)
                 for suffix in ("lora_A", "lora_B"))
     rank = down.shape[0]
     expected = ((rank, linear.in_features), (linear.out_features, rank))
-    if (down.shape, up.shape) != expected:
+    if (down.shape, up.shape) != expected or rank == 0:
       raise UserError(f"LoRA file {path}: {name} has shapes {down.shape} and {up.shape}; "
                       f"must be {expected[0]} and {expected[1]} for this model")
+    alpha = _alpha(tensors, f"{name}.alpha", rank, path)
     linear.lora_down = nnx.LoRAParam(jnp.asarray(down.T, jnp.float32))
-    linear.lora_up = nnx.LoRAParam(jnp.asarray(up.T, jnp.float32))
+    linear.lora_up = nnx.LoRAParam(jnp.asarray(up.T, jnp.float32) * (alpha / rank))
   if tensors:
     raise UserError(f"LoRA file {path}: {len(tensors)} tensors belong to no attention "
                     f"projection of this UNet, such as {min(tensors)!r}")
 
 
-def _read(path: str | os.PathLike) -> dict[str, Any]:
+def _kohya_name(name: str) -> str:
+  return "lora_unet_" + name.replace(".", "_")
+
+
+def _read(path: str | os.PathLike, modules: dict[str, str]) -> dict[str, Any]:
+  """A file's tensors under diffusers' names; `modules` maps kohya's module names to ours."""
   try:
     tensors = load_file(path)
   except (OSError, SafetensorError) as error:
     raise UserError(f"LoRA file {path} cannot be read as safetensors: {error}") from error
-  return {_canonical(name): tensor for name, tensor in tensors.items()}
+  return {_canonical(name, modules): tensor for name, tensor in tensors.items()}
 
 
-def _canonical(name: str) -> str:
+def _canonical(name: str, modules: dict[str, str]) -> str:
+  module, dot, rest = name.partition(".")
+  name = modules.get(module, module) + dot + rest
   for pattern, replacement in _IMPORT_RULES:
     name = re.sub(pattern, replacement, name)
   return name
@@ -150,3 +182,10 @@ def _take(tensors: dict[str, Any], name: str, path: str | os.PathLike) -> Any:
   if tensor.ndim != 2:
     raise UserError(f"LoRA file {path}: {name} has shape {tensor.shape}; must be a matrix")
   return tensor
+
+
+def _alpha(tensors: dict[str, Any], name: str, rank: int, path: str | os.PathLike) -> float:
+  alpha = tensors.pop(name, np.array(rank))
+  if alpha.size != 1 or not np.isfinite(alpha).all():
+    raise UserError(f"LoRA file {path}: {name} is {alpha}; must be one finite number")
+  return float(alpha.item())

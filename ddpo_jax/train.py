@@ -28,7 +28,7 @@ from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState
 
 P = jax.sharding.PartitionSpec
 
-_DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
+DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 # Keys are folded from the seed by purpose, then by epoch: sampling takes the plain seed.
 _LORA_STREAM, _SHUFFLE_STREAM = 1_000_001, 1_000_002
 
@@ -138,7 +138,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
 
 def load_models(cfg: Config) -> StableDiffusion:
   """The pretrained model in the dtype asked for, ready to be partitioned."""
-  dtype = _DTYPES[cfg.mixed_precision]
+  dtype = DTYPES[cfg.mixed_precision]
   models = load_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype)
   models.unet.gradient_checkpointing = cfg.train.gradient_checkpointing
   if not cfg.use_lora:

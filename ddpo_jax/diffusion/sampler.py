@@ -81,6 +81,34 @@ def sample(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
   return Trajectory(latents=jnp.moveaxis(visited, 0, 1), log_probs=log_probs.T)
 
 
+@functools.partial(jax.jit, static_argnames=("guidance_scale", "eta"))
+def denoise(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
+            negative_embeddings: jax.Array, *, guidance_scale: float = 5.0,
+            eta: float = 1.0, key: jax.Array) -> jax.Array:
+  """`sample` for those who only want the images: the clean latents, [B, h, w, C].
+
+  Draws what `sample` draws from the same key, and takes an `eta` of 0 as well, where each
+  step is deterministic.
+
+  Raises:
+    ValueError: if eta is not in [0, 1].
+  """
+  if not 0.0 <= eta <= 1.0:
+    raise ValueError(f"{eta=} must be in [0, 1]")
+  keys = _sample_keys(key, text_embeddings.shape[0])
+  latents = _normal(keys, 0, (*_native_size(unet), unet.config.in_channels))
+
+  def body(latents: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+    step = jnp.full(latents.shape[0], index)
+    prediction = ddim.guided_prediction(
+        unet, latents, schedule.timesteps[step], text_embeddings, negative_embeddings,
+        guidance_scale)
+    mean, std = ddim.ddim_mean_and_std(schedule, prediction, step, latents, eta)
+    return mean + std * _normal(keys, index + 1, latents.shape[1:]), None
+
+  return jax.lax.scan(body, latents, jnp.arange(schedule.num_steps))[0]
+
+
 def _sample_keys(key: jax.Array, batch: int) -> jax.Array:
   """One key a sample, [B]."""
   if key.ndim:

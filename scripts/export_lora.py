@@ -1,0 +1,30 @@
+"""Writes a run's LoRA weights as a file that other programs load.
+
+    python scripts/export_lora.py --run logs/NAME --output lora.safetensors
+    python scripts/export_lora.py --run logs/NAME --output lora.safetensors --format kohya
+
+"diffusers" is for `pipeline.load_lora_weights("lora.safetensors")`, "kohya" for ComfyUI and
+the A1111 web UI. For a run with `use_lora=False` the output is a UNet folder, for
+`UNet2DConditionModel.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--run", required=True, help="a run's folder, or a checkpoint in it")
+  parser.add_argument("--output", type=pathlib.Path, required=True)
+  parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers")
+  args = parser.parse_args(argv)
+  from ddpo_jax import cli, inference  # imports JAX: only once the arguments are right
+  return cli.exit_status(lambda: inference.export(args.run, args.output, args.format))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,126 @@
+"""From a run's folder to images and files, as scripts/sample.py and export_lora.py do."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+from safetensors import safe_open
+
+from configs import base
+from ddpo_jax import checkpoint, inference, lora, train
+from ddpo_jax.config import resolve
+from ddpo_jax.models import load_pretrained
+from ddpo_jax.types import UserError
+
+TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
+PROMPTS = ["a cat", "a dog", "a cow"]
+
+
+def brightness(images, prompts, metadata):
+  return images.mean(axis=(1, 2, 3)), {}
+
+
+def make_run(folder, **changes):
+  config = base.get_config()
+  config.pretrained.model = str(TINY)
+  config.mixed_precision = "no"
+  config.logdir, config.run_name = str(folder), "run"
+  config.compilation_cache = ""
+  config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:brightness"
+  config.num_epochs, config.save_freq = 2, 1
+  config.sample.num_steps, config.sample.guidance_scale = 2, 1.0
+  config.sample.batch_size = config.train.batch_size = 4
+  config.train.learning_rate = 1e-2
+  config.update_from_flattened_dict(changes)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("jax.device_count", lambda: 1)
+    return train.train(resolve(config))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  return make_run(tmp_path_factory.mktemp("lora"), **{"lora.rank": 3})
+
+
+def sample(output, **changes):
+  arguments = dict(run=None, model=None, prompts=PROMPTS, prompts_file=None, output=output,
+                   compare=False, seed=0, num_steps=2, guidance_scale=1.0, eta=None,
+                   batch_size=2, mixed_precision=None)
+  inference.sample_to_files(**{**arguments, **changes})
+
+
+def pictures(folder):
+  return [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
+
+
+def test_load_run_has_the_checkpoints_weights(run):
+  newest, first = (inference.load_run(str(path)) for path in (run, run / "checkpoints/0"))
+  assert (newest.epoch, first.epoch) == (1, 0)
+  weights = [jax.tree.leaves(lora.partition(t.models.unet)[1]) for t in (newest, first)]
+  assert {w.shape[0] for w in weights[0]} | {w.shape[1] for w in weights[0]} >= {3}
+  stored = checkpoint.restore_params(run, 1, lora.partition(newest.models.unet)[1])
+  for ours, expected in zip(weights[0], jax.tree.leaves(stored), strict=True):
+    np.testing.assert_array_equal(ours, expected)
+  assert any((a != b).any() for a, b in zip(*weights))
+
+
+def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path):
+  sample(tmp_path / "both", run=str(run), compare=True)
+  sample(tmp_path / "base", model=str(TINY), batch_size=3)
+  sample(tmp_path / "tuned", run=str(run), batch_size=1)
+  both, before, after = (pictures(tmp_path / n) for n in ("both", "base", "tuned"))
+  assert len(both) == 6 and len(before) == len(after) == 3
+  for i in range(3):  # batch sizes round differently by a value at most
+    assert np.abs(both[2 * i].astype(int) - before[i]).max() <= 1
+    assert np.abs(both[2 * i + 1].astype(int) - after[i]).max() <= 1
+  assert np.abs(np.stack(before).astype(int) - np.stack(after)).max() > 1
+
+
+def test_eta_zero_and_a_grid(run, tmp_path):
+  sample(tmp_path / "grid.jpg", run=str(run), eta=0.0)
+  assert Image.open(tmp_path / "grid.jpg").size[0] > 3 * 64
+  file = tmp_path / "prompts.txt"
+  file.write_text("a cat\n\na dog\n")
+  sample(tmp_path / "files", run=str(run), prompts=[], prompts_file=str(file), eta=0.0)
+  assert [p.name for p in sorted((tmp_path / "files").iterdir())] == [
+      "0000_a_cat.png", "0001_a_dog.png"]
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"prompts": []}, "--prompts is empty"), ({"compare": True}, "--compare needs --run"),
+    ({"eta": 1.5}, "--eta=1.5"), ({"num_steps": 0}, "--num_steps=0"),
+    ({"run": "no_such_run", "model": None}, "no_such_run"),
+    ({"prompts_file": "none.txt"}, "none.txt")])
+def test_bad_arguments_are_one_line(changes, message, tmp_path):
+  with pytest.raises(UserError, match=message) as error:
+    sample(tmp_path / "out", **{"model": str(TINY), **changes})
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file_format", lora.FORMATS)
+def test_export_says_what_it_was_made_from(run, file_format, tmp_path):
+  inference.export(str(run), tmp_path / "new" / "lora.safetensors", file_format)
+  with safe_open(tmp_path / "new" / "lora.safetensors", framework="numpy") as tensors:
+    metadata = tensors.metadata()
+    assert len(tensors.keys()) == 112 * (1.5 if file_format == "kohya" else 1)
+  assert metadata["base_model"] == str(TINY) and metadata["lora_rank"] == "3"
+  assert metadata["epoch"] == "1"
+
+
+def test_export_of_full_finetuning_is_a_unet_folder(tmp_path):
+  run = make_run(tmp_path, use_lora=False, num_epochs=1)
+  inference.export(str(run), tmp_path / "unet")
+  assert json.loads((tmp_path / "unet/config.json").read_text()) == json.loads(
+      (TINY / "unet/config.json").read_text())
+  folder = tmp_path / "model"
+  folder.mkdir()
+  for part in TINY.iterdir():
+    (folder / part.name).symlink_to(tmp_path / "unet" if part.name == "unet" else part)
+  reloaded = load_pretrained(folder)
+  trained = inference.load_run(str(run)).models.unet
+  for a, b in zip(*(jax.tree.leaves(lora.partition(u, use_lora=False)[1])
+                    for u in (reloaded.unet, trained)), strict=True):
+    np.testing.assert_array_equal(a, b)
