@@ -6,6 +6,7 @@ Field names and defaults are ddpo-pytorch's; those marked (new) are added.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -112,9 +113,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.prompt_fn_kwargs = ml_collections.ConfigDict()
 
   # ---- rewards ----
-  # A function of ddpo_jax/rewards, or your own as "package.module:function".
-  config.reward_fn = "jpeg_compressibility"
-  # (new) Its keyword arguments.
+  # A function of ddpo_jax/rewards, or your own as "package.module:function". (new) Or
+  # several with weights, {"aesthetic_score": 1.0, "jpeg_compressibility": 0.2}: each is
+  # standardised by its own mean and deviation over the run before it is weighted.
+  config.reward_fn = config_dict.FieldReference("jpeg_compressibility", field_type=object)
+  # (new) Its keyword arguments; with several functions, a dict for each under its name.
   config.reward_kwargs = ml_collections.ConfigDict()
 
   # ---- per-prompt statistics ----

@@ -2,10 +2,11 @@
 
     python scripts/train.py --config configs/demo.py
     python scripts/train.py --config configs/demo.py:incompressibility
+    python scripts/train.py --config configs/demo.py:alignment
 
 The prompts leave the background's texture open ("two red circles on a blue background").
 Rewarded for small JPEG files the model learns to draw plain backgrounds; rewarded for
-large ones, busy ones.
+large ones, busy ones; rewarded for alignment, to give the shapes the colour asked for.
 """
 
 import ml_collections
@@ -13,7 +14,8 @@ import ml_collections
 from configs import base
 
 REWARDS = {"compressibility": "jpeg_compressibility",
-           "incompressibility": "jpeg_incompressibility"}
+           "incompressibility": "jpeg_incompressibility",
+           "alignment": "color_alignment"}
 
 
 def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:

@@ -1,7 +1,9 @@
-"""The experiments of dgx.py on one GPU: the same 256 images and 4 optimizer steps per epoch.
+"""The experiments of dgx.py on one GPU: the same images and optimizer steps per epoch.
 
     python scripts/train.py --config configs/single_gpu.py:compressibility
     python scripts/train.py --config configs/single_gpu.py:incompressibility
+    python scripts/train.py --config configs/single_gpu.py:aesthetic
+    python scripts/train.py --config configs/single_gpu.py:prompt_image_alignment
 
 Less memory: lower sample.batch_size (raising sample.num_batches_per_epoch), then
 train.batch_size (raising train.gradient_accumulation_steps), then set
@@ -12,13 +14,15 @@ import ml_collections
 
 from configs import dgx
 
+_DEVICES = 8  # of dgx.py
+
 
 def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
   config = dgx.get_config(name)
-  # 16 * 16 = 256 images per epoch.
+  # Sampling in batches of 16, training in batches of 4, and more of both.
+  images = _DEVICES * config.sample.batch_size * config.sample.num_batches_per_epoch
   config.sample.batch_size = 16
-  config.sample.num_batches_per_epoch = 16
-  # 256 / (4 * 16) = 4 optimizer steps per epoch.
+  config.sample.num_batches_per_epoch = images // 16
+  config.train.gradient_accumulation_steps *= _DEVICES * config.train.batch_size // 4
   config.train.batch_size = 4
-  config.train.gradient_accumulation_steps = 16
   return config

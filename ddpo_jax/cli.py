@@ -132,16 +132,19 @@ def _check_field(config: ml_collections.ConfigDict, argument: str) -> None:
 
 
 def _set_free_form(config: ml_collections.ConfigDict, argument: str) -> bool:
-  """Sets a keyword argument, of any name and type, of the prompt or reward function."""
+  """Sets what has no fixed type: the reward, or an argument of it or of the prompts."""
   path, _, text = argument.removeprefix("--config.").partition("=")
   group, _, name = path.partition(".")
-  if group not in _FREE_FORM or not name:
-    return False
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = text
-  config[group] = {**(config[group] or {}), name: value}
+  if path == "reward_fn":
+    config[path] = value if isinstance(value, dict) else text
+  elif group in _FREE_FORM and name:
+    config[group] = {**(config[group] or {}), name: value}
+  else:
+    return False
   return True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -94,7 +95,7 @@ class Config:
   train: TrainConfig
   prompt_fn: str
   prompt_fn_kwargs: Mapping[str, Any]
-  reward_fn: str
+  reward_fn: str | Mapping[str, float]
   reward_kwargs: Mapping[str, Any]
   per_prompt_stat_tracking: PerPromptStatTrackingConfig | None
   wandb: WandbConfig
@@ -102,6 +103,11 @@ class Config:
   def to_dict(self) -> dict[str, Any]:
     """Plain nested dicts, ready for JSON."""
     return dataclasses.asdict(self)
+
+  @property
+  def reward_weights(self) -> Mapping[str, float] | None:
+    """The weight of each reward function; None if there is one, whose rewards are used raw."""
+    return None if isinstance(self.reward_fn, str) else self.reward_fn
 
   def compilation_cache_folder(self) -> pathlib.Path | None:
     """Where compiled programs are kept between runs; None for nowhere."""
@@ -206,6 +212,8 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
 
 
 def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+  if path == "reward_fn":
+    return _reward_fn(value, problems)
   choices = typing.get_args(kind) if typing.get_origin(kind) is not Mapping else ()
   if type(None) in choices:  # an optional group
     if value is None or value == {}:
@@ -227,6 +235,22 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if not check(value):
       problems.append(f"{path}={value!r} {text}")
   return value
+
+
+def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
+  """A function's name, or functions' names and their weights."""
+  if isinstance(value, str) and value:
+    return value
+  if not isinstance(value, Mapping) or not value:
+    problems.append(f"reward_fn={value!r} must be the name of a reward function, or a dict "
+                    "of names and weights")
+    return {}
+  for name, weight in value.items():
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight) or weight == 0:
+      problems.append(f"reward_fn: the weight {weight!r} of {name!r} must be a finite "
+                      "number other than 0")
+  return dict(value)
 
 
 def _relations(cfg: Config) -> list[str]:

@@ -135,13 +135,18 @@ def load_lines(path: str) -> list[str]:
   return lines
 
 
-def resolve_function(field: str, name: str, known: dict[str, Callable]) -> Callable:
-  """A function by its name here, or imported from "package.module:function"."""
+def resolve_function(field: str, name: str, known: dict[str, Callable],
+                     also: Sequence[str] = ()) -> Callable:
+  """A function by its name here, or imported from "package.module:function".
+
+  `also` are names that the caller knows besides; for the message.
+  """
   if name in known:
     return known[name]
   module_name, colon, function_name = name.partition(":")
   if not colon:
-    raise UserError(f"{field}={name!r} is not known; must be one of {', '.join(known)}, "
+    raise UserError(f"{field}={name!r} is not known; must be one of "
+                    f"{', '.join([*known, *also])}, "
                     "or your own as 'package.module:function'")
   try:
     function = getattr(importlib.import_module(module_name), function_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import draw_prompts
-from ddpo_jax.rewards import check_rewards
+from ddpo_jax.rewards import call_reward
 from ddpo_jax.types import PromptFn, RewardFn, Trajectory
 
 P = jax.sharding.PartitionSpec
@@ -64,10 +64,10 @@ class Rollout:
   trajectory: Trajectory
   text_embeddings: jax.Array
   prompts: list[str]  # of every sample of every process, in order of the sample index
-  rewards: np.ndarray  # [samples] float32, likewise
+  rewards: dict[str, np.ndarray]  # of each reward function: [samples] float32, likewise
   images: np.ndarray  # [samples of this process, H, W, 3] uint8
   local_indices: np.ndarray  # the sample index of each of `images`
-  reward_info: list[dict[str, Any]]  # of each batch
+  reward_info: list[dict[str, dict[str, Any]]]  # of each batch and reward function
   sampling_seconds: float
   reward_seconds: float  # waited for rewards after the last image was there
 
@@ -111,14 +111,13 @@ class RolloutWorker:
 
   def __init__(self, config: SamplingConfig, models: StableDiffusion,
                unet_graphdef: nnx.GraphDef, frozen: FrozenModels,
-               schedule: DDIMSchedule, prompt_fn: PromptFn, reward_fn: RewardFn,
-               reward_name: str, seed: int, mesh: jax.sharding.Mesh):
+               schedule: DDIMSchedule, prompt_fn: PromptFn,
+               reward_fns: Mapping[str, RewardFn], seed: int, mesh: jax.sharding.Mesh):
     self._config = config
     self._tokenize = models.tokenize
     self._frozen = frozen
     self._prompt_fn = prompt_fn
-    self._reward_fn = reward_fn
-    self._reward_name = reward_name
+    self._reward_fns = reward_fns
     self._seed = seed
     self._sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
     self._global_batch = config.batch_size * mesh.size
@@ -172,7 +171,8 @@ class RolloutWorker:
         text_embeddings=_stack([g.text_embeddings for g in generations]),
         prompts=draw_prompts(self._prompt_fn, self._seed, epoch,
                              range(self.samples_per_epoch))[0],
-        rewards=self._gather(np.stack(rewards)),
+        rewards={name: self._gather(np.stack([batch[name] for batch in rewards]))
+                 for name in self._reward_fns},
         images=np.concatenate(images),
         local_indices=np.concatenate([self._local_indices(b) for b in
                                       range(self._config.num_batches)]),
@@ -196,12 +196,14 @@ class RolloutWorker:
     return generation, prompts, metadata
 
   def _score(self, images: jax.Array, prompts: list[str], metadata: list[dict]
-             ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+             ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     """Runs in a thread: waits for the images, then for their rewards."""
     shards = sorted(images.addressable_shards, key=lambda s: s.index[0].start or 0)
     images = np.concatenate([np.asarray(shard.data) for shard in shards])
-    rewards, info = self._reward_fn(images, prompts, metadata)
-    return images, check_rewards(self._reward_name, rewards, prompts), info
+    rewards, info = {}, {}
+    for name, function in self._reward_fns.items():
+      rewards[name], info[name] = call_reward(name, function, images, prompts, metadata)
+    return images, rewards, info
 
   def _gather(self, rewards: np.ndarray) -> np.ndarray:
     """[batches, samples of this process] -> [samples of all processes] by sample index."""

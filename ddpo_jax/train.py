@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -22,7 +22,8 @@ from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import set_compute_dtype
 from ddpo_jax.prompts import draw_prompts, get_prompt_fn
-from ddpo_jax.rewards import get_reward
+from ddpo_jax.rewards import get_rewards
+from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
 from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState
 
@@ -45,6 +46,7 @@ class Trainer:
   frozen_unet: nnx.State
   state: TrainState
   stat_tracker: advantages.PerPromptStatTracker | None
+  combiner: RewardCombiner | None  # of several reward functions
   skipped_in_a_row: int = 0
 
 
@@ -62,13 +64,13 @@ def train(cfg: Config) -> pathlib.Path:
   """
   started = time.perf_counter()
   prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
-  reward_fn = get_reward(cfg.reward_fn, **cfg.reward_kwargs)
   draw_prompts(prompt_fn, cfg.seed, 0, [0])  # finds a bad prompt file before the loading
   run = tracking.choose_run_folder(cfg)
   configure_jax(cfg)
+  reward_fns = get_rewards(cfg.reward_fn, cfg.reward_kwargs)
   plan = BatchPlan.create(cfg, jax.device_count())
   tracking.say(plan.describe())
-  trainer = build(cfg, plan, prompt_fn, reward_fn)
+  trainer = build(cfg, plan, prompt_fn, reward_fns)
   first_epoch = resume(trainer) if cfg.resume_from else 0
   tracker = tracking.Tracker(run, cfg)
   tracker.resume(first_epoch)
@@ -80,8 +82,9 @@ def train(cfg: Config) -> pathlib.Path:
         before = checkpoint_of(trainer)
         try:
           run_epoch(trainer, tracker, epoch, stop, started)
-        except (Interrupted, FloatingPointError):
-          # An epoch is a pure function of the state before it, so nothing is lost.
+        except Exception:
+          # An epoch is a pure function of the state before it, so nothing is lost: neither
+          # by a signal, nor where a reward fails or training gets no finite numbers.
           if epoch > 0:
             checkpointer.save(epoch - 1, *before)
           raise
@@ -104,7 +107,7 @@ def configure_jax(cfg: Config) -> None:
 
 
 def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
-          reward_fn: RewardFn) -> Trainer:
+          reward_fns: Mapping[str, RewardFn]) -> Trainer:
   """Loads the model, attaches LoRA, and puts everything where training needs it."""
   mesh = jax.make_mesh((plan.num_devices,), (update.AXIS,),
                        axis_types=(jax.sharding.AxisType.Auto,),
@@ -125,15 +128,15 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
       SamplingConfig(cfg.sample.batch_size, cfg.sample.num_batches_per_epoch,
                      cfg.sample.guidance_scale, cfg.sample.eta,
                      cfg.sample.decode_batch_size),
-      models, graphdef, frozen, schedule, prompt_fn, reward_fn, cfg.reward_fn, cfg.seed,
-      mesh)
+      models, graphdef, frozen, schedule, prompt_fn, reward_fns, cfg.seed, mesh)
   tracking_config = cfg.per_prompt_stat_tracking
   return Trainer(
       cfg=cfg, plan=plan, mesh=mesh, worker=worker, frozen_unet=frozen.unet,
       update=update.make_update(update_config, graphdef, schedule, optimizer, mesh),
       state=replicate(state),
       stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
-          tracking_config.buffer_size, tracking_config.min_count))
+          tracking_config.buffer_size, tracking_config.min_count),
+      combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None)
 
 
 def load_models(cfg: Config) -> StableDiffusion:
@@ -172,14 +175,16 @@ def resume(trainer: Trainer) -> int:
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
+  if trainer.combiner is not None:
+    trainer.combiner.load_state_dict(restored.meta["reward_stats"])
   return restored.epoch + 1
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
   """The state as it is now, safe from the update's donation, and the rest as JSON."""
-  stats = trainer.stat_tracker
-  meta = {"config": trainer.cfg.to_dict(),
-          "per_prompt_stats": None if stats is None else stats.state_dict()}
+  of = lambda part: None if part is None else part.state_dict()
+  meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": of(trainer.stat_tracker),
+          "reward_stats": of(trainer.combiner)}
   return jax.tree.map(jnp.copy, trainer.state), meta
 
 
@@ -188,7 +193,8 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   """Samples, scores, updates, and logs one epoch."""
   first = int(trainer.state.step) == 0
   rollout = trainer.worker.run(trainer.state.params, epoch, before_batch=stop.check)
-  batch = make_batch(trainer, rollout)
+  rewards = total_rewards(trainer, rollout)
+  batch = make_batch(trainer, rollout, rewards)
   training_started = time.perf_counter()
   steps = []
   for metrics in optimizer_steps(trainer, batch, epoch, stop):
@@ -198,9 +204,9 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
       tracking.say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
   training_seconds = time.perf_counter() - training_started
   shown = rollout.local_indices
-  tracker.log_epoch(epoch, epoch_metrics(trainer, rollout, steps, training_seconds),
-                    rollout.images, [rollout.prompts[i] for i in shown],
-                    rollout.rewards[shown])
+  tracker.log_epoch(
+      epoch, epoch_metrics(trainer, rollout, rewards, steps, training_seconds),
+      rollout.images, [rollout.prompts[i] for i in shown], rewards[shown])
 
 
 def check_finite(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:
@@ -215,12 +221,20 @@ def check_finite(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) ->
         "mixed_precision='no'")
 
 
-def make_batch(trainer: Trainer, rollout: Rollout) -> Batch:
+def total_rewards(trainer: Trainer, rollout: Rollout) -> np.ndarray:
+  """The reward function's values, or the weighted sum of several: [samples] float32."""
+  if trainer.combiner is not None:
+    return trainer.combiner.combine(rollout.rewards)
+  (rewards,) = rollout.rewards.values()
+  return rewards
+
+
+def make_batch(trainer: Trainer, rollout: Rollout, rewards: np.ndarray) -> Batch:
   """Turns rewards into advantages and lays the epoch out for the update."""
   if trainer.stat_tracker is None:
-    values = advantages.normalize(rollout.rewards)
+    values = advantages.normalize(rewards)
   else:
-    values = trainer.stat_tracker.update(rollout.prompts, rollout.rewards)
+    values = trainer.stat_tracker.update(rollout.prompts, rewards)
   shape = rollout.trajectory.log_probs.shape[:2]
   sharding = jax.sharding.NamedSharding(trainer.mesh, P(None, update.AXIS))
   everywhere = values.reshape(shape)
@@ -247,14 +261,17 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
     yield metrics
 
 
-def epoch_metrics(trainer: Trainer, rollout: Rollout, steps: list[update.UpdateMetrics],
-                  training_seconds: float) -> dict[str, float | int | None]:
+def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
+                  steps: list[update.UpdateMetrics], training_seconds: float
+                  ) -> dict[str, float | int | None]:
   """One line of metrics.jsonl. `ratio_drift` is from before the first optimizer step."""
-  rewards = rollout.rewards
+  each = rollout.rewards if trainer.combiner is not None else {}
   mean = lambda name: float(np.mean([getattr(step, name) for step in steps]))
   return {
       "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),
       "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
+      **{f"reward/{name}_mean": float(values.mean()) for name, values in each.items()},
+      **{f"reward/{name}_std": float(values.std()) for name, values in each.items()},
       "sampling_seconds": rollout.sampling_seconds,
       "reward_seconds": rollout.reward_seconds, "training_seconds": training_seconds,
       "images_per_second": len(rewards) / rollout.sampling_seconds,

@@ -29,6 +29,14 @@ def test_overrides():
   assert cfg.reward_kwargs == {"strength": 2.5}
 
 
+def test_several_rewards_on_the_command_line():
+  spec = "{'my_rewards:redness': 1.0, 'jpeg_compressibility': 0.2}"
+  cfg = read("--config", DEMO, f"--config.reward_fn={spec}",
+             "--config.reward_kwargs.my_rewards:redness={'strength': 2}")
+  assert cfg.reward_fn == {"my_rewards:redness": 1.0, "jpeg_compressibility": 0.2}
+  assert cfg.reward_kwargs == {"my_rewards:redness": {"strength": 2}}
+
+
 @pytest.mark.parametrize("arguments,message", [
     ([], "--config is missing"),
     (["--config=configs/none.py"], "does not exist"),

@@ -1,6 +1,7 @@
 """Validation of configs, and the batch arithmetic."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -10,9 +11,10 @@ from configs import base, demo, dgx, single_gpu
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.types import UserError
 
-EXPERIMENTS = [base.get_config, *(lambda f=f, n=n: f(n) for f in (
-    dgx.get_config, single_gpu.get_config, demo.get_config)
-    for n in ("compressibility", "incompressibility"))]
+EXPERIMENTS = [base.get_config,
+               *(functools.partial(dgx.get_config, name) for name in dgx.EXPERIMENTS),
+               *(functools.partial(single_gpu.get_config, name) for name in dgx.EXPERIMENTS),
+               *(functools.partial(demo.get_config, name) for name in demo.REWARDS)]
 
 
 def changed(**changes):
@@ -28,11 +30,18 @@ def test_every_experiment_is_valid(get_config):
   assert BatchPlan.create(cfg, 8).steps_per_inner_epoch >= 1
 
 
-def test_dgx_is_the_papers_arithmetic():
+@pytest.mark.parametrize("name,images,steps", [
+    ("compressibility", 256, 4), ("incompressibility", 256, 4), ("aesthetic", 256, 2),
+    ("prompt_image_alignment", 384, 2)])
+def test_one_gpu_does_the_work_of_the_references_eight(name, images, steps):
+  plan = BatchPlan.create(resolve(dgx.get_config(name)), 8)
+  assert (plan.samples_per_epoch, plan.steps_per_inner_epoch) == (images, steps)
+  one = BatchPlan.create(resolve(single_gpu.get_config(name)), 1)
+  assert (one.samples_per_epoch, one.steps_per_inner_epoch) == (images, steps)
+
+
+def test_the_batch_arithmetic_is_shown():
   plan = BatchPlan.create(resolve(dgx.get_config("compressibility")), 8)
-  assert (plan.samples_per_epoch, plan.steps_per_inner_epoch) == (256, 4)
-  one = BatchPlan.create(resolve(single_gpu.get_config("compressibility")), 1)
-  assert (one.samples_per_epoch, one.steps_per_inner_epoch) == (256, 4)
   for number in ("256", "= 4", "= 8"):
     assert number in plan.describe()
 
@@ -50,6 +59,8 @@ def test_dgx_is_the_papers_arithmetic():
     ("pretrained.model", "no/such/folder"), ("pretrained.model", ""),
     ("resume_from", "no_such_run"), ("lora.init_from", "no_such_file"),
     ("per_prompt_stat_tracking.buffer_size", 0), ("prompt_fn_kwargs", 3),
+    ("reward_fn", 3), ("reward_fn", ""), ("reward_fn", {}), ("reward_fn", {"a": "b"}),
+    ("reward_fn", {"a": float("nan")}), ("reward_fn", {"a": 0.0}), ("reward_fn", {"a": True}),
 ])
 def test_bad_value_is_one_line_that_names_the_field(field, value):
   config = base.get_config().to_dict()

@@ -1,11 +1,20 @@
-"""JPEG rewards against the reference, and the check of what a reward returns."""
+"""JPEG rewards against the reference, colours on drawn pictures, several rewards at once,
+and the check of what a reward returns.
+"""
+
+import asyncio
+import dataclasses
+import json
 
 import numpy as np
 import PIL
 import pytest
 
+from ddpo_jax import shapes
 from ddpo_jax.models.vae import to_uint8
-from ddpo_jax.rewards import check_rewards, get_reward
+from ddpo_jax.rewards import (
+    REWARD_FACTORIES, call_reward, check_rewards, get_reward, get_rewards)
+from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.types import UserError
 
 PROMPTS = ["a cat", "a dog", "a cow"]
@@ -13,6 +22,20 @@ PROMPTS = ["a cat", "a dog", "a cow"]
 
 def scaled(images, prompts, metadata, factor):
   return factor * np.arange(len(images)), {"factor": factor}
+
+
+async def slow_brightness(images, prompts, metadata):
+  means = await asyncio.gather(*(_mean(image) for image in images))
+  return np.array(means), {}
+
+
+async def _mean(image):
+  await asyncio.sleep(0.001)
+  return image.mean()
+
+
+def without_info(images, prompts, metadata):
+  return np.zeros(len(images))
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +97,110 @@ def test_wrong_values_name_function_sample_and_prompt(values, message):
 @pytest.mark.parametrize("values", ([1, 2, 3], [True, False, True], np.float64([1, 2, 3])))
 def test_any_numbers_become_float32(values):
   assert check_rewards("f", values, PROMPTS).dtype == np.float32
+
+
+def test_async_rewards_are_awaited():
+  images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+  name = f"{__name__}:slow_brightness"
+  rewards, _ = call_reward(name, get_reward(name), images, PROMPTS, [{}] * 3)
+  assert rewards.tolist() == [0, 1, 2]
+
+
+def test_a_reward_without_info_is_refused():
+  name = f"{__name__}:without_info"
+  with pytest.raises(UserError, match="without_info.*ndarray.*return rewards, {}"):
+    call_reward(name, get_reward(name), np.zeros((3, 2, 2, 3), np.uint8), PROMPTS, [{}] * 3)
+
+
+def test_unknown_reward_lists_all_there_are():
+  with pytest.raises(UserError) as error:
+    get_reward("nope")
+  assert all(name in str(error.value) for name in ("color_alignment", *REWARD_FACTORIES))
+
+
+# ---- color_alignment ----
+
+
+def drawn(rng, texture):
+  scene = shapes.random_scene(rng)
+  scene = dataclasses.replace(scene, texture=texture)
+  return shapes.draw(scene, rng)[None], scene
+
+
+def alignment(images, color, background):
+  metadata = [{"color": color, "background": background}] * len(images)
+  return get_reward("color_alignment")(images, [""] * len(images), metadata)[0]
+
+
+@pytest.mark.parametrize("texture,least,most", [  # noise reaches into other colours
+    ("plain", 0.99, 0.2), ("striped", 0.85, 0.2), ("checkered", 0.85, 0.2), ("noisy", 0.45, 0.6)])
+def test_color_alignment_knows_the_shapes_color(texture, least, most):
+  rng = np.random.default_rng(0)
+  for _ in range(60):
+    image, scene = drawn(rng, texture)
+    assert alignment(image, scene.color, scene.background) >= least, scene
+    for other in set(shapes.COLORS) - {scene.color, scene.background}:
+      assert alignment(image, other, scene.background) < most, (scene, other)
+
+
+def test_color_alignment_falls_with_the_share_of_another_color():
+  rng = np.random.default_rng(0)
+  scores = []
+  for mixed in (0, 8, 16, 24, 32):
+    image = np.broadcast_to(np.uint8(shapes.COLORS["blue"]), (1, 64, 64, 3)).copy()
+    image[:, 16:48, 16:48] = shapes.COLORS["red"]
+    image[:, 16:16 + mixed, 16:48] = shapes.COLORS["yellow"]
+    scores.append(float(alignment(image, "red", "blue")[0]))
+  np.testing.assert_allclose(scores, [1, 0.75, 0.5, 0.25, 0], atol=0.01)
+  noise = rng.integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
+  assert alignment(noise, "red", "blue") < 0.3
+
+
+def test_filling_the_picture_does_not_pay():
+  full = np.broadcast_to(np.uint8(shapes.COLORS["red"]), (1, 64, 64, 3))
+  empty = np.broadcast_to(np.uint8(shapes.COLORS["blue"]), (1, 64, 64, 3))
+  assert alignment(full, "red", "blue") == 0
+  assert alignment(empty, "red", "blue") == 0
+  nearly = full.copy()
+  nearly[:, :6] = shapes.COLORS["blue"]
+  assert alignment(nearly, "red", "blue") < 0.35
+
+
+def test_color_alignment_needs_metadata():
+  images = np.zeros((1, 64, 64, 3), np.uint8)
+  with pytest.raises(UserError, match="tiny_shapes"):
+    get_reward("color_alignment")(images, ["a cat"], [{}])
+
+
+# ---- several rewards ----
+
+
+def test_several_rewards_are_standardised_then_weighted():
+  rng = np.random.default_rng(0)
+  large = rng.normal(500, 100, (3, 64))
+  small = rng.normal(-2, 0.01, (3, 64))
+  combiner = RewardCombiner({"large": 1.0, "small": -0.5})
+  for epoch in range(3):
+    total = combiner.combine({"large": large[epoch], "small": small[epoch]})
+    standard = lambda x, so_far: (x - so_far.mean()) / so_far.std()
+    expected = (standard(large[epoch], large[:epoch + 1])
+                - 0.5 * standard(small[epoch], small[:epoch + 1]))
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+    restored = RewardCombiner({"large": 1.0, "small": -0.5})
+    restored.load_state_dict(json.loads(json.dumps(combiner.state_dict())))
+    combiner = restored
+
+
+def test_a_constant_reward_adds_nothing():
+  combiner = RewardCombiner({"constant": 1.0, "other": 1.0})
+  total = combiner.combine({"constant": np.full(4, 3.0), "other": np.arange(4.0)})
+  assert np.isfinite(total).all() and np.argsort(total).tolist() == [0, 1, 2, 3]
+
+
+def test_arguments_of_several_rewards_go_by_name():
+  name = f"{__name__}:scaled"
+  functions = get_rewards({name: 1.0, "jpeg_compressibility": 0.2}, {name: {"factor": 3}})
+  assert list(functions) == [name, "jpeg_compressibility"]
+  assert functions[name](np.zeros((2, 2, 2, 3)), [], [])[0].tolist() == [0, 3]
+  with pytest.raises(UserError, match="reward_kwargs.factor"):
+    get_rewards({name: 1.0}, {"factor": 3})

@@ -100,6 +100,34 @@ def test_nan_reward_stops_the_run_and_names_the_sample(make_config):
     train.train(cfg)
 
 
+def fails_in_epoch_one(images, prompts, metadata):
+  fails_in_epoch_one.calls += 1
+  if fails_in_epoch_one.calls > 2:  # two batches an epoch
+    raise ConnectionError("the server is gone")
+  return images.mean(axis=(1, 2, 3)), {}
+
+
+def test_a_reward_that_fails_loses_no_finished_epoch(make_config, tmp_path):
+  fails_in_epoch_one.calls = 0
+  with pytest.raises(ConnectionError, match="the server is gone"):
+    train.train(make_config(reward_fn=f"{__name__}:fails_in_epoch_one", save_freq=100))
+  assert checkpoint.find(tmp_path / "run")[1] == 0
+  assert len(metrics_of(tmp_path / "run")) == 1
+
+
+def test_several_rewards_resume_exactly(make_config, tmp_path):
+  brightness, size = f"{__name__}:brightness", "jpeg_compressibility"
+  rewards = {"reward_fn": {brightness: 1.0, size: 0.5}}
+  lines = metrics_of(train.train(make_config(**rewards)))
+  assert {f"reward/{name}_{of}" for name in (brightness, size)
+          for of in ("mean", "std")} <= set(lines[0])
+  train.train(make_config(run_name="other", num_epochs=2, **rewards))
+  resumed = metrics_of(train.train(make_config(
+      run_name="other", resume_from=str(tmp_path / "other"), **rewards)))
+  assert resumed[2]["reward_mean"] == lines[2]["reward_mean"]
+  assert resumed[2]["loss"] == lines[2]["loss"]
+
+
 def test_resume_from_another_model_is_refused(make_config, tmp_path):
   train.train(make_config(num_epochs=1))
   cfg = make_config(resume_from=str(tmp_path / "run"), **{"lora.rank": 2})

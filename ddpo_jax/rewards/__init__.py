@@ -2,32 +2,99 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Mapping
 import functools
+import inspect
 from typing import Any
 
 import numpy as np
 
 from ddpo_jax.prompts import check_kwargs, resolve_function
+from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from ddpo_jax.types import RewardFn, UserError
 
-REWARD_FUNCTIONS = {f.__name__: f for f in (jpeg_compressibility, jpeg_incompressibility)}
+REWARD_FUNCTIONS = {f.__name__: f for f in (jpeg_compressibility, jpeg_incompressibility,
+                                            color_alignment)}
+# These hold a network or speak to a server, so each is made once: by a factory that takes
+# the keyword arguments and fails at once where something is not there.
+REWARD_FACTORIES = {
+    "aesthetic_score": "ddpo_jax.rewards.clip:make_aesthetic_score",
+    "clip_score": "ddpo_jax.rewards.clip:make_clip_score",
+    "pick_score": "ddpo_jax.rewards.clip:make_pick_score",
+    "llava_strict_satisfaction": "ddpo_jax.rewards.llava:make_llava_strict_satisfaction",
+    "llava_bertscore": "ddpo_jax.rewards.llava:make_llava_bertscore",
+    "vlm_score": "ddpo_jax.rewards.vlm:make_vlm_score",
+}
 
 
 def get_reward(name: str, **kwargs: Any) -> RewardFn:
   """Finds a reward function and binds its keyword arguments.
 
   Args:
-    name: of a function here, or "package.module:function" for a user's own. Either is
+    name: of a function here, or "package.module:function" for a user's own. A user's is
       called as `function(images, prompts, metadata, **kwargs)` with images uint8
-      [B, H, W, 3], and returns float rewards [B] and a dict.
+      [B, H, W, 3], and returns float rewards [B] and a dict; it may be async.
 
   Raises:
-    UserError: if there is no such function, or it does not take `kwargs`.
+    UserError: if there is no such function, or it does not take `kwargs`, or a model or
+      server that it needs is not there.
   """
-  function = resolve_function("reward_fn", name, REWARD_FUNCTIONS)
+  if name in REWARD_FACTORIES:
+    factory = resolve_function("reward_fn", REWARD_FACTORIES[name], {})
+    check_kwargs("reward_fn", name, factory, (), kwargs)
+    return factory(**kwargs)
+  function = resolve_function("reward_fn", name, REWARD_FUNCTIONS, list(REWARD_FACTORIES))
   check_kwargs("reward_fn", name, function, ("images", "prompts", "metadata"), kwargs)
   return functools.partial(function, **kwargs)
+
+
+def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
+                ) -> dict[str, RewardFn]:
+  """The functions of `config.reward_fn`: one, or several with weights.
+
+  Args:
+    spec: a name, or names and their weights.
+    kwargs: keyword arguments; with several functions, those of each under its name.
+
+  Raises:
+    UserError: as `get_reward`, and for arguments of a function that is not in `spec`.
+  """
+  if isinstance(spec, str):
+    return {spec: get_reward(spec, **kwargs)}
+  for name, value in kwargs.items():
+    if name not in spec or not isinstance(value, Mapping):
+      raise UserError(f"reward_kwargs.{name}={value!r}: with several rewards, must be the "
+                      f"arguments of one of them, by its name: {', '.join(spec)}")
+  return {name: get_reward(name, **kwargs.get(name, {})) for name in spec}
+
+
+def call_reward(name: str, function: RewardFn, images: np.ndarray, prompts: list[str],
+                metadata: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
+  """Calls a reward function, awaits it if it is async, and checks what it returns.
+
+  Raises:
+    UserError: if it is not a pair of rewards, one finite number for each image, and a
+      dict; names the function.
+  """
+  result = function(images, prompts, metadata)
+  if inspect.isawaitable(result):
+    result = asyncio.run(_wait_for(result))
+  if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+    raise UserError(f"reward_fn={name!r} returned {_kind(result)}; must be a pair of "
+                    "rewards and a dict: return rewards, {}")
+  return check_rewards(name, result[0], prompts), result[1]
+
+
+async def _wait_for(result: Awaitable[Any]) -> Any:
+  return await result
+
+
+def _kind(result: Any) -> str:
+  if isinstance(result, tuple):
+    return f"a tuple of {', '.join(type(x).__name__ for x in result)}"
+  return f"a {type(result).__name__}"
 
 
 def check_rewards(name: str, rewards: Any, prompts: list[str]) -> np.ndarray:

@@ -1,0 +1,74 @@
+"""Whether a picture of the embedded model has the colours that its prompt names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ddpo_jax import shapes
+from ddpo_jax.types import UserError
+
+_NAMES = list(shapes.COLORS)
+_PALETTE = np.array(list(shapes.COLORS.values()), np.float32)
+_NEAR = 45.0  # RGB distance within which a pixel may be a blend of two colours
+_DEEPEST_SHADE = 0.6  # how far most textures go from their colour to their second shade
+_LEAST_SHAPE = 0.02  # of the picture's pixels
+_LEAST_BACKGROUND = 0.3
+
+
+def color_alignment(images: np.ndarray, prompts: list[str],
+                    metadata: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
+  """How much of what stands before the background has the colour that the prompt names.
+
+  A pixel counts for the colour of the palette that it is nearest to. Left out are those
+  of the background (its colour, lighter and darker, as textures make it) and those that
+  blend background and shape, at its edge. Of the rest the share is taken that has the
+  shape's colour. A picture with less than 30% of background scores proportionally less,
+  so that filling it with the colour does not pay.
+
+  Args:
+    images: [B, H, W, 3] uint8.
+    prompts: not used.
+    metadata: of each image, "color" and "background", as `tiny_shapes` gives them.
+
+  Returns:
+    [B] float32 in 0..1 and an empty dict.
+
+  Raises:
+    UserError: if the metadata does not name two colours.
+  """
+  del prompts
+  return np.array([_alignment(image, *_colors(data))
+                   for image, data in zip(images, metadata)], np.float32), {}
+
+
+def _colors(metadata: dict[str, Any]) -> tuple[int, int]:
+  try:
+    return _NAMES.index(metadata["color"]), _NAMES.index(metadata["background"])
+  except (KeyError, ValueError):
+    raise UserError(
+        f"reward_fn='color_alignment' got metadata {metadata}; must have a 'color' and a "
+        f"'background' among {', '.join(_NAMES)}: use prompt_fn='tiny_shapes'") from None
+
+
+def _alignment(image: np.ndarray, color: int, background: int) -> float:
+  pixels = image.reshape(-1, 3).astype(np.float32)
+  distances = np.linalg.norm(pixels[:, None] - _PALETTE, axis=-1)
+  # The background is its colour in all shades that a texture may give it.
+  shade = shapes.texture_target(_NAMES[background]) - _PALETTE[background]
+  distances[:, background] = _to_line(pixels, background, _DEEPEST_SHADE * shade)
+  nearest = np.argmin(distances, axis=-1)
+  named, behind = nearest == color, nearest == background
+  edge = _to_line(pixels, background, _PALETTE[color] - _PALETTE[background]) < _NEAR
+  shape = named.sum() + (~(named | behind | edge)).sum()
+  if shape < _LEAST_SHAPE * len(pixels):
+    return 0.0
+  room = min(1.0, float(behind.mean()) / _LEAST_BACKGROUND)
+  return room * float(named.sum() / shape)
+
+
+def _to_line(pixels: np.ndarray, start: int, direction: np.ndarray) -> np.ndarray:
+  """Distance of pixels [N, 3] to the line from a palette colour along `direction`: [N]."""
+  along = np.clip((pixels - _PALETTE[start]) @ direction / (direction @ direction), 0.0, 1.0)
+  return np.linalg.norm(pixels - _PALETTE[start] - along[:, None] * direction, axis=-1)
