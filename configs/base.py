@@ -23,6 +23,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_epochs = 100
   # Save a checkpoint every so many epochs. The last epoch is always saved.
   config.save_freq = 20
+  # (new) Every so many epochs draw the same prompts from the same noise, to see the change
+  # on the same pictures; also before the first epoch and after the last. 0: never.
+  config.eval_freq = 10
   # Keep at most so many checkpoints.
   config.num_checkpoint_limit = 5
   # What the networks compute in: "no" (float32), "fp16" or "bf16". LoRA weights,
@@ -30,7 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.mixed_precision = "fp16"
   # Allow TF32 matrix products in float32 code on GPUs of Ampere and later.
   config.allow_tf32 = True
-  # Continue a run: its folder (the newest checkpoint is taken) or one checkpoint.
+  # Continue a run: its folder (the newest checkpoint is taken) or one checkpoint. (new)
+  # "auto": the run of this run_name if there is one, else start it.
   config.resume_from = ""
   # Train LoRA weights only. Without it the whole UNet is trained, which takes far more
   # memory and makes large checkpoints.

@@ -27,6 +27,7 @@ def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
   config.seed = 0
   config.num_epochs = 16
   config.save_freq = 4
+  config.eval_freq = 4
   config.prompt_fn = "tiny_shapes"
   # Sixteen prompts of a single shape: each comes up sixteen times in an epoch, enough
   # for statistics of its own.

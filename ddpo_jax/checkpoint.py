@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -16,6 +18,10 @@ from ddpo_jax.types import TrainState, UserError
 FORMAT_VERSION = 1
 
 
+class DamagedError(UserError):
+  """A checkpoint that cannot be read."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
   """What a checkpoint held."""
@@ -26,11 +32,17 @@ class Restored:
 
 
 def find(path: str | os.PathLike) -> tuple[pathlib.Path, int]:
-  """Resolves `resume_from` to a run folder and an epoch.
+  """The run folder and the epoch of the newest of `find_all`."""
+  run, epochs = find_all(path)
+  return run, epochs[0]
+
+
+def find_all(path: str | os.PathLike) -> tuple[pathlib.Path, list[int]]:
+  """Resolves `resume_from` to a run folder and its checkpoints, the newest first.
 
   Args:
-    path: a run folder (its newest checkpoint is taken), its `checkpoints` folder, or one
-      checkpoint in that.
+    path: a run folder, its `checkpoints` folder, or one checkpoint in that (which is then
+      the only one).
 
   Raises:
     UserError: if there is no checkpoint.
@@ -40,14 +52,19 @@ def find(path: str | os.PathLike) -> tuple[pathlib.Path, int]:
     raise UserError(f"resume_from={str(path)!r} does not exist; must be a run folder or "
                     "a checkpoint in it")
   if path.name.isdigit() and path.parent.name == "checkpoints":
-    return path.parent.parent, int(path.name)
+    return path.parent.parent, [int(path.name)]
   run = path.parent if path.name == "checkpoints" else path
-  folder = run / "checkpoints"
-  epochs = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+  epochs = saved_epochs(run)
   if not epochs:
     raise UserError(f"resume_from={str(path)!r} holds no checkpoint; must be a run folder "
                     "whose checkpoints/ has at least one")
-  return run, max(epochs)
+  return run, epochs
+
+
+def saved_epochs(run: pathlib.Path) -> list[int]:
+  """The epochs of a run's finished checkpoints, the newest first."""
+  folder = run / "checkpoints"
+  return sorted(ocp.utils.checkpoint_steps(folder) if folder.is_dir() else [], reverse=True)
 
 
 class Checkpointer:
@@ -74,27 +91,39 @@ class Checkpointer:
     self._manager.close()
 
 
+def restore_meta(run: pathlib.Path, epoch: int) -> dict[str, Any]:
+  """Reads what `Checkpointer.save` was given beside the state.
+
+  Raises:
+    DamagedError: if it is missing or cannot be read.
+    UserError: if it is of another format.
+  """
+  where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
+  with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
+    with _as_damage(where):
+      meta = manager.restore(epoch, args=ocp.args.Composite(
+          meta=ocp.args.JsonRestore())).meta
+  version = meta.pop("format_version", None)
+  if version != FORMAT_VERSION:
+    raise UserError(f"{where} has format_version {version}; must be {FORMAT_VERSION}")
+  return meta
+
+
 def restore(run: pathlib.Path, epoch: int, like: TrainState) -> Restored:
   """Reads a checkpoint into the shapes, dtypes and shardings of `like`.
 
   Raises:
-    UserError: if it is missing, damaged, of another format or of another model.
+    DamagedError: if it is missing, cannot be read, or is of another model.
+    UserError: if it is of another format.
   """
+  meta = restore_meta(run, epoch)
   abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
               for path, x in _flatten(like).items()}
   where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
   with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
-    try:
-      meta = manager.restore(epoch, args=ocp.args.Composite(
-          meta=ocp.args.JsonRestore())).meta
-      version = meta.pop("format_version", None)
-      if version != FORMAT_VERSION:
-        raise UserError(f"{where} has format_version {version}; must be {FORMAT_VERSION}")
+    with _as_damage(where):
       flat = manager.restore(epoch, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(abstract))).state
-    except (OSError, ValueError, KeyError) as error:
-      reason = " ".join(str(error).split())[:300]
-      raise UserError(f"{where} cannot be read, or is of another model: {reason}") from error
   treedef = jax.tree.structure(like)
   return Restored(epoch, jax.tree.unflatten(treedef, [flat[k] for k in abstract]), meta)
 
@@ -116,20 +145,28 @@ def restore_params(run: pathlib.Path, epoch: int, like: nnx.State) -> nnx.State:
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
   with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
-    try:
+    with _as_damage(where):
       stored = manager.item_metadata(epoch).state
       abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
                   for name, x in stored.items()}
       flat = manager.restore(epoch, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(abstract))).state
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-      reason = " ".join(str(error).split())[:300]
-      raise UserError(f"{where} cannot be read: {reason}") from error
   absent = [name for name in names if name not in flat]
   if absent:
     raise UserError(f"{where} has no {absent[0]!r}; is pretrained.model still the model "
                     "that it was trained on?")
   return jax.tree.unflatten(treedef, [flat[name] for name in names])
+
+
+@contextlib.contextmanager
+def _as_damage(where: str) -> Iterator[None]:
+  """Turns whatever orbax raises for files that are not as it left them into one error."""
+  try:
+    yield
+  except Exception as error:  # of many types: of the file system, of the formats, of its own
+    reason = " ".join(str(error).split())[:300]
+    raise DamagedError(
+        f"{where} cannot be read, or is of another model: {reason}") from error
 
 
 def _manager(run: pathlib.Path, options: ocp.CheckpointManagerOptions

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -83,6 +84,7 @@ class Config:
   logdir: str
   num_epochs: int
   save_freq: int
+  eval_freq: int
   num_checkpoint_limit: int
   mixed_precision: str
   allow_tf32: bool
@@ -147,6 +149,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "logdir": (bool, "must not be empty"),
     "num_epochs": _at_least(1),
     "save_freq": _at_least(1),
+    "eval_freq": _at_least(0),
     "num_checkpoint_limit": _at_least(1),
     "mixed_precision": _one_of("no", "fp16", "bf16"),
     "lora.rank": _at_least(1),
@@ -301,11 +304,51 @@ def _paths(cfg: Config) -> list[str]:
     problems.append(
         f"pretrained.model={model!r} does not exist; must be a folder in diffusers' "
         "format, a hub id such as 'owner/name', or 'tiny'")
+  if cfg.resume_from == "auto" and not cfg.run_name:
+    problems.append("resume_from='auto' continues the run of that name; run_name must not "
+                    "be empty")
   for name, path in (("lora.init_from", cfg.lora.init_from),
                      ("resume_from", cfg.resume_from)):
-    if path and not pathlib.Path(path).expanduser().exists():
+    if path and (name, path) != ("resume_from", "auto") and not pathlib.Path(path).expanduser().exists():
       problems.append(f"{name}={path!r} does not exist")
   return problems
+
+
+# What a resumed run may have otherwise than before.
+_MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
+               "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
+               "sample.decode_batch_size", "train.max_skipped_steps")
+
+
+def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
+  """Refuses to continue a run as another one.
+
+  Args:
+    cfg: of the run to be.
+    saved: the config that a checkpoint holds, as read from JSON.
+    where: the checkpoint, for the message.
+
+  Raises:
+    UserError: one line for every field that contradicts.
+  """
+  before, now = _flat(saved), _flat(json.loads(json.dumps(cfg.to_dict())))
+  problems = [
+      f"{name}={now[name]!r} contradicts {where}, which has {before[name]!r}; set it back, "
+      "or start a new run (lora.init_from takes exported weights)"
+      for name in now if name in before and now[name] != before[name]
+      and not any(name == free or name.startswith(free + ".") for free in _MAY_CHANGE)]
+  if problems:
+    raise UserError("\n".join(problems))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for name, value in values.items():
+    if isinstance(value, Mapping) and not name.endswith(("_kwargs", "reward_fn")):
+      flat.update(_flat(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
 
 
 @dataclasses.dataclass(frozen=True)

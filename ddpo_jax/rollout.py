@@ -179,6 +179,16 @@ class RolloutWorker:
         reward_info=list(info), sampling_seconds=sampled - start,
         reward_seconds=scored - sampled)
 
+  def draw(self, params: nnx.State, epoch: int) -> tuple[np.ndarray, list[str]]:
+    """One batch without rewards: this process's images [B, H, W, 3] uint8, and prompts.
+
+    With the same `epoch` (any number that is none of the run's) always the same prompts
+    from the same noise.
+    """
+    key = jax.random.fold_in(jax.random.key(self._seed), epoch)
+    generation, prompts, _ = self._launch(params, epoch, 0, key)
+    return _to_host(generation.images), prompts
+
   def _local_indices(self, batch: int) -> np.ndarray:
     """Indices of this process's samples of a batch, among the epoch's."""
     share = self._global_batch // jax.process_count()
@@ -198,8 +208,7 @@ class RolloutWorker:
   def _score(self, images: jax.Array, prompts: list[str], metadata: list[dict]
              ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     """Runs in a thread: waits for the images, then for their rewards."""
-    shards = sorted(images.addressable_shards, key=lambda s: s.index[0].start or 0)
-    images = np.concatenate([np.asarray(shard.data) for shard in shards])
+    images = _to_host(images)
     rewards, info = {}, {}
     for name, function in self._reward_fns.items():
       rewards[name], info[name] = call_reward(name, function, images, prompts, metadata)
@@ -212,6 +221,12 @@ class RolloutWorker:
     from jax.experimental import multihost_utils
     everyone = multihost_utils.process_allgather(rewards)  # [processes, batches, samples]
     return np.concatenate(list(everyone), axis=1).reshape(-1)
+
+
+def _to_host(images: jax.Array) -> np.ndarray:
+  """This process's share of an array that is sharded over its first axis."""
+  shards = sorted(images.addressable_shards, key=lambda s: s.index[0].start or 0)
+  return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 @jax.jit

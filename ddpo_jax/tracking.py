@@ -1,4 +1,4 @@
-"""What a run writes: its folder, metrics.jsonl, image grids, the console, wandb."""
+"""What a run writes: its folder, its lines and grids, the report, the console, wandb."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import textwrap
 import time
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from ddpo_jax import report
 from ddpo_jax.config import Config
 from ddpo_jax.types import UserError
 
@@ -24,6 +26,10 @@ _GRID_IMAGES = 32  # most images in one grid
 _GRID_COLUMNS = 8
 _TILE = 192  # pixels; smaller images are enlarged to it
 _CAPTION_LINES = 3
+_REPORT_SHARE = 0.02  # of the run's time that may go into writing the report
+
+
+_METRICS, _REWARDS = _LINES = ("metrics.jsonl", "rewards.jsonl")
 
 
 def choose_run_folder(cfg: Config) -> pathlib.Path:
@@ -33,7 +39,7 @@ def choose_run_folder(cfg: Config) -> pathlib.Path:
     UserError: if a run that is not to be continued is already there.
   """
   name = cfg.run_name or datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")
-  if cfg.resume_from and not cfg.run_name:
+  if cfg.resume_from and not cfg.run_name:  # and so not "auto"
     return _run_of(pathlib.Path(cfg.resume_from).expanduser())
   run = pathlib.Path(cfg.logdir).expanduser() / name
   if (run / "config.json").exists() and not cfg.resume_from:
@@ -71,6 +77,7 @@ class Tracker:
     self._first_reward: float | None = None
     self._started = time.perf_counter()
     self._epochs_here = 0
+    self._report_due = 0.0  # not before this time
     self._wandb = None
     if self._writes:
       try:
@@ -82,42 +89,74 @@ class Tracker:
 
   def resume(self, first_epoch: int) -> None:
     """Drops the lines from `first_epoch` on, which are about to be written again."""
-    path = self._run / "metrics.jsonl"
-    if not self._writes or not path.exists():
+    if not self._writes:
       return
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    kept = [line for line in lines if line["epoch"] < first_epoch]
-    _write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-    if kept:
-      self._first_reward = kept[0]["reward_mean"]
+    for name in _LINES:
+      path = self._run / name
+      kept = [line for line in report.read_lines(path) if line["epoch"] < first_epoch]
+      if path.exists():
+        _write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+      if kept and name == _METRICS:
+        self._first_reward = kept[0]["reward_mean"]
 
-  def log_epoch(self, epoch: int, metrics: Mapping[str, Any], images: np.ndarray,
-                prompts: Sequence[str], rewards: np.ndarray) -> None:
+  def log_epoch(self, epoch: int, metrics: Mapping[str, Any], prompts: Sequence[str],
+                rewards: np.ndarray, images: np.ndarray, shown: np.ndarray) -> None:
     """Writes one epoch.
 
     Args:
       epoch: its number, from 0.
       metrics: of the epoch; what is not finite becomes null.
-      images: [N, H, W, 3] uint8, some or all of the epoch's.
-      prompts: of `images`.
-      rewards: [N], of `images`.
+      prompts: of all N samples.
+      rewards: [N].
+      images: [M, H, W, 3] uint8, some or all of the epoch's.
+      shown: [M], the index of each of `images` among the samples.
     """
     if not self._writes:
       return
     self._epochs_here += 1
     line = {"epoch": epoch, **{name: _finite(value) for name, value in metrics.items()}}
-    with open(self._run / "metrics.jsonl", "a", encoding="utf-8") as file:
-      file.write(json.dumps(line) + "\n")
-    captions = [f"{reward:.3f} {prompt}" for reward, prompt in zip(rewards, prompts)]
+    self._append(_REWARDS, {"epoch": epoch, "prompts": list(prompts),
+                            "rewards": [float(f"{r:.6g}") for r in rewards]})
+    self._append(_METRICS, line)
+    captions = [f"{rewards[i]:.3f} {prompts[i]}" for i in shown[:_GRID_IMAGES]]
     path = self._run / "images" / f"epoch_{epoch:04d}.jpg"
-    image_grid(images[:_GRID_IMAGES], captions[:_GRID_IMAGES]).save(path, quality=92)
+    image_grid(images[:_GRID_IMAGES], captions).save(path, quality=92)
     say(self._summary(epoch, metrics))
     self._to_wandb(lambda wandb: wandb.log(
         {**line, "reward": wandb_histogram(rewards), "images": wandb_image(path)},
         step=epoch))
+    self._write_report(final=False)
+
+  def log_eval(self, epochs: int, images: np.ndarray, prompts: Sequence[str]) -> None:
+    """Writes the grid of the fixed prompts and noise, after `epochs` epochs."""
+    if not self._writes:
+      return
+    path = self._run / "images" / f"eval_{epochs:04d}.jpg"
+    image_grid(images, prompts).save(path, quality=92)
+    self._to_wandb(lambda wandb: wandb.log({"eval_images": wandb_image(path)},
+                                           step=max(0, epochs - 1)))
 
   def close(self) -> None:
+    """Writes the report for the last time."""
+    if self._writes:
+      self._write_report(final=True)
     self._to_wandb(lambda wandb: wandb.finish())
+
+  def _append(self, name: str, line: Mapping[str, Any]) -> None:
+    with open(self._run / name, "a", encoding="utf-8") as file:
+      file.write(json.dumps(line) + "\n")
+
+  def _write_report(self, final: bool) -> None:
+    """Writes the report, unless the last one was too short a time ago."""
+    started = time.perf_counter()
+    if started < self._report_due and not final:
+      return
+    try:
+      report.write_report(self._run)
+    except Exception as error:  # pictures of a run must never stop it
+      say(f"report.html could not be written: {error}")
+    finished = time.perf_counter()
+    self._report_due = finished + (finished - started) / _REPORT_SHARE
 
   def _summary(self, epoch: int, metrics: Mapping[str, Any]) -> str:
     mean = metrics["reward_mean"]
@@ -157,11 +196,19 @@ def _start_wandb(run: pathlib.Path, cfg: Config):
   try:
     import wandb
     return wandb.init(project=cfg.wandb.project, name=run.name, config=cfg.to_dict(),
-                      mode=cfg.wandb.mode, dir=str(run))
+                      mode=cfg.wandb.mode, dir=str(run), id=_wandb_id(run), resume="allow")
   except Exception as error:  # no login, no network, no such package
     say(f"wandb.mode={cfg.wandb.mode!r} does not work here, going on without: "
         f"{error}")
     return None
+
+
+def _wandb_id(run: pathlib.Path) -> str:
+  """Kept in the run's folder, so that a resumed run goes on in the same wandb run."""
+  path = run / "wandb_id.txt"
+  if not path.exists():
+    _write_atomically(path, secrets.token_hex(4))
+  return path.read_text(encoding="utf-8").strip()
 
 
 def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpo_jax import advantages, checkpoint, lora, tracking, update
-from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import set_compute_dtype
@@ -31,7 +31,8 @@ P = jax.sharding.PartitionSpec
 
 DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 # Keys are folded from the seed by purpose, then by epoch: sampling takes the plain seed.
-_LORA_STREAM, _SHUFFLE_STREAM = 1_000_001, 1_000_002
+_LORA_STREAM, _SHUFFLE_STREAM, _EVAL_STREAM = 1_000_001, 1_000_002, 1_000_003
+_EVAL_IMAGES = 8
 
 
 @dataclasses.dataclass
@@ -71,13 +72,15 @@ def train(cfg: Config) -> pathlib.Path:
   plan = BatchPlan.create(cfg, jax.device_count())
   tracking.say(plan.describe())
   trainer = build(cfg, plan, prompt_fn, reward_fns)
-  first_epoch = resume(trainer) if cfg.resume_from else 0
+  first_epoch = resume(trainer, run) if cfg.resume_from else 0
   tracker = tracking.Tracker(run, cfg)
   tracker.resume(first_epoch)
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
   tracking.say(f"Writing to {run}")
   try:
     with interruptible() as stop:
+      if first_epoch == 0:
+        evaluate(trainer, tracker, 0)
       for epoch in range(first_epoch, cfg.num_epochs):
         before = checkpoint_of(trainer)
         try:
@@ -88,6 +91,7 @@ def train(cfg: Config) -> pathlib.Path:
           if epoch > 0:
             checkpointer.save(epoch - 1, *before)
           raise
+        evaluate(trainer, tracker, epoch + 1)
         if (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.num_epochs:
           checkpointer.save(epoch, *checkpoint_of(trainer))
   finally:
@@ -168,10 +172,30 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       loss_scaling=cfg.mixed_precision == "fp16")
 
 
-def resume(trainer: Trainer) -> int:
-  """Restores what a checkpoint holds; returns the epoch to go on with."""
-  run, epoch = checkpoint.find(trainer.cfg.resume_from)
-  restored = checkpoint.restore(run, epoch, trainer.state)
+def resume(trainer: Trainer, run: pathlib.Path) -> int:
+  """Restores what a checkpoint holds; returns the epoch to go on with.
+
+  A checkpoint that is damaged is reported, and the one before it is taken.
+  """
+  cfg = trainer.cfg
+  if cfg.resume_from == "auto":
+    epochs = checkpoint.saved_epochs(run)
+    if not epochs:
+      return 0
+  else:
+    run, epochs = checkpoint.find_all(cfg.resume_from)
+  while True:
+    try:
+      saved = checkpoint.restore_meta(run, epochs[0])["config"]
+      check_continues(cfg, saved, f"the checkpoint of epoch {epochs[0]}")
+      restored = checkpoint.restore(run, epochs[0], trainer.state)
+      break
+    except checkpoint.DamagedError as error:
+      damaged = epochs.pop(0)
+      if not epochs:
+        raise
+      tracking.say(f"{error}; going on from epoch {epochs[0]} and not {damaged}")
+  tracking.say(f"Resuming after epoch {restored.epoch + 1} of {run}")
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
@@ -203,10 +227,17 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
     if first and len(steps) == 1:
       tracking.say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
   training_seconds = time.perf_counter() - training_started
-  shown = rollout.local_indices
   tracker.log_epoch(
       epoch, epoch_metrics(trainer, rollout, rewards, steps, training_seconds),
-      rollout.images, [rollout.prompts[i] for i in shown], rewards[shown])
+      rollout.prompts, rewards, rollout.images, rollout.local_indices)
+
+
+def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
+  """Draws the same prompts from the same noise as ever, every `eval_freq` epochs."""
+  cfg = trainer.cfg
+  if cfg.eval_freq and (epochs % cfg.eval_freq == 0 or epochs == cfg.num_epochs):
+    images, prompts = trainer.worker.draw(trainer.state.params, _EVAL_STREAM)
+    tracker.log_eval(epochs, images[:_EVAL_IMAGES], prompts[:_EVAL_IMAGES])
 
 
 def check_finite(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:

@@ -27,8 +27,9 @@ def cfg(tmp_path):
 
 def log(tracker, epoch):
   images = np.random.default_rng(epoch).integers(0, 256, (3, 16, 16, 3), np.uint8)
-  tracker.log_epoch(epoch, {**METRICS, "reward_mean": -2.5 + epoch}, images,
-                    ["a cat", "a dog " * 30, ""], np.arange(3.0))
+  prompts = ["not shown", "a cat", "a dog " * 30, ""]
+  tracker.log_epoch(epoch, {**METRICS, "reward_mean": -2.5 + epoch}, prompts,
+                    np.arange(4.0), images, np.array([1, 2, 3]))
 
 
 def lines_of(run):

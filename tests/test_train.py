@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from configs import base
-from ddpo_jax import checkpoint, train
+from ddpo_jax import checkpoint, lora, train
 from ddpo_jax.config import resolve
 from ddpo_jax.types import UserError
 
@@ -42,7 +43,7 @@ def make_config(tmp_path, monkeypatch):
     config.logdir, config.run_name = str(tmp_path), "run"
     config.compilation_cache = ""
     config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:brightness"
-    config.num_epochs, config.save_freq = 3, 2
+    config.num_epochs, config.save_freq, config.eval_freq = 3, 2, 2
     config.sample.num_steps, config.sample.batch_size = 2, 4
     config.sample.guidance_scale = 1.0
     config.train.batch_size, config.train.gradient_accumulation_steps = 2, 2
@@ -58,6 +59,20 @@ def metrics_of(run):
   return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_times(lines):
+  times = {"sampling_seconds", "reward_seconds", "training_seconds", "images_per_second",
+           "peak_memory_bytes"}
+  return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+def weights_of(run, epoch):
+  """The trained weights of a checkpoint, as bytes."""
+  params = lora.partition(train.load_models(resolve(json.loads(
+      (run / "config.json").read_text()) | {"resume_from": ""})).unet)[1]
+  return [np.asarray(leaf).tobytes() for leaf in
+          jax.tree.leaves(checkpoint.restore_params(run, epoch, params))]
+
+
 REQUIRED = {
     "epoch", "reward_mean", "reward_std", "reward_min", "reward_max", "sampling_seconds",
     "reward_seconds", "training_seconds", "images_per_second", "loss", "approx_kl",
@@ -68,15 +83,17 @@ REQUIRED = {
 def test_run_folder_and_resume(make_config, tmp_path):
   """A run of 3 epochs equals one of 2 that is resumed for the third, bit for bit."""
   run = train.train(make_config())
-  assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "images",
-                                             "checkpoints"}
+  assert {p.name for p in run.iterdir()} == {
+      "config.json", "metrics.jsonl", "rewards.jsonl", "images", "checkpoints",
+      "report.html"}
   lines = metrics_of(run)
   assert [line["epoch"] for line in lines] == [0, 1, 2]
   assert REQUIRED <= set(lines[0])
   assert all(line["ratio_drift"] < 1e-5 for line in lines)
   assert [line["optimizer_steps"] for line in lines] == [2, 4, 6]
   assert sorted(p.name for p in (run / "images").iterdir()) == [
-      f"epoch_{epoch:04d}.jpg" for epoch in range(3)]
+      *(f"epoch_{epoch:04d}.jpg" for epoch in range(3)),
+      *(f"eval_{epochs:04d}.jpg" for epochs in (0, 2, 3))]
   assert json.loads((run / "config.json").read_text())["seed"] == 42
   assert checkpoint.find(run) == (run, 2)
 
@@ -86,11 +103,10 @@ def test_run_folder_and_resume(make_config, tmp_path):
   train.train(make_config(run_name="other", num_epochs=2))
   train.train(make_config(run_name="other", resume_from=str(tmp_path / "other")))
   resumed = metrics_of(tmp_path / "other")
-  timing = {"sampling_seconds", "reward_seconds", "training_seconds",
-            "images_per_second", "peak_memory_bytes"}
-  for ours, expected in zip(resumed, lines, strict=True):
-    assert {k: v for k, v in ours.items() if k not in timing} == {
-        k: v for k, v in expected.items() if k not in timing}
+  assert without_times(resumed) == without_times(lines)
+  assert (run / "rewards.jsonl").read_text() == (
+      tmp_path / "other" / "rewards.jsonl").read_text()
+  assert weights_of(run, 2) == weights_of(tmp_path / "other", 2)
 
 
 def test_nan_reward_stops_the_run_and_names_the_sample(make_config):
@@ -130,9 +146,31 @@ def test_several_rewards_resume_exactly(make_config, tmp_path):
 
 def test_resume_from_another_model_is_refused(make_config, tmp_path):
   train.train(make_config(num_epochs=1))
-  cfg = make_config(resume_from=str(tmp_path / "run"), **{"lora.rank": 2})
-  with pytest.raises(UserError, match="another model"):
+  cfg = make_config(resume_from=str(tmp_path / "run"), seed=1, **{
+      "lora.rank": 2, "sample.num_steps": 3})
+  with pytest.raises(UserError) as error:
     train.train(cfg)
+  lines = str(error.value).splitlines()
+  assert len(lines) == 3
+  assert any("lora.rank=2" in line and "has 4" in line for line in lines)
+
+
+def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tmp_path,
+                                                                 capsys):
+  changes = dict(save_freq=1, resume_from="auto")
+  run = train.train(make_config(num_epochs=3, **changes))
+  expected, weights = metrics_of(run), weights_of(run, 2)
+  for file in (run / "checkpoints" / "2" / "state").rglob("*"):
+    if file.is_file() and file.name not in ("manifest.ocdbt", "_METADATA"):
+      file.write_bytes(b"")
+  with open(run / "metrics.jsonl", "a") as file:
+    file.write('{"epoch": 3, "rew')  # as a kill in the middle of a line leaves it
+  train.train(make_config(num_epochs=4, **changes))
+  printed = capsys.readouterr().out
+  assert "going on from epoch 1 and not 2" in printed
+  assert without_times(metrics_of(run)[:3]) == without_times(expected)
+  assert len(metrics_of(run)) == 4
+  assert weights_of(run, 2) == weights
 
 
 def test_full_finetuning_trains_every_weight(make_config, tmp_path):
@@ -146,23 +184,50 @@ def test_half_precision_runs(make_config, precision):
   assert np.isfinite(line["loss"]) and line["skipped_steps"] == 0
 
 
-def test_sigterm_saves_and_exits_143(tmp_path):
-  """In a process of its own: the last finished epoch is there to go on from."""
+def start(logdir, *arguments):
+  """A small demo in a process of its own."""
   command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config",
              str(ROOT / "configs" / "demo.py"), f"--config.pretrained.model={TINY}",
-             "--config.num_epochs=1000", "--config.save_freq=1000",
              "--config.sample.num_steps=2", "--config.sample.batch_size=2",
              "--config.train.batch_size=1", "--config.sample.guidance_scale=1.0",
-             f"--config.logdir={tmp_path}", "--config.run_name=run",
-             f"--config.compilation_cache={tmp_path / 'cache'}"]
+             f"--config.logdir={logdir}", "--config.run_name=run",
+             f"--config.compilation_cache={logdir / 'cache'}", *arguments]
   environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-  metrics = tmp_path / "run" / "metrics.jsonl"
+  return subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for_epochs(process, metrics, count):
   deadline = time.monotonic() + 240
-  while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+  while not (metrics.exists() and len(metrics.read_text().splitlines()) >= count):
     assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-    time.sleep(0.2)
+    time.sleep(0.05)
+
+
+def test_killed_run_resumed_is_the_run_never_killed(tmp_path):
+  """SIGKILL, which nothing can prepare for, while epochs and checkpoints are written."""
+  options = ["--config.num_epochs=12", "--config.save_freq=1", "--config.resume_from=auto"]
+  whole = start(tmp_path / "whole", *options)
+  assert whole.wait(timeout=300) == 0, whole.stderr.read()
+  for epochs in (1, 5):
+    killed = start(tmp_path / "killed", *options)
+    wait_for_epochs(killed, tmp_path / "killed" / "run" / "metrics.jsonl", epochs)
+    killed.kill()
+    killed.communicate()
+  resumed = start(tmp_path / "killed", *options)
+  assert resumed.wait(timeout=300) == 0, resumed.stderr.read()
+  runs = [tmp_path / name / "run" for name in ("whole", "killed")]
+  whole_lines, killed_lines = (without_times(metrics_of(run)) for run in runs)
+  assert [line["epoch"] for line in killed_lines] == list(range(12))
+  assert killed_lines == whole_lines
+  assert weights_of(runs[0], 11) == weights_of(runs[1], 11)
+
+
+def test_sigterm_saves_and_exits_143(tmp_path):
+  """In a process of its own: the last finished epoch is there to go on from."""
+  process = start(tmp_path, "--config.num_epochs=1000", "--config.save_freq=1000")
+  metrics = tmp_path / "run" / "metrics.jsonl"
+  wait_for_epochs(process, metrics, 2)
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 143, errors
