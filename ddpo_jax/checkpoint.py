@@ -172,7 +172,8 @@ def _as_damage(where: str) -> Iterator[None]:
 def _manager(run: pathlib.Path, options: ocp.CheckpointManagerOptions
              ) -> ocp.CheckpointManager:
   return ocp.CheckpointManager((run / "checkpoints").resolve(), options=options,
-                               item_names=("state", "meta"))
+                               item_handlers={"state": ocp.StandardCheckpointHandler(),
+                                              "meta": ocp.JsonCheckpointHandler()})
 
 
 def _flatten(state: TrainState) -> dict[str, jax.Array]:
