@@ -34,7 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server = self.server
     body = self.rfile.read(int(self.headers["Content-Length"]))
     with server.lock:
-      server.requests.append((self.path, dict(self.headers), body))
+      server.requests.append((self.path, self.headers, body))
       fault = server.faults.pop(0) if server.faults else server.always
       server.under_way += 1
       server.most_at_once = max(server.most_at_once, server.under_way)

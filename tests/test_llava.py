@@ -104,6 +104,12 @@ def test_order_and_parallel_requests_from_two_threads(server):
   assert server.most_at_once == 3
 
 
+def test_proxies_are_not_asked_for_this_machine(server, monkeypatch):
+  for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    monkeypatch.setenv(name, servers.closed_url())
+  bertscore(server)
+
+
 TRANSIENT = {"500": servers.status(500, b"Traceback\nRuntimeError: CUDA out of memory"),
              "503": servers.status(503), "429": servers.status(429), "drop": servers.drop,
              "hang": servers.hang, "truncate": servers.truncate, "trickle": servers.trickle}

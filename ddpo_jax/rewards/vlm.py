@@ -218,8 +218,9 @@ class _Client:
     except self._openai.APITimeoutError:
       raise remote.timed_out(timeout) from None
     except self._openai.APIStatusError as error:
-      # Servers have been seen to quote the key that they refuse.
-      text = error.response.text.replace(self._api_key, "***")
+      text = error.response.text
+      if self._api_key != _NO_KEY:  # servers have been seen to quote the key that they refuse
+        text = text.replace(self._api_key, "***")
       raise remote.status_error(error.status_code, error.response.headers.get("Retry-After"),
                                 text) from None
     except self._openai.APIConnectionError as error:
