@@ -5,6 +5,7 @@ import concurrent.futures
 import io
 import json
 import math
+import re
 import sys
 import time
 
@@ -145,6 +146,7 @@ def test_order_and_parallel_requests_from_two_threads(server):
   """The server answers early images late; `max_parallel` holds for both callers together."""
   reward_fn = make(server, max_parallel=3)
   images = servers.grey_images(COUNTS)
+  server.wait_for = 3
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     calls = [pool.submit(reward_fn, images, PROMPTS, NOTHING) for _ in range(2)]
     for call in calls:
@@ -170,7 +172,7 @@ SAID = {"500": "HTTP status 500.*out of memory", "503": "HTTP status 503",
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_transient_faults_are_tried_again(server, fault):
   server.faults = [TRANSIENT[fault]] * 2
-  score(server, timeout=0.8 if fault in ("hang", "trickle") else 10.0)
+  score(server, timeout=0.6 if fault in ("hang", "trickle") else 10.0)
   assert len(server.requests) == 3
 
 
@@ -179,12 +181,13 @@ def test_lasting_faults_end_at_the_time_limit(server, fault):
   server.always = TRANSIENT[fault]
   start = time.monotonic()
   with pytest.raises(remote.RewardError, match=SAID[fault]) as error:
-    score(server, timeout=0.2, time_limit=0.6)
+    score(server, timeout=0.15 if fault in ("hang", "trickle") else 10.0, time_limit=0.5)
   assert time.monotonic() - start < 5
-  assert len(server.requests) > 1
-  for part in ("'vlm_score'", server.url, f"attempts: {len(server.requests)}",
-               "time_limit=0.6"):
+  for part in ("'vlm_score'", server.url, "time_limit=0.5"):
     assert part in str(error.value)
+  # The last attempt may be too short for its request to arrive.
+  attempts = int(re.search(r"attempts: (\d+)", str(error.value))[1])
+  assert attempts > 1 and len(server.requests) in (attempts - 1, attempts)
   assert "\n" not in str(error.value)
 
 

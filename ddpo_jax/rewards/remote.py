@@ -27,6 +27,7 @@ R = TypeVar("R")
 
 MAX_REPLY_BYTES = 8 * 2**20  # real ones have a few kilobytes
 _MAX_PAUSE = 30.0  # seconds between two attempts
+_SHORTEST = 1e-3  # seconds for an attempt; libraries refuse a timeout of 0
 _CHECK_TIMEOUT = 10.0  # seconds for a server to show at the start that it is there
 _EXCERPT = 200  # characters of a server's error that are shown
 
@@ -54,6 +55,10 @@ class AttemptError(Exception):
 
 class TransientError(AttemptError):
   """In a way that may pass: another attempt is worth it."""
+
+
+class AttemptTimeout(TransientError):
+  """By taking longer than it might."""
 
 
 class ReplyError(AttemptError):
@@ -166,14 +171,18 @@ class Server:
   def _call(self, attempt: Callable[[T, float], R], item: T, stop: threading.Event) -> R:
     start = time.monotonic()
     deadline = start + self.limits.time_limit
+    last = None
     for tried in itertools.count(1):
+      timeout = min(self.limits.timeout, max(deadline - time.monotonic(), _SHORTEST))
       try:
-        return attempt(item, min(self.limits.timeout, deadline - time.monotonic()))
+        return attempt(item, timeout)
       except ReplyError as error:
         raise RewardError(f"{self._where} gave a reply that cannot be used (attempt "
                           f"{tried}): {error}") from error
       except TransientError as error:
-        last = error
+        cut_short = isinstance(error, AttemptTimeout) and timeout < self.limits.timeout
+        if last is None or not cut_short:  # the time limit explains nothing
+          last = error
       pause = max(backoff_pause(self.limits.backoff, tried), last.retry_after)
       if time.monotonic() + pause >= deadline or stop.wait(pause):
         raise RewardError(
@@ -222,7 +231,7 @@ def read_reply(chunks: Iterable[bytes], deadline: float) -> bytes:
 
   Raises:
     ReplyError: as soon as there are more than MAX_REPLY_BYTES.
-    TransientError: if a chunk arrives after `deadline`, of `time.monotonic()`.
+    AttemptTimeout: if a chunk arrives after `deadline`, of `time.monotonic()`.
   """
   reply = bytearray()
   for chunk in chunks:
@@ -230,13 +239,13 @@ def read_reply(chunks: Iterable[bytes], deadline: float) -> bytes:
     if len(reply) > MAX_REPLY_BYTES:
       raise ReplyError(f"it has more than {MAX_REPLY_BYTES} bytes; must be the answers only")
     if time.monotonic() > deadline:
-      raise TransientError("a reply that did not end in time")
+      raise AttemptTimeout("a reply that did not end in time")
   return bytes(reply)
 
 
-def timed_out(timeout: float) -> TransientError:
+def timed_out(timeout: float) -> AttemptTimeout:
   """The error for a reply that did not come."""
-  return TransientError(f"no reply within {timeout:.3g} s")
+  return AttemptTimeout(f"no reply within {timeout:.3g} s")
 
 
 def broken(error: BaseException) -> TransientError:
