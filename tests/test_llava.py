@@ -50,18 +50,18 @@ def test_strict_satisfaction(server):
   metadata = asked(COUNTS)
   metadata[1], metadata[4] = asked([4])[0], asked([3], "dog")[0]  # half right
   rewards, info = reward_fn(servers.grey_images(COUNTS), PROMPTS, metadata)
-  assert rewards.tolist() == [1, 0, 1, 1, 0, 1, 1, 1, 1, 1]
+  assert rewards.tolist() == [1, 0.5, 1, 1, 0.5, 1, 1, 1, 1, 1]
   assert rewards.dtype == np.float32
   assert info["answers"] == [[f"There are {servers.NUMBERS[n]}.", "I see a cat."]
                              for n in COUNTS]
 
 
-def test_partial_credit_is_the_share_of_right_answers(server):
-  reward_fn = llava.make_llava_strict_satisfaction(url=server.url, partial_credit=True,
+def test_all_or_nothing(server):
+  reward_fn = llava.make_llava_strict_satisfaction(url=server.url, all_or_nothing=True,
                                                    **FAST)
   metadata = asked([2, 4]) + asked([0], "dog")
   rewards, _ = reward_fn(servers.grey_images([2, 5, 1]), PROMPTS[:3], metadata)
-  assert rewards.tolist() == [1, 0.5, 0]
+  assert rewards.tolist() == [1, 0, 0]
 
 
 def test_bertscore(server):

@@ -39,10 +39,10 @@ _ADVICE = ("only dicts, lists, strings and numbers are read: on the server, turn
 def make_llava_strict_satisfaction(
     *, url: str = "http://127.0.0.1:8085", batch_size: int = 4, max_parallel: int = 4,
     timeout: float = 120.0, time_limit: float = 600.0, backoff: float = 1.0,
-    partial_credit: bool = False) -> RewardFn:
-  """Makes a reward that asks LLaVA about the image: 1 if all its answers are right, else 0.
+    all_or_nothing: bool = False) -> RewardFn:
+  """Makes a reward that asks LLaVA about the image: the share of its right answers, 0 to 1.
 
-  Questions and answers are the prompt's metadata. An answer is right if it contains the
+  "Strict" because answers are compared as text, not by BERTScore. Questions and answers are the prompt's metadata. An answer is right if it contains the
   text of the true one. The info has LLaVA's `answers`, [B][questions].
 
   Args:
@@ -52,7 +52,7 @@ def make_llava_strict_satisfaction(
     timeout: seconds for one attempt.
     time_limit: seconds for one request with all its attempts.
     backoff: seconds before the second attempt; doubles, with some randomness, up to 30.
-    partial_credit: reward the share of right answers, as ddpo-pytorch does.
+    all_or_nothing: reward 1 if all of an image's answers are right and 0 otherwise.
 
   Raises:
     UserError: if an argument is not right or the server cannot be reached. The reward
@@ -78,7 +78,7 @@ def make_llava_strict_satisfaction(
     outputs = sum(server.map(ask, _batches(len(images), batch_size)), [])
     right = np.array([[answer in output for answer, output in zip(*pair)]
                       for pair in zip(answers, outputs)], np.float32)
-    scores = right.mean(axis=-1) if partial_credit else right.min(axis=-1)
+    scores = right.min(axis=-1) if all_or_nothing else right.mean(axis=-1)
     return scores, {"answers": outputs}
 
   return reward_fn
