@@ -6,10 +6,10 @@ import os
 import pickle
 import zipfile
 
-from conftest import SHARED_DATA
 import numpy as np
 import pytest
 
+from conftest import SHARED_DATA
 from ddpo_jax.rewards.aesthetic_head import SHA256, load_head
 from ddpo_jax.types import UserError
 
