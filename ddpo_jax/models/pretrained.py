@@ -1,4 +1,4 @@
-"""Checkpoints in diffusers' and transformers' folder formats -> NNX modules, and back.
+"""Stable Diffusion in diffusers' folder format -> NNX modules, and back.
 
 A tensor's name in the file and its path in the module differ only by the rules in
 `_RENAMES` and `_LEAVES`; what they leave unmatched, on either side, is an error.
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ddpo_jax.diffusion.schedule import NoiseSchedule
-from ddpo_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 from ddpo_jax.types import UserError
@@ -43,8 +43,7 @@ _RENAMES = (
     (r"(mid_block\.attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
 )
 _IGNORED = (r"(^|\.)position_ids$",)  # a buffer that counts from 0
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
-           "class_embedding": "class_embedding", "logit_scale": "logit_scale"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 _WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
                  "text_encoder": "model"}
@@ -108,56 +107,7 @@ def load_pretrained(path: str | os.PathLike, revision: str | None = None,
   return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
 
 
-@dataclasses.dataclass
-class CLIP:
-  """A CLIP model, and what its inputs are made with."""
-
-  model: CLIPModel
-  tokenizer: Any | None  # transformers' CLIPTokenizer, if it was asked for
-  image_mean: tuple[float, float, float]  # of RGB in 0..1
-  image_std: tuple[float, float, float]
-
-  def tokenize(self, texts: Sequence[str]) -> np.ndarray:
-    """Texts -> int32 [B, L], padded or cut to the L tokens that the model takes."""
-    length = self.model.config.text.max_position_embeddings
-    encoded = self.tokenizer(list(texts), padding="max_length", truncation=True,
-                             max_length=length, return_tensors="np")
-    return encoded.input_ids.astype(np.int32)
-
-
-def load_clip(path: str | os.PathLike, revision: str | None = None,
-              dtype: jnp.dtype = jnp.float32, *, with_tokenizer: bool = True) -> CLIP:
-  """Loads a CLIP checkpoint in transformers' format.
-
-  Args:
-    path: a local folder or a hub id.
-    revision: branch, tag or commit of a hub id.
-    dtype: of the weights and the computation.
-    with_tokenizer: whether texts will be compared too.
-
-  Raises:
-    UserError: as `load_pretrained`.
-  """
-  folder = resolve(path, revision, _CLIP_SOURCE)
-  config = _read_config(folder / "config.json", CLIPConfig.from_dict)
-  model = load_module(functools.partial(CLIPModel, config, dtype=dtype),
-                      find_weights(folder, "model"), renames=())
-  preprocessing = folder / "preprocessor_config.json"
-  values = _read_json(preprocessing) if preprocessing.is_file() else {}
-  mean, std = (_three(preprocessing, name, values.get(name, default)) for name, default in
-               (("image_mean", _CLIP_MEAN), ("image_std", _CLIP_STD)))
-  return CLIP(model, _load_tokenizer(folder) if with_tokenizer else None, mean, std)
-
-
-def _three(path: pathlib.Path, name: str, value: Any) -> tuple[float, float, float]:
-  numbers = isinstance(value, Sequence) and all(isinstance(x, (int, float)) for x in value)
-  if not numbers or len(value) != 3:
-    raise UserError(f"{path}: {name}={value!r} must be three numbers")
-  return tuple(map(float, value))
-
-
-def resolve(path: str | os.PathLike, revision: str | None = None,
-            source: _Source | None = None) -> pathlib.Path:
+def resolve(path: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
   """The local folder of a model, downloaded if `path` is a hub id.
 
   Raises:
@@ -168,10 +118,10 @@ def resolve(path: str | os.PathLike, revision: str | None = None,
   folder = pathlib.Path(path).expanduser()
   if str(path) and folder.is_dir():
     return folder
-  source = source or _DIFFUSION_SOURCE
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-    raise UserError(f"{source.field}={str(path)!r} does not exist; must be {source.right}")
-  return _download(str(path), revision, source)
+    raise UserError(f"pretrained.model={str(path)!r} does not exist; must be a folder in "
+                    "diffusers' format, a hub id such as 'owner/name', or 'tiny'")
+  return _download(str(path), revision)
 
 
 def find_weights(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
@@ -195,15 +145,13 @@ def find_weights(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
                   f"{folder.name}")
 
 
-def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
-                renames: Sequence[tuple[str, str]] = _RENAMES) -> nnx.Module:
+def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path]
+                ) -> nnx.Module:
   """Builds a module straight from its weights, one tensor at a time.
 
   Args:
     build: called as `build(rngs=…)`; only its shapes and dtypes are used.
     files: safetensors files that together hold each of its tensors once.
-    renames: patterns in the files' names and what they are called here; those of Stable
-      Diffusion where absent.
 
   Raises:
     UserError: lists tensors that are missing, unknown, there twice, or of another shape;
@@ -216,7 +164,7 @@ def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
   for file in files:
     with _open(file) as tensors:
       for name in tensors.keys():
-        key = _canonical(name, renames)
+        key = _canonical(name)
         if any(re.search(pattern, key) for pattern in _IGNORED):
           continue
         if key not in paths:
@@ -263,8 +211,8 @@ def _file_name(path: tuple[Any, ...]) -> str:
   return ".".join([*map(str, modules), _LEAVES[leaf]])
 
 
-def _canonical(name: str, renames: Sequence[tuple[str, str]] = _RENAMES) -> str:
-  for pattern, replacement in renames:
+def _canonical(name: str) -> str:
+  for pattern, replacement in _RENAMES:
     name = re.sub(pattern, replacement, name)
   return name
 
@@ -400,37 +348,37 @@ def _load_tokenizer(folder: pathlib.Path):
                     f"{_one_line(error)}") from error
 
 
-def _download(repo: str, revision: str | None, source: _Source) -> pathlib.Path:
+def _download(repo: str, revision: str | None) -> pathlib.Path:
   """Downloads what is needed of a hub repository, each weight in one variant only."""
   try:
-    wanted = source.choose(huggingface_hub.list_repo_files(repo, revision=revision))
+    wanted = _choose_files(huggingface_hub.list_repo_files(repo, revision=revision))
     return pathlib.Path(huggingface_hub.snapshot_download(
         repo, revision=revision, allow_patterns=wanted))
   except hub_errors.GatedRepoError:
-    raise UserError(f"{source.field}={repo!r} is gated: accept its terms on the hub and "
+    raise UserError(f"pretrained.model={repo!r} is gated: accept its terms on the hub and "
                     "log in with `hf auth login`") from None
   except hub_errors.RevisionNotFoundError:
-    raise UserError(f"{source.revision_field}={revision!r} does not exist in {repo!r}; must "
+    raise UserError(f"pretrained.revision={revision!r} does not exist in {repo!r}; must "
                     "be a branch, tag or commit") from None
   except hub_errors.RepositoryNotFoundError:
-    raise UserError(f"{source.field}={repo!r} is neither a local folder nor a public "
+    raise UserError(f"pretrained.model={repo!r} is neither a local folder nor a public "
                     "hub repository; if it is private, run `hf auth login`") from None
   except hub_errors.HFValidationError:
-    raise UserError(f"{source.field}={repo!r} does not exist, and is no hub id such as "
+    raise UserError(f"pretrained.model={repo!r} does not exist, and is no hub id such as "
                     "'owner/name'") from None
   except Exception as error:  # no network, in one of the ways of several HTTP libraries
-    return _from_cache(repo, revision, source, error)
+    return _from_cache(repo, revision, error)
 
 
-def _from_cache(repo: str, revision: str | None, source: _Source, error: Exception
-                ) -> pathlib.Path:
+def _from_cache(repo: str, revision: str | None, error: Exception) -> pathlib.Path:
   """What an earlier download left; `snapshot_download` would ask for every file."""
-  found = huggingface_hub.try_to_load_from_cache(repo, source.anchor, revision=revision)
+  found = huggingface_hub.try_to_load_from_cache(repo, "unet/config.json",
+                                                 revision=revision)
   if not isinstance(found, str):
-    raise UserError(f"{source.field}={repo!r} is not a local folder, and cannot be "
+    raise UserError(f"pretrained.model={repo!r} is not a local folder, and cannot be "
                     f"downloaded ({_one_line(error)}); give a folder that holds the model"
                     ) from error
-  return pathlib.Path(found).parents[len(pathlib.PurePath(source.anchor).parts) - 1]
+  return pathlib.Path(found).parents[1]
 
 
 def _choose_files(names: Sequence[str]) -> list[str]:
@@ -450,35 +398,3 @@ def _choose_files(names: Sequence[str]) -> list[str]:
         chosen += found
         break
   return chosen
-
-
-def _choose_clip_files(names: Sequence[str]) -> list[str]:
-  """As `_choose_files`, for a CLIP repository."""
-  weights = [n for n in names if re.fullmatch(
-      r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json", n)]
-  return weights + [n for n in names if n in (
-      "config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt",
-      "tokenizer_config.json", "special_tokens_map.json")]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-  """What a kind of model looks like on the hub, and where the user has named it."""
-
-  field: str  # of the config
-  revision_field: str
-  right: str  # what to name there
-  anchor: str  # a file that every such repository has
-  choose: Callable[[Sequence[str]], list[str]]  # files to download, out of all
-
-
-_DIFFUSION_SOURCE = _Source(
-    "pretrained.model", "pretrained.revision",
-    "a folder in diffusers' format, a hub id such as 'owner/name', or 'tiny'",
-    "unet/config.json", _choose_files)
-_CLIP_SOURCE = _Source(
-    "reward_kwargs.model", "reward_kwargs.revision",
-    "a folder in transformers' format, or a hub id such as 'openai/clip-vit-large-patch14'",
-    "config.json", _choose_clip_files)
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
