@@ -31,8 +31,19 @@ COUNTS = ("one", "two", "three", "four")
 # the rare ones, so that a reward on size has room to move either way.
 TEXTURES = {"plain": 0.15, "striped": 0.35, "checkered": 0.35, "noisy": 0.15}
 _ARTICLES = ("a", "an", "on", "background")
-# Radius in pixels of a single shape, of one of two, …
-_RADII = ((14, 21), (10, 14), (9, 12), (8, 11))
+# Arrangements of one shape, of two, …: centres in pixels, before they are jittered. Few
+# of them, so that a small model spends its capacity on what the caption says.
+_LAYOUTS = (
+    (((32, 32),),),
+    (((16, 32), (48, 32)), ((17, 17), (47, 47)), ((17, 47), (47, 17))),
+    (((32, 16), (16, 47), (48, 47)), ((16, 17), (48, 17), (32, 48))),
+    (((16, 16), (48, 16), (16, 48), (48, 48)),),
+)
+_JITTER = (8.0, 1.5, 1.5, 1.5)  # pixels either way in x and y
+_RADII = ((15, 21), (11, 13), (10.5, 12.5), (10.5, 12.5))  # pixels
+# Always the same noise, as film grain would be: a noise drawn anew holds as many numbers
+# as the latents have.
+_GRAIN = np.random.default_rng(0).random((IMAGE_SIZE // 4,) * 2, np.float32)
 
 
 def vocabulary() -> list[str]:
@@ -135,8 +146,7 @@ def _texture(texture: str, rng: np.random.Generator) -> np.ndarray:
     cell = int(rng.choice([4, 8]))
     return contrast * ((x // cell + y // cell) % 2).astype(np.float32)
   if texture == "noisy":
-    cells = rng.random((IMAGE_SIZE // 4, IMAGE_SIZE // 4), np.float32)
-    return 1.8 * contrast * np.kron(cells, np.ones((4, 4), np.float32))
+    return 1.8 * contrast * np.kron(_GRAIN, np.ones((4, 4), np.float32))
   raise ValueError(f"{texture=} must be one of {list(TEXTURES)}")
 
 
@@ -153,14 +163,10 @@ def _mask(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def _places(count: int, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
   """Centres and radii, in pixels, of shapes that lie apart and inside the picture."""
-  low, high = _RADII[count - 1]
-  while True:
-    radii = rng.uniform(low, high) * rng.uniform(0.92, 1.08, count)
-    centers = [rng.uniform(r + 2, IMAGE_SIZE - r - 2, 2) for r in radii]
-    apart = all(np.hypot(*(centers[i] - centers[j])) > radii[i] + radii[j] + 2
-                for i in range(count) for j in range(i))
-    if apart:
-      return list(zip(centers, radii))
+  layouts, jitter = _LAYOUTS[count - 1], _JITTER[count - 1]
+  centers = np.array(layouts[rng.integers(len(layouts))])
+  centers = centers + rng.uniform(-jitter, jitter, centers.shape)
+  return list(zip(centers, rng.uniform(*_RADII[count - 1], count)))
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, center: np.ndarray,
@@ -169,7 +175,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, center: np.ndarray,
   if shape == "circle":
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
   elif shape == "square":
-    half = radius * 0.75  # corners about as far out as a circle, so that none touch
+    half = radius * 0.85
     pen.rectangle((x - half, y - half, x + half, y + half), fill=255)
   elif shape == "triangle":
     pen.polygon(_corners(center, [radius * 1.1] * 3), fill=255)
