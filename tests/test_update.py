@@ -175,6 +175,31 @@ def test_microbatches_cover_every_sample_and_timestep_once():
   assert groups[1] == groups[2] == groups[4]
 
 
+def test_memory_does_not_grow_with_the_microbatches(tiny_sd, schedule, batch):
+  """The reference keeps each microbatch's graph alive through what it logs."""
+  graphdef, params, frozen = lora.partition(nnx.clone(tiny_sd.unet), use_lora=False)
+  config = update.UpdateConfig(
+      batch_size=1, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=1,
+      timesteps_per_batch=1, guidance_scale=1.0, eta=1.0, clip_range=1e-4,
+      adv_clip_max=5.0, loss_scaling=False)
+  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  state = update.init_state(params, optimizer, loss_scaling=False)
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def temporaries(count):
+    zeros = jnp.zeros((count, 1), jnp.int32)
+    program = jax.jit(jax.shard_map(
+        lambda *arguments: update.accumulate_gradients(config, graphdef, schedule, *arguments),
+        mesh=mesh, in_specs=(P(),) * 4, out_specs=P()))
+    compiled = program.lower(state, frozen, batch[0],
+                             update.Microbatches(sample=zeros, step=zeros)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  few, many = temporaries(2), temporaries(200)
+  assert few > 1e5
+  assert many < few + 1e5
+
+
 def test_loss_scale_halves_on_overflow_and_doubles_in_time():
   from ddpo_jax.types import LossScale
   scale = LossScale(jnp.float32(8.0), jnp.int32(update._LOSS_SCALE_PERIOD - 1))
