@@ -175,6 +175,7 @@ def _read_pickle(data: bytes) -> Mapping[str, _Tensor]:
   content = _Unpickler(io.BytesIO(data)).load()
   if not isinstance(content, dict):
     raise _Refused(f"it holds a {type(content).__name__}; must be a dict of tensors")
+  content = dict(dict.items(content))  # without attributes that the pickle may have set
   for name, tensor in content.items():
     if not isinstance(name, str) or not isinstance(tensor, _Tensor):
       raise _Refused(f"it holds {name!r:.50}, a {type(tensor).__name__}; must hold only "

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
+import math
 import os
 import threading
 from typing import Any
@@ -19,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpo_jax.models import CLIP, load_clip, load_clip_tokenizer
-from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel
-from ddpo_jax.models.layers import Linear
+from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig
 from ddpo_jax.rewards.aesthetic_head import HEAD_SHA256, AestheticHead, load_aesthetic_head
 from ddpo_jax.types import RewardFn, UserError
 
@@ -57,8 +58,9 @@ def make_aesthetic_score(*, model: str = VIT_L_14, revision: str | None = None,
   if width != predictor.in_features:
     raise UserError(f"reward_kwargs.model={model!r} makes embeddings of {width} numbers; "
                     f"must be {predictor.in_features}, which the head takes")
-  tower = _ImageTower(clip.model.vision_model, clip.model.visual_projection)
-  program = _Program(_aesthetic_score, clip.images, tower, predictor, dtype, batch_size)
+  del clip.model.text_model, clip.model.text_projection  # a third of the memory
+  program = _Program(_aesthetic_score, clip.images, clip.model, predictor, dtype,
+                     batch_size)
   return lambda images, prompts, metadata: (program(images), {})
 
 
@@ -128,36 +130,64 @@ def preprocess(images: jax.Array, config: CLIPImageConfig) -> jax.Array:
   if isinstance(size, int):
     short = min(height, width)
     size = (int(size * height / short), int(size * width / short))
-  # Width before height, and whole numbers between the two, as Pillow does it.
-  x = _resize(images.astype(jnp.float32), (height, size[1]))
-  x = _resize(x, size)
+  # Whole numbers between the two axes, as Pillow has them, and in its order: width first,
+  # except (from its version 13 on) where height shrinks by much more.
+  shrinks = height - size[0]
+  height_first = shrinks > 0 and shrinks > 2 * (width - size[1])
+  x = images.astype(jnp.int32)
+  for axis in (1, 2) if height_first else (2, 1):
+    x = _resize(x, axis, size[axis - 1])
   top, left = ((side - crop) // 2 for side in size)
-  x = x[:, top:top + crop, left:left + crop] / 255
+  x = x[:, top:top + crop, left:left + crop].astype(jnp.float32) / 255
   return (x - jnp.float32(config.mean)) / jnp.float32(config.std)
 
 
-def _resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Antialiased bicubic, rounded to 0..255."""
-  if x.shape[1:3] == size:
+_FRACTION_BITS = 22  # of Pillow's weights for 8-bit images
+
+
+def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
+  """Antialiased bicubic along one axis, as Pillow computes it: int32 in 0..255, same bits.
+
+  `jax.image.resize` has the same kernel in float32, but rounds ties another way; after
+  the second pass that makes up to 2 of 255 on noise.
+  """
+  if x.shape[axis] == size:
     return x
-  x = jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "cubic", antialias=True)
-  return jnp.clip(jnp.floor(x + 0.5), 0, 255)
+  indices, weights = _bicubic(x.shape[axis], size)
+  along = [1] * x.ndim
+  along[axis] = size
+  total = jnp.int32(1 << (_FRACTION_BITS - 1))
+  for index, weight in zip(indices.T, weights.T):
+    total += jnp.take(x, index, axis) * weight.reshape(along)
+  return jnp.clip(total >> _FRACTION_BITS, 0, 255)
 
 
-class _ImageTower(nnx.Module):
-  """The half of CLIP that sees images."""
+@functools.cache
+def _bicubic(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+  """For each of `new` samples, the `old` ones that it is made of, and their weights.
 
-  def __init__(self, vision_model: CLIPVisionModel, visual_projection: Linear):
-    self.vision_model = vision_model
-    self.visual_projection = visual_projection
+  Returns:
+    [new, taps] int32 twice: indices, and weights as multiples of 2**-22.
+  """
+  scale = max(old / new, 1.0)  # the kernel widens when pixels are merged
+  support = 2 * scale
+  centre = (np.arange(new) + 0.5) * (old / new)
+  first = np.maximum((centre - support + 0.5).astype(int), 0)
+  last = np.minimum((centre + support + 0.5).astype(int), old)
+  positions = first[:, None] + np.arange(2 * math.ceil(support) + 1)
+  x = np.abs(positions + 0.5 - centre[:, None]) / scale
+  near = (1.5 * x - 2.5) * x**2 + 1  # Keys's cubic with a = -1/2
+  far = -0.5 * (((x - 5) * x + 8) * x - 4)
+  weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+  weights[positions >= last[:, None]] = 0
+  weights *= 2**_FRACTION_BITS / weights.sum(axis=1, keepdims=True)
+  whole = np.trunc(weights + np.copysign(0.5, weights))
+  return np.minimum(positions, old - 1).astype(np.int32), whole.astype(np.int32)
 
-  def embed_images(self, images: jax.Array) -> jax.Array:
-    return self.visual_projection(self.vision_model.pool(self.vision_model(images)))
 
-
-def _aesthetic_score(tower: _ImageTower, head: AestheticHead, images: jax.Array
+def _aesthetic_score(model: CLIPModel, head: AestheticHead, images: jax.Array
                      ) -> jax.Array:
-  return head(_normalise(tower.embed_images(images)))
+  return head(_normalise(model.embed_images(images)))
 
 
 def _clip_score(model: CLIPModel, _: None, images: jax.Array, token_ids: jax.Array
