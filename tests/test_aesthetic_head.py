@@ -326,6 +326,9 @@ def test_file_must_have_the_hash(tmp_path):
   with unittest.mock.patch.object(aesthetic_head, "read_tensors") as reader:
     with pytest.raises(UserError, match=f"{sha256(path)}.*head_sha256"):
       load_aesthetic_head(path)
+    for wrong in (None, "", "21dd590f"):
+      with pytest.raises(UserError, match="head_sha256=.* must be 64 hexadecimal digits"):
+        load_aesthetic_head(path, wrong)
     reader.assert_not_called()
   assert load_aesthetic_head(path, sha256(path).upper()).in_features == WIDTHS[0]
 

@@ -78,12 +78,15 @@ def load_aesthetic_head(path: str | os.PathLike | None = None,
   Raises:
     UserError: if the file is missing, another one, or holds anything but such layers.
   """
+  if not re.fullmatch(r"[0-9a-fA-F]{64}", str(sha256)):
+    raise UserError(f"reward_kwargs.head_sha256={sha256!r} must be 64 hexadecimal digits")
   file = _download() if path is None else pathlib.Path(path).expanduser()
   data = _read_file(file)
   found = hashlib.sha256(data).hexdigest()
   if found != str(sha256).lower():
     raise UserError(f"reward_kwargs.head={str(file)!r} has the SHA-256 {found}; must be "
-                    f"{sha256} (reward_kwargs.head_sha256)")
+                    f"{sha256}; if this is the file you mean, give its own as "
+                    "reward_kwargs.head_sha256")
   return _head_from(file, read_tensors(data, file))
 
 

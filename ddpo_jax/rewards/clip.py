@@ -125,6 +125,8 @@ def preprocess(images: jax.Array, config: CLIPImageConfig) -> jax.Array:
   Returns:
     [B, S, S, 3] float32, normalised, S the config's `crop_to`.
   """
+  if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    raise ValueError(f"{images.dtype=} and {images.shape=} must be uint8 [B, H, W, 3]")
   height, width = images.shape[1:3]
   size, crop = config.resize_to, config.crop_to
   if isinstance(size, int):
@@ -158,7 +160,7 @@ def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
   along[axis] = size
   total = jnp.int32(1 << (_FRACTION_BITS - 1))
   for index, weight in zip(indices.T, weights.T):
-    total += jnp.take(x, index, axis) * weight.reshape(along)
+    total += jnp.take(x, index, axis, mode="clip") * weight.reshape(along)
   return jnp.clip(total >> _FRACTION_BITS, 0, 255)
 
 
@@ -282,17 +284,15 @@ class _Program:
     self._program = jax.jit(program)
 
   def __call__(self, images: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
-    """Scores images: [B, H, W, 3] uint8, and arrays [B, …], -> [B] float32."""
+    """Scores images: [B, H, W, 3] uint8, and arrays [B, …], -> [B] float32; B from 1."""
     count = len(images)
-    if not count:
-      return np.zeros(0, np.float32)
     batches = -(-count // self._batch_size)
     size = -(-count // batches)  # equal batches: least of the last one is padding
     scores = []
     for start in range(0, count, size):
       batch = [_pad(x[start:start + size], size) for x in (images, *inputs)]
       scores.append(self._program(self._weights, *jax.device_put(batch, self._device)))
-    return np.concatenate([np.asarray(x) for x in scores])[:count]
+    return np.concatenate(jax.device_get(scores))[:count]
 
 
 def _pad(x: np.ndarray, size: int) -> np.ndarray:

@@ -277,6 +277,14 @@ def test_preprocessing_is_the_folder_s_own(values, saved_by, tmp_path):
   assert difference.max() < 0.01 / 255
 
 
+@pytest.mark.parametrize("images", (np.zeros((1, 8, 8, 3), np.float32),
+                                    np.zeros((8, 8, 3), np.uint8),
+                                    np.zeros((1, 3, 8, 8), np.uint8)))
+def test_images_of_another_kind_are_refused(images):
+  with pytest.raises(ValueError, match="must be uint8"):
+    preprocess(jnp.asarray(images), CLIPImageConfig(8, 8))
+
+
 def test_without_a_file_images_have_the_tower_s_size(tmp_path):
   make_clip(tmp_path)
   assert load_clip(tmp_path).images == CLIPImageConfig(32, 32)
