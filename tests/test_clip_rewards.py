@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import unittest.mock
 
+import conftest
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from ddpo_jax.types import UserError
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+PUBLIC_HEAD = conftest.SHARED_DATA / "sac+logos+ava1-l14-linearMSE.pth"
 TOKENIZER = pathlib.Path(__file__).parent / "golden" / "tiny-sd" / "tokenizer"
 PROMPTS = ["a cat", "", "two dogs on a hill", "a cat " * 100, "A CAT!", "é 🐈"]
 PROJECTION = 24
@@ -105,6 +107,42 @@ def test_aesthetic_score(folder, reference, images, head):
   error = np.abs(rewards - expected).max()
   print(f"aesthetic_score: largest error {error:.1e}, scores differ by {np.ptp(expected)}")
   assert error < 1e-5 and np.ptp(expected) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PUBLIC_HEAD.is_file(), reason=f"needs the head's file {PUBLIC_HEAD}")
+def test_aesthetic_score_of_full_size(tmp_path):
+  """ViT-L/14's shapes, the public head, images of 512×512; random weights."""
+  torch.manual_seed(0)
+  vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                num_attention_heads=16, patch_size=14)
+  text = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1)  # not used
+  model = transformers.CLIPModel(transformers.CLIPConfig(
+      text_config=text, vision_config=vision, projection_dim=768)).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.ndim > 1:
+        parameter *= 2
+  model.save_pretrained(tmp_path)
+  images = np.random.default_rng(0).integers(0, 256, (3, 512, 512, 3)).astype(np.uint8)
+  images[1] = images[1] // 64 * 64
+  images[2, :, :, 1:] = 40
+  pixels = transformers.CLIPImageProcessor()(images=list(images), return_tensors="pt")
+  layers = torch.load(PUBLIC_HEAD, map_location="cpu", weights_only=True)
+  with torch.no_grad():
+    x = model.visual_projection(model.vision_model(pixels.pixel_values).pooler_output)
+    x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    for i in (0, 2, 4, 6, 7):
+      x = x @ layers[f"layers.{i}.weight"].T + layers[f"layers.{i}.bias"]
+  del model
+  expected = x[:, 0].numpy()
+  errors = {}
+  for dtype in ("float32", "bfloat16", "float16"):
+    reward_fn = make_aesthetic_score(model=str(tmp_path), head=str(PUBLIC_HEAD), dtype=dtype)
+    errors[dtype] = float(np.abs(reward_fn(images, ["x"] * 3, [])[0] - expected).max())
+  print(f"aesthetic_score of full size: {expected}, largest errors {errors}")
+  assert errors["float32"] < 0.01 and np.ptp(expected) > 0.01
+  assert max(errors.values()) < 0.5
 
 
 @pytest.mark.parametrize("make", (make_clip_score, make_pick_score))

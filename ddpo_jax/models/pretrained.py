@@ -297,7 +297,7 @@ def _file_name(path: tuple[Any, ...]) -> str:
   return ".".join([*map(str, modules), _LEAVES[leaf]])
 
 
-def _canonical(name: str, renames: Sequence[tuple[str, str]]) -> str:
+def _canonical(name: str, renames: Sequence[tuple[str, str]] = _RENAMES) -> str:
   for pattern, replacement in renames:
     name = re.sub(pattern, replacement, name)
   return name

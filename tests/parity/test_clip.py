@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 from flax import nnx
 import jax
@@ -12,7 +13,13 @@ from PIL import Image, ImageDraw
 import pytest
 
 from ddpo_jax.models import load_clip
-from ddpo_jax.models.clip import CLIPImageConfig, CLIPTextConfig, CLIPTextModel
+from ddpo_jax.models.clip import (
+    CLIPConfig,
+    CLIPImageConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+)
 from ddpo_jax.models.pretrained import save_module
 from ddpo_jax.rewards.clip import preprocess
 from ddpo_jax.types import UserError
@@ -116,6 +123,20 @@ def test_half_precision(dtype, tolerance, tmp_path):
   assert max(errors) < tolerance
 
 
+@pytest.mark.parametrize("values,parameters", [
+    ({**VIT_L_14, "model_type": "clip"}, 427_616_513),
+    (dict(projection_dim=1024,  # laion/CLIP-ViT-H-14-laion2B-s32B-b79K and PickScore
+          text_config=dict(hidden_act="gelu", hidden_size=1024, intermediate_size=4096,
+                           num_attention_heads=16, num_hidden_layers=24),
+          vision_config=dict(hidden_act="gelu", hidden_size=1280, intermediate_size=5120,
+                             num_attention_heads=16, num_hidden_layers=32, patch_size=14)),
+     986_109_441)])
+def test_hub_configs_give_models_of_the_known_size(values, parameters):
+  rngs = types.SimpleNamespace(params=lambda: jax.random.key(0))  # fast to trace
+  model = nnx.eval_shape(lambda: CLIPModel(CLIPConfig.from_dict(values), rngs=rngs))
+  assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == parameters
+
+
 @pytest.mark.slow
 def test_vit_l_14(tmp_path):
   """The shapes of openai/clip-vit-large-patch14."""
@@ -156,7 +177,6 @@ def test_configs_of_older_libraries(tmp_path):
 
 
 def test_missing_fields_have_the_defaults_of_transformers():
-  from ddpo_jax.models.clip import CLIPConfig
   ours, reference = CLIPConfig.from_dict({}), transformers.CLIPConfig()
   for part in ("text_config", "vision_config"):
     for field, value in vars(getattr(ours, part)).items():
