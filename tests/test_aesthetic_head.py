@@ -204,8 +204,8 @@ def test_what_a_pickle_sets_does_not_last(tmp_path):
              b"OrderedDict\nsb.")  # an OrderedDict whose .items is OrderedDict itself
   assert read_tensors(write(pickled), "file") == {}
   pickled = (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x08\x00\x00\x00__code__K\x00sb"
-             b"0}.")
-  read_tensors(write(pickled.replace(b"0}.", b"q\x00}q\x01h\x01.")), "file")
+             b"}.")  # the function gets an attribute; the content is an empty dict
+  assert read_tensors(write(pickled), "file") == {}
   assert load(write_layers(make_layers()), tmp_path).in_features == WIDTHS[0]
 
 

@@ -136,7 +136,7 @@ class CLIPImageConfig:
       UserError: if it asks for what is not built, or makes images of another size.
     """
     for name, wanted in _PREPROCESSING.items():
-      if values.get(name, wanted) != wanted:
+      if (values.get(name, wanted) or False) != wanted:  # null is false
         raise UserError(f"image processor config: {name}={values[name]!r} is not "
                         f"supported; must be {wanted!r}")
     if abs(values.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:

@@ -308,10 +308,13 @@ def test_images_of_another_kind_are_refused(images):
 def test_without_a_file_images_have_the_tower_s_size(tmp_path):
   make_clip(tmp_path)
   assert load_clip(tmp_path).images == CLIPImageConfig(32, 32)
+  (tmp_path / "preprocessor_config.json").write_text('{"do_pad": null, "size": 32}')
+  assert load_clip(tmp_path).images == CLIPImageConfig(32, 32)
 
 
 @pytest.mark.parametrize("values,message", [
     (dict(resample=2), "resample=2"), (dict(do_center_crop=False), "do_center_crop=False"),
+    (dict(do_resize=None), "do_resize=None"),
     (dict(size={"longest_edge": 32}), "longest_edge"), (dict(size=16), "size=16"),
     (dict(crop_size=16), "crop_size=16"), (dict(rescale_factor=1.0), "rescale_factor=1.0"),
     (dict(image_std=[1, 1, 0]), "image_std"), (dict(image_mean=[1, 1]), "image_mean"),
