@@ -1,7 +1,6 @@
 """Rewards from CLIP: against torch, from threads, in batches, and their arguments."""
 
 from concurrent import futures
-import hashlib
 import json
 import pathlib
 import shutil
@@ -23,36 +22,15 @@ from ddpo_jax.types import UserError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+tiny_clip = pytest.importorskip("tiny_clip")
 
 PUBLIC_HEAD = conftest.SHARED_DATA / "sac+logos+ava1-l14-linearMSE.pth"
-TOKENIZER = pathlib.Path(__file__).parent / "golden" / "tiny-sd" / "tokenizer"
 PROMPTS = ["a cat", "", "two dogs on a hill", "a cat " * 100, "A CAT!", "é 🐈"]
-PROJECTION = 24
-TEXT = dict(vocab_size=530, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, bos_token_id=528, eos_token_id=529, pad_token_id=529)
-VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2,
-              num_attention_heads=3, image_size=32, patch_size=8)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A seeded CLIP with tokenizer and image processor, as transformers writes them."""
-  folder = tmp_path_factory.mktemp("clip")
-  torch.manual_seed(0)
-  config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION,
-                                   projection_dim=PROJECTION)
-  model = transformers.CLIPModel(config)
-  with torch.no_grad():  # large enough that each image and prompt has a score of its own
-    for parameter in model.parameters():
-      if parameter.ndim > 1:
-        parameter *= 4
-  model.save_pretrained(folder)
-  transformers.CLIPImageProcessor(
-      size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-      ).save_pretrained(folder)
-  for path in TOKENIZER.iterdir():
-    shutil.copy(path, folder)
-  return folder
+  return tiny_clip.save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +47,9 @@ def images():
   return np.stack([*smooth, *rng.integers(0, 256, (3, 50, 70, 3)).astype(np.uint8)])
 
 
-def make_head(path, widths=(PROJECTION, 16, 8, 1)):
-  """A seeded head as torch writes it: the keyword arguments that name it, and itself."""
-  torch.manual_seed(1)
-  layers = [layer for pair in zip(widths[:-1], widths[1:])
-            for layer in (torch.nn.Linear(*pair), torch.nn.Dropout(0.2))]
-  head = torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers[:-1])})
-  torch.save(head.state_dict(), path)
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  return dict(head=str(path), head_sha256=digest), head["layers"].eval()
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-  return make_head(tmp_path_factory.mktemp("head") / "head.pth")
+  return tiny_clip.make_head(tmp_path_factory.mktemp("head") / "head.pth")
 
 
 def embed(reference, folder, images, prompts):
@@ -238,7 +205,7 @@ def test_only_images_go_to_the_device(folder, images):
 
 
 def test_head_must_fit_the_model(folder, tmp_path):
-  kwargs, _ = make_head(tmp_path / "head.pth", (PROJECTION + 1, 1))
+  kwargs, _ = tiny_clip.make_head(tmp_path / "head.pth", (tiny_clip.PROJECTION + 1, 1))
   with pytest.raises(UserError, match="embeddings of 24 numbers; must be 25"):
     make_aesthetic_score(model=str(folder), **kwargs)
 
@@ -290,7 +257,8 @@ def test_tokenizer_from_elsewhere(copy, folder, images):
 def test_tokenizer_of_another_model(change, message, copy):
   torch.manual_seed(0)
   transformers.CLIPModel(transformers.CLIPConfig(
-      text_config={**TEXT, **change}, vision_config=VISION)).save_pretrained(copy)
+      text_config={**tiny_clip.TEXT, **change},
+      vision_config=tiny_clip.VISION)).save_pretrained(copy)
   with pytest.raises(UserError, match=message):
     make_clip_score(model=str(copy))
 

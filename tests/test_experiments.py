@@ -40,9 +40,11 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def local(tiny_clip, tmp_path):
+def local(tmp_path):
   """Arguments of each reward that needs something, for what is on this machine."""
-  clip, head = tiny_clip
+  tiny_clip = pytest.importorskip("tiny_clip")
+  clip = tiny_clip.save_clip(tmp_path / "clip")
+  head, _ = tiny_clip.make_head(tmp_path / "head.pth")
   with servers.serve(servers.llava) as llava, servers.serve(servers.openai) as vlm:
     vlm.on_get = servers.list_models
     yield {"aesthetic_score": {"model": str(clip), **head},

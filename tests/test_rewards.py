@@ -13,7 +13,12 @@ import pytest
 from ddpo_jax import shapes
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.rewards import (
-    REWARD_FACTORIES, call_reward, check_rewards, get_reward, get_rewards)
+  REWARD_FACTORIES,
+  call_reward,
+  check_rewards,
+  get_reward,
+  get_rewards,
+)
 from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.types import UserError
 
