@@ -2,8 +2,8 @@
 
     python scripts/make_tiny_model.py --output ddpo_jax/assets/tiny_sd
 
-Takes about an hour on two CPU cores: the autoencoder first (15 minutes), then the UNet
-and the text encoder together. Every stage writes what it has as it goes (weights, and a
+Takes an hour and a half on two CPU cores: the autoencoder first (half an hour), then the
+UNet and the text encoder together. Every stage writes what it has as it goes (weights, and a
 grid of pictures to look at); `--stage` runs one alone, from what the others wrote.
 """
 
@@ -260,8 +260,8 @@ def train_vae(args: argparse.Namespace) -> None:
     save_grid(pairs, args.work / "vae.png", columns=16)
 
   batches = picture_batches(np.random.default_rng(args.seed), args.vae_batch)
-  fit("autoencoder", loss_fn, (params,), batches, args.vae_steps, 2e-3, args.seed, save,
-      save_every=250)
+  fit("autoencoder", loss_fn, (params,), batches, args.vae_steps, 1.5e-3, args.seed, save,
+      save_every=500)
 
 
 # ---- latents ----
@@ -383,12 +383,12 @@ def main() -> None:
   parser.add_argument("--resume", action="store_true",
                       help="start from the weights in --output")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--vae_steps", type=int, default=2400)
-  parser.add_argument("--vae_batch", type=int, default=16)
+  parser.add_argument("--vae_steps", type=int, default=8000)
+  parser.add_argument("--vae_batch", type=int, default=8)
   parser.add_argument("--pictures", type=int, default=48_000)
-  parser.add_argument("--unet_steps", type=int, default=3400)
+  parser.add_argument("--unet_steps", type=int, default=6000)
   parser.add_argument("--unet_batch", type=int, default=32)
-  parser.add_argument("--save_every", type=int, default=400)
+  parser.add_argument("--save_every", type=int, default=1000)
   args = parser.parse_args()
   args.work.mkdir(parents=True, exist_ok=True)
   write_configs(args.output)

@@ -107,8 +107,8 @@ def test_jpeg_size_depends_on_the_texture():
                        enumerate(scenes(100, texture=texture))])
     sizes[texture], _ = rewards.get_reward("jpeg_incompressibility")(images, [], [])
   means = {texture: size.mean() for texture, size in sizes.items()}
-  assert means["plain"] < 0.75 * means["checkered"]
-  assert means["plain"] < 0.75 * means["striped"]
+  assert means["plain"] < 0.85 * means["checkered"]
+  assert means["plain"] < 0.85 * means["striped"]
   assert max(means, key=means.get) == "noisy"
   # Room to move, in standard deviations of what an untrained model would draw.
   weights = np.repeat([*shapes.TEXTURES.values()], 100)

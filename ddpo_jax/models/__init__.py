@@ -1,5 +1,11 @@
-"""Stable Diffusion's networks, and how to load them."""
+"""Stable Diffusion's networks, CLIP, and how to load them."""
 
-from ddpo_jax.models.pretrained import StableDiffusion, load_pretrained
+from ddpo_jax.models.pretrained import (
+    CLIP,
+    StableDiffusion,
+    load_clip,
+    load_clip_tokenizer,
+    load_pretrained,
+)
 
-__all__ = ["StableDiffusion", "load_pretrained"]
+__all__ = ["CLIP", "StableDiffusion", "load_clip", "load_clip_tokenizer", "load_pretrained"]

@@ -1,4 +1,4 @@
-"""Stable Diffusion in diffusers' folder format -> NNX modules, and back.
+"""Stable Diffusion in diffusers' folder format, CLIP in transformers' -> NNX, and back.
 
 A tensor's name in the file and its path in the module differ only by the rules in
 `_RENAMES` and `_LEAVES`; what they leave unmatched, on either side, is an error.
@@ -26,7 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ddpo_jax.diffusion.schedule import NoiseSchedule
-from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from ddpo_jax.models.clip import (
+    CLIPConfig,
+    CLIPImageConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+)
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 from ddpo_jax.types import UserError
@@ -43,11 +49,14 @@ _RENAMES = (
     (r"(mid_block\.attentions\.\d+)\.proj_attn\.", r"\1.to_out.0."),
 )
 _IGNORED = (r"(^|\.)position_ids$",)  # a buffer that counts from 0
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
+           "class_embedding": "class_embedding", "logit_scale": "logit_scale"}
 
 _WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
                  "text_encoder": "model"}
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                    "special_tokens_map.json", "added_tokens.json")
 _LISTED = 8  # names shown in a message before "and N more"
 
 
@@ -107,24 +116,100 @@ def load_pretrained(path: str | os.PathLike, revision: str | None = None,
   return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
 
 
-def resolve(path: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+@dataclasses.dataclass
+class CLIP:
+  """A CLIP model, and what its folder says of the images that it takes."""
+
+  model: CLIPModel
+  images: CLIPImageConfig
+  folder: pathlib.Path  # where it was read from
+
+
+def load_clip(path: str | os.PathLike, revision: str | None = None,
+              dtype: jnp.dtype = jnp.float32) -> CLIP:
+  """Loads a CLIP checkpoint: both towers and their projections.
+
+  Args:
+    path: a local folder in transformers' format, or a hub id ("owner/name").
+    revision: branch, tag or commit of a hub id.
+    dtype: of the weights and the computation; the logit scale is float32 always.
+
+  Raises:
+    UserError: if the folder, a file or a tensor is missing, misshapen or too many, or if
+      a config asks for what is not built here.
+  """
+  folder = resolve(path, revision, CLIP_REPOSITORY)
+  config = _read_config(folder / "config.json", CLIPConfig.from_dict)
+  images = _read_image_config(folder, config.vision_config.image_size)
+  # The rules for the names of Stable Diffusion's parts would take a prefix away.
+  model = load_module(functools.partial(CLIPModel, config, dtype=dtype),
+                      find_weights(folder, "model", CLIP_REPOSITORY.weights_class),
+                      renames=())
+  return CLIP(model, images, folder)
+
+
+def load_clip_tokenizer(path: str | os.PathLike, revision: str | None = None):
+  """The tokenizer of a CLIP folder or hub id.
+
+  Raises:
+    UserError: if there is none.
+  """
+  folder = resolve(path, revision, TOKENIZER_REPOSITORY)
+  return _load_tokenizer(folder)
+
+
+def _read_image_config(folder: pathlib.Path, image_size: int) -> CLIPImageConfig:
+  parse = functools.partial(CLIPImageConfig.from_dict, image_size=image_size)
+  if (folder / "preprocessor_config.json").is_file():
+    return _read_config(folder / "preprocessor_config.json", parse)
+  if (folder / "processor_config.json").is_file():  # transformers 5
+    return _read_config(folder / "processor_config.json",
+                        lambda values: parse(values.get("image_processor", {})))
+  return parse({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+  """A kind of model folder: what messages call it, and which of its files are needed."""
+
+  field: str  # of the config, that names it
+  formats: str  # what the field may hold
+  probe: tuple[str, ...]  # files of which each has one, to find it in the hub's cache
+  weights_class: str  # that converts pickled weights
+  choose: Callable[[Sequence[str]], list[str]]  # of all its files, those to download
+
+  @property
+  def revision_field(self) -> str:
+    return f"{self.field.rpartition('.')[0]}.revision"
+
+
+def resolve(path: str | os.PathLike, revision: str | None = None,
+            repository: Repository | None = None) -> pathlib.Path:
   """The local folder of a model, downloaded if `path` is a hub id.
+
+  Args:
+    path: a folder, a hub id, or (of Stable Diffusion only) "tiny".
+    revision: branch, tag or commit of a hub id.
+    repository: the kind of folder; Stable Diffusion's if absent.
 
   Raises:
     UserError: if there is no such folder and no such repository.
   """
-  if str(path) == TINY:
+  repository = DIFFUSERS_REPOSITORY if repository is None else repository
+  if str(path) == TINY and repository is DIFFUSERS_REPOSITORY:
     return pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
   folder = pathlib.Path(path).expanduser()
   if str(path) and folder.is_dir():
     return folder
   if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-    raise UserError(f"pretrained.model={str(path)!r} does not exist; must be a folder in "
-                    "diffusers' format, a hub id such as 'owner/name', or 'tiny'")
-  return _download(str(path), revision)
+    raise UserError(f"{repository.field}={str(path)!r} does not exist; must be "
+                    f"{repository.formats}")
+  return _download(str(path), revision, repository)
 
 
-def find_weights(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
+def find_weights(folder: pathlib.Path, stem: str,
+                 weights_class: str = "diffusers: DiffusionPipeline"
+                 ) -> list[pathlib.Path]:
   """The safetensors files of one part: plain before `.fp16`, whole before sharded.
 
   Raises:
@@ -139,19 +224,20 @@ def find_weights(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
       return _shards(index)
   if list(folder.glob("*.bin")) or list(folder.glob("*.ckpt")):
     raise UserError(f"{folder} has only pickled weights, which can run code when read; "
-                    "convert them to safetensors, for example with diffusers: "
-                    "DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)")
+                    f"convert them to safetensors, for example with {weights_class}"
+                    ".from_pretrained(folder).save_pretrained(new_folder)")
   raise UserError(f"{folder / stem}.safetensors does not exist; must hold the weights of "
                   f"{folder.name}")
 
 
-def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path]
-                ) -> nnx.Module:
+def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
+                renames: Sequence[tuple[str, str]] = _RENAMES) -> nnx.Module:
   """Builds a module straight from its weights, one tensor at a time.
 
   Args:
     build: called as `build(rngs=…)`; only its shapes and dtypes are used.
     files: safetensors files that together hold each of its tensors once.
+    renames: patterns found in the files' names of tensors, and what replaces them.
 
   Raises:
     UserError: lists tensors that are missing, unknown, there twice, or of another shape;
@@ -164,7 +250,7 @@ def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path]
   for file in files:
     with _open(file) as tensors:
       for name in tensors.keys():
-        key = _canonical(name)
+        key = _canonical(name, renames)
         if any(re.search(pattern, key) for pattern in _IGNORED):
           continue
         if key not in paths:
@@ -201,7 +287,7 @@ def save_module(module: nnx.Module, path: str | os.PathLike, *,
     array = np.asarray(variable[...], dtype)
     if variable_path[-1] == "kernel":
       array = array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
-    tensors[_file_name(variable_path)] = np.ascontiguousarray(array)
+    tensors[_file_name(variable_path)] = np.asarray(array, order="C")
   save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -211,8 +297,8 @@ def _file_name(path: tuple[Any, ...]) -> str:
   return ".".join([*map(str, modules), _LEAVES[leaf]])
 
 
-def _canonical(name: str) -> str:
-  for pattern, replacement in _RENAMES:
+def _canonical(name: str, renames: Sequence[tuple[str, str]] = _RENAMES) -> str:
+  for pattern, replacement in renames:
     name = re.sub(pattern, replacement, name)
   return name
 
@@ -286,8 +372,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise UserError(f"{path} does not exist; a model folder in diffusers' format "
-                    "must have it") from None
+    raise UserError(f"{path} does not exist; a model folder must have it") from None
   except (OSError, ValueError) as error:
     raise UserError(f"{path} cannot be read as JSON: {error}") from error
   if not isinstance(content, dict):
@@ -339,8 +424,8 @@ def _load_tokenizer(folder: pathlib.Path):
   if not (folder / "tokenizer.json").is_file():  # all that transformers 5 writes
     for name in ("vocab.json", "merges.txt"):
       if not (folder / name).is_file():
-        raise UserError(f"{folder / name} does not exist; a model folder in diffusers' "
-                        "format must have it")
+        raise UserError(f"{folder / name} does not exist; a tokenizer's folder "
+                        "must have it")
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # the library raises a different type for each damage
@@ -348,37 +433,38 @@ def _load_tokenizer(folder: pathlib.Path):
                     f"{_one_line(error)}") from error
 
 
-def _download(repo: str, revision: str | None) -> pathlib.Path:
+def _download(repo: str, revision: str | None, kind: Repository) -> pathlib.Path:
   """Downloads what is needed of a hub repository, each weight in one variant only."""
   try:
-    wanted = _choose_files(huggingface_hub.list_repo_files(repo, revision=revision))
+    wanted = kind.choose(huggingface_hub.list_repo_files(repo, revision=revision))
     return pathlib.Path(huggingface_hub.snapshot_download(
         repo, revision=revision, allow_patterns=wanted))
   except hub_errors.GatedRepoError:
-    raise UserError(f"pretrained.model={repo!r} is gated: accept its terms on the hub and "
+    raise UserError(f"{kind.field}={repo!r} is gated: accept its terms on the hub and "
                     "log in with `hf auth login`") from None
   except hub_errors.RevisionNotFoundError:
-    raise UserError(f"pretrained.revision={revision!r} does not exist in {repo!r}; must "
+    raise UserError(f"{kind.revision_field}={revision!r} does not exist in {repo!r}; must "
                     "be a branch, tag or commit") from None
   except hub_errors.RepositoryNotFoundError:
-    raise UserError(f"pretrained.model={repo!r} is neither a local folder nor a public "
+    raise UserError(f"{kind.field}={repo!r} is neither a local folder nor a public "
                     "hub repository; if it is private, run `hf auth login`") from None
   except hub_errors.HFValidationError:
-    raise UserError(f"pretrained.model={repo!r} does not exist, and is no hub id such as "
+    raise UserError(f"{kind.field}={repo!r} does not exist, and is no hub id such as "
                     "'owner/name'") from None
   except Exception as error:  # no network, in one of the ways of several HTTP libraries
-    return _from_cache(repo, revision, error)
+    return _from_cache(repo, revision, kind, error)
 
 
-def _from_cache(repo: str, revision: str | None, error: Exception) -> pathlib.Path:
+def _from_cache(repo: str, revision: str | None, kind: Repository, error: Exception
+                ) -> pathlib.Path:
   """What an earlier download left; `snapshot_download` would ask for every file."""
-  found = huggingface_hub.try_to_load_from_cache(repo, "unet/config.json",
-                                                 revision=revision)
-  if not isinstance(found, str):
-    raise UserError(f"pretrained.model={repo!r} is not a local folder, and cannot be "
-                    f"downloaded ({_one_line(error)}); give a folder that holds the model"
-                    ) from error
-  return pathlib.Path(found).parents[1]
+  for name in kind.probe:
+    found = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+    if isinstance(found, str):
+      return pathlib.Path(found).parents[name.count("/")]
+  raise UserError(f"{kind.field}={repo!r} is not a local folder, and cannot be "
+                  f"downloaded ({_one_line(error)}); give a folder that holds the model"
+                  ) from error
 
 
 def _choose_files(names: Sequence[str]) -> list[str]:
@@ -387,14 +473,45 @@ def _choose_files(names: Sequence[str]) -> list[str]:
       "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in _WEIGHT_NAMES))
             or n.startswith("tokenizer/") and n.endswith((".json", ".txt"))]
   for part, stem in _WEIGHT_NAMES.items():
-    for variant in ("", ".fp16"):
-      pattern = (rf"{part}/{stem}{variant}(-\d+-of-\d+)?\.safetensors|"
-                 rf"{part}/{stem}\.safetensors\.index{variant}\.json|"
-                 rf"{part}/{stem}-\d+-of-\d+{variant}\.safetensors")
-      found = [n for n in names if re.fullmatch(pattern, n)]
-      if variant == "":
-        found = [n for n in found if ".fp16" not in n]
-      if found:
-        chosen += found
-        break
+    chosen += _choose_weights(names, f"{part}/{stem}")
   return chosen
+
+
+def _choose_clip_files(names: Sequence[str]) -> list[str]:
+  """Of a repository's files: configs, tokenizer, and the weights once."""
+  configs = ("config.json", "preprocessor_config.json", "processor_config.json")
+  return [n for n in names if n in configs + _TOKENIZER_FILES] + _choose_weights(
+      names, "model")
+
+
+def _choose_tokenizer_files(names: Sequence[str]) -> list[str]:
+  return [n for n in names if n in _TOKENIZER_FILES]
+
+
+def _choose_weights(names: Sequence[str], stem: str) -> list[str]:
+  """The files that hold one part's weights, plain before `.fp16`."""
+  for variant in ("", ".fp16"):
+    pattern = (rf"{stem}{variant}(-\d+-of-\d+)?\.safetensors|"
+               rf"{stem}\.safetensors\.index{variant}\.json|"
+               rf"{stem}-\d+-of-\d+{variant}\.safetensors")
+    found = [n for n in names if re.fullmatch(pattern, n)]
+    if variant == "":
+      found = [n for n in found if ".fp16" not in n]
+    if found:
+      return found
+  return []
+
+
+DIFFUSERS_REPOSITORY = Repository(
+    field="pretrained.model",
+    formats="a folder in diffusers' format, a hub id such as 'owner/name', or 'tiny'",
+    probe=("unet/config.json",), weights_class="diffusers: DiffusionPipeline",
+    choose=_choose_files)
+CLIP_REPOSITORY = Repository(
+    field="reward_kwargs.model",
+    formats="a folder in transformers' format or a hub id such as 'owner/name'",
+    probe=("config.json",), weights_class="transformers: CLIPModel",
+    choose=_choose_clip_files)
+TOKENIZER_REPOSITORY = dataclasses.replace(
+    CLIP_REPOSITORY, field="reward_kwargs.tokenizer",
+    probe=("tokenizer.json", "vocab.json"), choose=_choose_tokenizer_files)

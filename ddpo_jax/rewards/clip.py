@@ -1,0 +1,310 @@
+"""Rewards from CLIP embeddings, computed on the device: aesthetics and alignment.
+
+Each is made by a function of keyword arguments (`config.reward_kwargs`), which loads the
+model once. Scores are computed by one jitted program in batches of a fixed size, on the
+first device of each process, whatever threads ask for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+import os
+import threading
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpo_jax.models import CLIP, load_clip, load_clip_tokenizer
+from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig
+from ddpo_jax.rewards.aesthetic_head import HEAD_SHA256, AestheticHead, load_aesthetic_head
+from ddpo_jax.types import RewardFn, UserError
+
+VIT_L_14 = "openai/clip-vit-large-patch14"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+PICKSCORE_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def make_aesthetic_score(*, model: str = VIT_L_14, revision: str | None = None,
+                         head: str | None = None, head_sha256: str = HEAD_SHA256,
+                         dtype: str = "float32", batch_size: int = 16) -> RewardFn:
+  """How much people like an image: LAION's predictor on its CLIP embedding.
+
+  The mean rating from 1 to 10 that people would give; values outside occur. Prompts are
+  not used.
+
+  Args:
+    model: folder or hub id of the CLIP model that the head was trained on.
+    revision: branch, tag or commit of a hub id.
+    head: the head's file, a torch pickle that is read without running it; downloaded
+      from the hub if absent.
+    head_sha256: of that file; to be given for another head than the public one.
+    dtype: that the model computes in: float32, bfloat16 or float16. The head's is float32.
+    batch_size: images scored at a time, at most; bounds the memory.
+
+  Raises:
+    UserError: if an argument is wrong, or the model or the head cannot be loaded.
+  """
+  _check_arguments(dtype, batch_size)
+  predictor = load_aesthetic_head(head, head_sha256)  # first: it is small
+  clip = load_clip(model, revision, jnp.dtype(dtype))
+  width = clip.model.config.projection_dim
+  if width != predictor.in_features:
+    raise UserError(f"reward_kwargs.model={model!r} makes embeddings of {width} numbers; "
+                    f"must be {predictor.in_features}, which the head takes")
+  del clip.model.text_model, clip.model.text_projection  # a third of the memory
+  program = _Program(_aesthetic_score, clip.images, clip.model, predictor, dtype,
+                     batch_size)
+  return lambda images, prompts, metadata: (program(images), {})
+
+
+def make_clip_score(*, model: str = VIT_L_14, revision: str | None = None,
+                    tokenizer: str | None = None, dtype: str = "float32",
+                    batch_size: int = 16) -> RewardFn:
+  """How well an image fits its prompt: CLIPScore (arXiv:2104.08718).
+
+  100 times the cosine of the two embeddings, and 0 where that is negative: 0 to 100, of
+  which about 15 (nothing in common) to 40 occur.
+
+  Args:
+    model: folder or hub id of a CLIP model.
+    revision: branch, tag or commit of a hub id.
+    tokenizer: folder or hub id of its tokenizer; in the model's folder if absent.
+    dtype: that the model computes in: float32, bfloat16 or float16.
+    batch_size: images scored at a time, at most; bounds the memory.
+
+  Raises:
+    UserError: if an argument is wrong, or the model or its tokenizer cannot be loaded.
+  """
+  _check_arguments(dtype, batch_size)
+  clip = load_clip(model, revision, jnp.dtype(dtype))
+  return _text_and_image_reward(_clip_score, clip, tokenizer or clip.folder, dtype,
+                                batch_size)
+
+
+def make_pick_score(*, model: str = PICKSCORE, revision: str | None = None,
+                    tokenizer: str | None = None, dtype: str = "float32",
+                    batch_size: int = 16) -> RewardFn:
+  """Which image people would pick for a prompt: PickScore (arXiv:2305.01569).
+
+  The cosine of the two embeddings times the model's logit scale (100): -100 to 100, of
+  which about 15 to 25 occur.
+
+  Args:
+    model: folder or hub id of a CLIP model trained on people's choices.
+    revision: branch, tag or commit of a hub id.
+    tokenizer: folder or hub id of its tokenizer. If absent, the one in the model's
+      folder, or for the default model that of the CLIP-H which it was trained from.
+    dtype: that the model computes in: float32, bfloat16 or float16.
+    batch_size: images scored at a time, at most; bounds the memory.
+
+  Raises:
+    UserError: if an argument is wrong, or the model or its tokenizer cannot be loaded.
+  """
+  _check_arguments(dtype, batch_size)
+  clip = load_clip(model, revision, jnp.dtype(dtype))
+  if tokenizer is None and model == PICKSCORE and not _has_tokenizer(clip):
+    tokenizer = PICKSCORE_TOKENIZER
+  return _text_and_image_reward(_pick_score, clip, tokenizer or clip.folder, dtype,
+                                batch_size)
+
+
+def preprocess(images: jax.Array, config: CLIPImageConfig) -> jax.Array:
+  """Images as the vision tower takes them; what transformers' CLIPImageProcessor computes.
+
+  Args:
+    images: [B, H, W, 3] uint8.
+    config: sizes and colours.
+
+  Returns:
+    [B, S, S, 3] float32, normalised, S the config's `crop_to`.
+  """
+  if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
+    raise ValueError(f"{images.dtype=} and {images.shape=} must be uint8 [B, H, W, 3]")
+  height, width = images.shape[1:3]
+  size, crop = config.resize_to, config.crop_to
+  if isinstance(size, int):
+    short = min(height, width)
+    size = (int(size * height / short), int(size * width / short))
+  # Whole numbers between the two axes, as Pillow has them, and in its order: width first,
+  # except (from its version 13 on) where height shrinks by much more.
+  shrinks = height - size[0]
+  height_first = shrinks > 0 and shrinks > 2 * (width - size[1])
+  x = images.astype(jnp.int32)
+  for axis in (1, 2) if height_first else (2, 1):
+    x = _resize(x, axis, size[axis - 1])
+  top, left = ((side - crop) // 2 for side in size)
+  x = x[:, top:top + crop, left:left + crop].astype(jnp.float32) / 255
+  return (x - jnp.float32(config.mean)) / jnp.float32(config.std)
+
+
+_FRACTION_BITS = 22  # of Pillow's weights for 8-bit images
+
+
+def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
+  """Antialiased bicubic along one axis, as Pillow computes it: int32 in 0..255, same bits.
+
+  `jax.image.resize` has the same kernel in float32, but rounds ties another way; after
+  the second pass that makes up to 2 of 255 on noise.
+  """
+  if x.shape[axis] == size:
+    return x
+  indices, weights = _bicubic(x.shape[axis], size)
+  along = [1] * x.ndim
+  along[axis] = size
+  total = jnp.int32(1 << (_FRACTION_BITS - 1))
+  for index, weight in zip(indices.T, weights.T):
+    total += jnp.take(x, index, axis, mode="clip") * weight.reshape(along)
+  return jnp.clip(total >> _FRACTION_BITS, 0, 255)
+
+
+@functools.cache
+def _bicubic(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+  """For each of `new` samples, the `old` ones that it is made of, and their weights.
+
+  Returns:
+    [new, taps] int32 twice: indices, and weights as multiples of 2**-22.
+  """
+  scale = max(old / new, 1.0)  # the kernel widens when pixels are merged
+  support = 2 * scale
+  centre = (np.arange(new) + 0.5) * (old / new)
+  first = np.maximum((centre - support + 0.5).astype(int), 0)
+  last = np.minimum((centre + support + 0.5).astype(int), old)
+  positions = first[:, None] + np.arange(2 * math.ceil(support) + 1)
+  x = np.abs(positions + 0.5 - centre[:, None]) / scale
+  near = (1.5 * x - 2.5) * x**2 + 1  # Keys's cubic with a = -1/2
+  far = -0.5 * (((x - 5) * x + 8) * x - 4)
+  weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+  weights[positions >= last[:, None]] = 0
+  weights *= 2**_FRACTION_BITS / weights.sum(axis=1, keepdims=True)
+  whole = np.trunc(weights + np.copysign(0.5, weights))
+  return np.minimum(positions, old - 1).astype(np.int32), whole.astype(np.int32)
+
+
+def _aesthetic_score(model: CLIPModel, head: AestheticHead, images: jax.Array
+                     ) -> jax.Array:
+  return head(_normalise(model.embed_images(images)))
+
+
+def _clip_score(model: CLIPModel, _: None, images: jax.Array, token_ids: jax.Array
+                ) -> jax.Array:
+  return jnp.maximum(100 * _cosine(model, images, token_ids), 0)
+
+
+def _pick_score(model: CLIPModel, _: None, images: jax.Array, token_ids: jax.Array
+                ) -> jax.Array:
+  return jnp.exp(model.logit_scale[...]) * _cosine(model, images, token_ids)
+
+
+def _cosine(model: CLIPModel, images: jax.Array, token_ids: jax.Array) -> jax.Array:
+  """Of each image with its own text: [B, S, S, 3], [B, L] -> [B] float32."""
+  return jnp.sum(_normalise(model.embed_images(images)) *
+                 _normalise(model.embed_texts(token_ids)), axis=-1)
+
+
+def _normalise(embeddings: jax.Array) -> jax.Array:
+  embeddings = embeddings.astype(jnp.float32)
+  return embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+
+def _text_and_image_reward(score: Callable[..., jax.Array], clip: CLIP,
+                           tokenizer: str | os.PathLike, dtype: str, batch_size: int
+                           ) -> RewardFn:
+  config = clip.model.config.text_config
+  tokenize = _Tokenize(load_clip_tokenizer(tokenizer), tokenizer, config)
+  program = _Program(score, clip.images, clip.model, None, dtype, batch_size)
+  return lambda images, prompts, metadata: (program(images, tokenize(prompts)), {})
+
+
+class _Tokenize:
+  """Prompts -> int32 [B, L], padded or cut to the L tokens that the text tower takes."""
+
+  def __init__(self, tokenizer: Any, source: str | os.PathLike, config: CLIPTextConfig):
+    if len(tokenizer) > config.vocab_size:
+      raise UserError(f"reward_kwargs.tokenizer={str(source)!r} has {len(tokenizer)} tokens;"
+                      f" must be at most the model's vocab_size={config.vocab_size}")
+    if config.eos_token_id not in (2, tokenizer.eos_token_id):
+      raise UserError(f"reward_kwargs.tokenizer={str(source)!r} ends a text with token "
+                      f"{tokenizer.eos_token_id}; must be the model's eos_token_id="
+                      f"{config.eos_token_id}")
+    self._tokenizer = tokenizer
+    self._length = config.max_position_embeddings
+    self._lock = threading.Lock()  # padding and cutting are the tokenizer's state
+
+  def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+    with self._lock:
+      encoded = self._tokenizer(list(prompts), padding="max_length", truncation=True,
+                                max_length=self._length, return_tensors="np")
+    return encoded.input_ids.astype(np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+  """What the program reads and nothing changes."""
+
+  model: nnx.State
+  head: AestheticHead | None
+
+
+class _Program:
+  """Scores any number of images, in batches, on one device. May be called by any thread."""
+
+  def __init__(self, score: Callable[..., jax.Array], images: CLIPImageConfig,
+               model: nnx.Module, head: AestheticHead | None, dtype: str,
+               batch_size: int):
+    """Puts the weights on the device.
+
+    Args:
+      score: `(model, head, pixels [B, S, S, 3] float32, …) -> [B] float32`.
+      images: how images become pixels.
+      model: any module.
+      head: passed on.
+      dtype: that the model computes in.
+      batch_size: at most so many images at a time.
+    """
+    graphdef, state = nnx.split(model)
+    self._device = jax.local_devices()[0]
+    self._weights = jax.device_put(_Weights(state, head), self._device)
+    self._batch_size = batch_size
+
+    def program(weights: _Weights, batch: jax.Array, *inputs: jax.Array) -> jax.Array:
+      # Not the process's own setting, which may let a GPU round float32 to TF32.
+      precision = "highest" if dtype == "float32" else "default"
+      with jax.default_matmul_precision(precision):
+        return score(nnx.merge(graphdef, weights.model), weights.head,
+                     preprocess(batch, images), *inputs)
+
+    self._program = jax.jit(program)
+
+  def __call__(self, images: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
+    """Scores images: [B, H, W, 3] uint8, and arrays [B, …], -> [B] float32; B from 1."""
+    count = len(images)
+    batches = -(-count // self._batch_size)
+    size = -(-count // batches)  # equal batches: least of the last one is padding
+    scores = []
+    for start in range(0, count, size):
+      batch = [_pad(x[start:start + size], size) for x in (images, *inputs)]
+      scores.append(self._program(self._weights, *jax.device_put(batch, self._device)))
+    return np.concatenate(jax.device_get(scores))[:count]
+
+
+def _pad(x: np.ndarray, size: int) -> np.ndarray:
+  return np.pad(x, ((0, size - len(x)),) + ((0, 0),) * (x.ndim - 1), mode="edge")
+
+
+def _has_tokenizer(clip: CLIP) -> bool:
+  return any((clip.folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def _check_arguments(dtype: str, batch_size: int) -> None:
+  if dtype not in DTYPES:
+    raise UserError(f"reward_kwargs.dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+  if not isinstance(batch_size, int) or batch_size < 1:
+    raise UserError(f"reward_kwargs.batch_size={batch_size!r} must be a whole number from 1")
