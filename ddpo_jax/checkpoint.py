@@ -85,6 +85,12 @@ class Checkpointer:
         state=ocp.args.StandardSave(_flatten(state)),
         meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta})))
 
+  def drop_after(self, epoch: int) -> None:
+    """Deletes the checkpoints of later epochs, which are about to be made again."""
+    for later in self._manager.all_steps():
+      if later > epoch:
+        self._manager.delete(later)
+
   def close(self) -> None:
     """Waits for what is being written."""
     self._manager.wait_until_finished()

@@ -76,6 +76,7 @@ def train(cfg: Config) -> pathlib.Path:
   tracker = tracking.Tracker(run, cfg)
   tracker.resume(first_epoch)
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
+  checkpointer.drop_after(first_epoch - 1)
   tracking.say(f"Writing to {run}")
   try:
     with interruptible() as stop:
