@@ -6,7 +6,9 @@
 
 The prompts leave the background's texture open ("two red circles on a blue background").
 Rewarded for small JPEG files the model learns to draw plain backgrounds; rewarded for
-large ones, busy ones; rewarded for alignment, to give the shapes the colour asked for.
+large ones, busy ones. For alignment the prompts are in an order of words that the model
+was not trained on ("on a blue background a red circle"): at first it mixes up which thing
+has which colour, and rewarded for the shape's colour it learns to read them.
 """
 
 import ml_collections
@@ -25,7 +27,7 @@ def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
   config.pretrained.model = "tiny"
   config.mixed_precision = "no"
   config.seed = 0
-  config.num_epochs = 16
+  config.num_epochs = 20
   config.save_freq = 4
   config.eval_freq = 4
   config.prompt_fn = "tiny_shapes"
@@ -49,4 +51,6 @@ def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
   # is the log-probability, moves by that much more.
   config.train.clip_range = 1e-2
   config.lora.rank = 8
+  if name == "alignment":
+    config.prompt_fn_kwargs.background_first = True
   return config

@@ -95,11 +95,19 @@ def random_scene(rng: np.random.Generator, max_count: int = len(COUNTS)) -> Scen
                texture=str(rng.choice(list(TEXTURES), p=list(TEXTURES.values()))))
 
 
-def random_prompt(rng: np.random.Generator, max_count: int = len(COUNTS)
-                  ) -> tuple[str, dict[str, Any]]:
-  """A prompt that leaves the texture open, and what it asks for."""
+def random_prompt(rng: np.random.Generator, max_count: int = len(COUNTS),
+                  background_first: bool = False) -> tuple[str, dict[str, Any]]:
+  """A prompt that leaves the texture open, and what it asks for.
+
+  With `background_first` it is "on a blue background a red circle", a word order that no
+  caption has.
+  """
   scene = random_scene(rng, max_count)
-  return scene.caption(texture=False), scene.metadata()
+  text = scene.caption(texture=False)
+  if background_first:
+    shape, background = text.split(" on ")
+    text = f"on {background} {shape}"
+  return text, scene.metadata()
 
 
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:
