@@ -139,4 +139,17 @@ def get_config() -> ml_collections.ConfigDict:
   wandb.mode = "disabled"
   wandb.project = "ddpo-jax"
 
+  # ---- several processes (new) ----
+  # Each runs this program on its own devices; see docs/scaling.md.
+  config.distributed = distributed = ml_collections.ConfigDict()
+  # Find the other processes by what SLURM, Open MPI or Kubernetes says of them.
+  distributed.detect = True
+  # Or say it here, the same for all but the last: "host:port" of process 0 (any free
+  # port), how many processes there are, and which one this is.
+  distributed.coordinator_address = ""
+  distributed.num_processes = 1
+  distributed.process_id = 0
+  # Seconds to wait for all of them.
+  distributed.timeout = 300
+
   return config

@@ -38,7 +38,7 @@ def exit_status(run: Callable[[], None]) -> int:
   """What a script exits with.
 
   0: done. 2: an error that the user can correct, said in one line on standard error.
-  128 + n: stopped by signal n, after saving. Anything else raises.
+  128 + n: stopped by signal n, after saving. Anything else raises, for Python's 1.
   """
   try:
     run()

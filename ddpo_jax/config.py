@@ -76,6 +76,15 @@ class WandbConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+  detect: bool
+  coordinator_address: str
+  num_processes: int
+  process_id: int
+  timeout: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """The whole experiment; every field is described in configs/base.py."""
 
@@ -101,6 +110,7 @@ class Config:
   reward_kwargs: Mapping[str, Any]
   per_prompt_stat_tracking: PerPromptStatTrackingConfig | None
   wandb: WandbConfig
+  distributed: DistributedConfig
 
   def to_dict(self) -> dict[str, Any]:
     """Plain nested dicts, ready for JSON."""
@@ -180,6 +190,12 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "per_prompt_stat_tracking.buffer_size": _at_least(1),
     "per_prompt_stat_tracking.min_count": _at_least(1),
     "wandb.mode": _one_of("online", "offline", "disabled"),
+    "distributed.coordinator_address": (
+        lambda x: not x or re.fullmatch(r".+:\d{1,5}", x) is not None,
+        "must be the host and port of process 0, such as '10.0.0.1:1234'"),
+    "distributed.num_processes": _at_least(1),
+    "distributed.process_id": _at_least(0),
+    "distributed.timeout": _at_least(1),
 }
 
 
@@ -290,6 +306,15 @@ def _relations(cfg: Config) -> list[str]:
     problems.append(
         f"per_prompt_stat_tracking.min_count={tracking.min_count} can never be reached; "
         f"must be at most buffer_size={tracking.buffer_size}")
+  distributed = cfg.distributed
+  if distributed.process_id >= distributed.num_processes:
+    problems.append(
+        f"distributed.process_id={distributed.process_id} must be below "
+        f"distributed.num_processes={distributed.num_processes}")
+  if distributed.num_processes > 1 and not distributed.coordinator_address:
+    problems.append(
+        f"distributed.num_processes={distributed.num_processes}: "
+        "distributed.coordinator_address must say where process 0 is")
   problems += _paths(cfg)
   return problems
 
@@ -316,7 +341,7 @@ def _paths(cfg: Config) -> list[str]:
 
 # What a resumed run may have otherwise than before.
 _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
-               "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
+               "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb", "distributed",
                "sample.decode_batch_size", "train.max_skipped_steps")
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from ddpo_jax import distributed, tracking
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.vae import to_uint8
@@ -147,7 +148,7 @@ class RolloutWorker:
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
     generations, pending = [], []
     bar = functools.partial(tqdm, total=self._config.num_batches, leave=False,
-                            dynamic_ncols=True, disable=None, unit="batch")
+                            dynamic_ncols=True, disable=tracking.hide_bars(), unit="batch")
     with futures.ThreadPoolExecutor(max_workers=2) as pool:
       with bar(desc=f"Epoch {epoch}: sampling") as progress:
         for batch in range(self._config.num_batches):
@@ -162,8 +163,9 @@ class RolloutWorker:
         jax.block_until_ready(generations[-1].images)
         progress.update()
       sampled = time.perf_counter()
-      results = [future.result() for future in
-                 bar(pending, desc=f"Epoch {epoch}: rewards")]
+      with distributed.failing_together():
+        results = [future.result() for future in
+                   bar(pending, desc=f"Epoch {epoch}: rewards")]
     scored = time.perf_counter()
     images, rewards, info = zip(*results)
     return Rollout(

@@ -13,12 +13,11 @@ import textwrap
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ddpo_jax import report
+from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.types import UserError
 
@@ -32,13 +31,22 @@ _REPORT_SHARE = 0.02  # of the run's time that may go into writing the report
 _METRICS, _REWARDS = _LINES = ("metrics.jsonl", "rewards.jsonl")
 
 
-def choose_run_folder(cfg: Config) -> pathlib.Path:
+def choose_run_name(cfg: Config) -> str:
+  """The name given, or one made from the time."""
+  return cfg.run_name or datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")
+
+
+def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
   """The run's folder: a new one, or the one that `resume_from` continues.
+
+  Args:
+    cfg: of the run.
+    name: where the config has none; from `choose_run_name`.
 
   Raises:
     UserError: if a run that is not to be continued is already there.
   """
-  name = cfg.run_name or datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")
+  name = cfg.run_name or name or choose_run_name(cfg)
   if cfg.resume_from and not cfg.run_name:  # and so not "auto"
     return _run_of(pathlib.Path(cfg.resume_from).expanduser())
   run = pathlib.Path(cfg.logdir).expanduser() / name
@@ -50,8 +58,13 @@ def choose_run_folder(cfg: Config) -> pathlib.Path:
 
 def say(text: str) -> None:
   """Prints on process 0, without tearing a progress bar."""
-  if jax.process_index() == 0:
+  if distributed.is_main():
     tqdm.write(text)
+
+
+def hide_bars() -> bool | None:
+  """tqdm's `disable`: progress is for the main process, and for a terminal."""
+  return None if distributed.is_main() else True
 
 
 def _run_of(checkpoint: pathlib.Path) -> pathlib.Path:
@@ -73,7 +86,7 @@ class Tracker:
     """
     self._run = run
     self._num_epochs = cfg.num_epochs
-    self._writes = jax.process_index() == 0
+    self._writes = distributed.is_main()
     self._first_reward: float | None = None
     self._started = time.perf_counter()
     self._epochs_here = 0

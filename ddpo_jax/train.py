@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import advantages, checkpoint, lora, tracking, update
+from ddpo_jax import advantages, checkpoint, distributed, lora, tracking, update
 from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
@@ -64,17 +64,21 @@ def train(cfg: Config) -> pathlib.Path:
     FloatingPointError: if training does not get finite numbers any more; likewise.
   """
   started = time.perf_counter()
-  prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
-  draw_prompts(prompt_fn, cfg.seed, 0, [0])  # finds a bad prompt file before the loading
-  run = tracking.choose_run_folder(cfg)
-  configure_jax(cfg)
-  reward_fns = get_rewards(cfg.reward_fn, cfg.reward_kwargs)
+  distributed.initialize(cfg.distributed)
+  run_name = distributed.agreed(tracking.choose_run_name(cfg))
+  with distributed.failing_together():
+    prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
+    draw_prompts(prompt_fn, cfg.seed, 0, [0])  # finds a bad prompt file before the loading
+    run = tracking.choose_run_folder(cfg, run_name)
+    configure_jax(cfg)
+    reward_fns = get_rewards(cfg.reward_fn, cfg.reward_kwargs)
   plan = BatchPlan.create(cfg, jax.device_count())
   tracking.say(plan.describe())
   trainer = build(cfg, plan, prompt_fn, reward_fns)
   first_epoch = resume(trainer, run) if cfg.resume_from else 0
-  tracker = tracking.Tracker(run, cfg)
-  tracker.resume(first_epoch)
+  with distributed.failing_together():
+    tracker = tracking.Tracker(run, cfg)
+    tracker.resume(first_epoch)
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
   checkpointer.drop_after(first_epoch - 1)
   tracking.say(f"Writing to {run}")
@@ -114,9 +118,9 @@ def configure_jax(cfg: Config) -> None:
 def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
           reward_fns: Mapping[str, RewardFn]) -> Trainer:
   """Loads the model, attaches LoRA, and puts everything where training needs it."""
-  mesh = jax.make_mesh((plan.num_devices,), (update.AXIS,),
-                       axis_types=(jax.sharding.AxisType.Auto,),
-                       devices=jax.devices()[:plan.num_devices])
+  # In order of the processes, so that each has a run of consecutive samples.
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (update.AXIS,))
   replicate = functools.partial(jax.device_put,
                                 device=jax.sharding.NamedSharding(mesh, P()))
   models = load_models(cfg)
@@ -228,9 +232,10 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
     if first and len(steps) == 1:
       tracking.say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
   training_seconds = time.perf_counter() - training_started
-  tracker.log_epoch(
-      epoch, epoch_metrics(trainer, rollout, rewards, steps, training_seconds),
-      rollout.prompts, rewards, rollout.images, rollout.local_indices)
+  metrics = epoch_metrics(trainer, rollout, rewards, steps, training_seconds)
+  with distributed.failing_together():
+    tracker.log_epoch(epoch, metrics, rollout.prompts, rewards, rollout.images,
+                      rollout.local_indices)
 
 
 def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
@@ -238,7 +243,8 @@ def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
   cfg = trainer.cfg
   if cfg.eval_freq and (epochs % cfg.eval_freq == 0 or epochs == cfg.num_epochs):
     images, prompts = trainer.worker.draw(trainer.state.params, _EVAL_STREAM)
-    tracker.log_eval(epochs, images[:_EVAL_IMAGES], prompts[:_EVAL_IMAGES])
+    with distributed.failing_together():
+      tracker.log_eval(epochs, images[:_EVAL_IMAGES], prompts[:_EVAL_IMAGES])
 
 
 def check_finite(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:
@@ -285,7 +291,7 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
   steps = [(inner, index) for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(per_inner_epoch)]
   for inner, index in tqdm(steps, desc=f"Epoch {epoch}: training", leave=False,
-                           dynamic_ncols=True, disable=None, unit="step"):
+                           dynamic_ncols=True, disable=tracking.hide_bars(), unit="step"):
     stop.check()
     trainer.state, metrics = trainer.update(
         trainer.state, trainer.frozen_unet, batch, jax.random.fold_in(shuffle, inner),
@@ -331,9 +337,10 @@ class Stop:
     self.signum: int | None = None
 
   def check(self) -> None:
-    """Raises Interrupted if so; called where everything is at rest."""
-    if self.signum is not None:
-      raise Interrupted(self.signum)
+    """Raises Interrupted if so, on all processes; called where everything is at rest."""
+    signum = distributed.largest(self.signum or 0)
+    if signum:
+      raise Interrupted(signum)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,101 @@
+"""Several processes: who they are, and how they agree.
+
+Every process runs the same program on its own devices. What one of them alone learns (a
+signal, a reward that failed) must reach all of them before the next collective operation,
+or the others would wait in it for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import importlib.util
+import os
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from ddpo_jax.config import DistributedConfig
+from ddpo_jax.types import UserError
+
+
+class OtherProcessFailed(RuntimeError):
+  """Another process raised; its own message says what."""
+
+
+def initialize(cfg: DistributedConfig) -> None:
+  """Joins the other processes, if there are any. Must come before anything else in JAX.
+
+  Either the config says where process 0 is, or the processes were started by SLURM, by
+  Open MPI, or as an Indexed Job of Kubernetes, where JAX finds it by itself.
+
+  Raises:
+    UserError: if process 0 cannot be reached.
+  """
+  # It would hold back SIGTERM from the start; the loop has its own way to stop.
+  jax.config.update("jax_enable_preemption_service", False)
+  explicit = {}
+  if cfg.coordinator_address:
+    explicit = {"coordinator_address": cfg.coordinator_address,
+                "num_processes": cfg.num_processes, "process_id": cfg.process_id}
+  elif not (cfg.detect and started_by_cluster(os.environ)):
+    return
+  try:
+    jax.distributed.initialize(**explicit, initialization_timeout=cfg.timeout)
+  except (RuntimeError, ValueError) as error:
+    reason = str(error).partition("\n")[0]
+    raise UserError(
+        f"distributed.coordinator_address={cfg.coordinator_address!r}: the processes did not "
+        f"find each other in {cfg.timeout} s; all of them must be running, and reach that "
+        f"address ({reason})") from error
+
+
+def started_by_cluster(environment: os._Environ[str] | dict[str, str]) -> bool:
+  """Whether this is one of several processes of a cluster that JAX can ask for the others."""
+  if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+    return importlib.util.find_spec("kubernetes") is not None
+  several = lambda count: environment.get(count, "").isdigit() and int(environment[count]) > 1
+  in_step = all(name in environment for name in ("SLURM_STEP_NODELIST", "SLURM_PROCID"))
+  return (in_step and several("SLURM_NTASKS")) or several("OMPI_COMM_WORLD_SIZE")
+
+
+def is_main() -> bool:
+  """Whether this process writes the files and speaks to the user."""
+  return jax.process_index() == 0
+
+
+def largest(value: int) -> int:
+  """The largest of all processes' values; each of them must call this."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def agreed(text: str) -> str:
+  """Process 0's text (at most 4096 bytes), for all of them."""
+  if jax.process_count() == 1:
+    return text
+  buffer = np.zeros(4096, np.uint8)
+  encoded = np.frombuffer(text.encode(), np.uint8)
+  buffer[:len(encoded)] = encoded
+  return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode()
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+  """Raises on every process if the block raises on any; no collective may be in it.
+
+  Raises:
+    OtherProcessFailed: where the block itself went well.
+  """
+  failure = None
+  try:
+    yield
+  except Exception as error:
+    failure = error
+  failed = largest(int(failure is not None))
+  if failure is not None:
+    raise failure
+  if failed:
+    raise OtherProcessFailed("another process failed, and said why; this one stops with it")
