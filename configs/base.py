@@ -138,6 +138,9 @@ def get_config() -> ml_collections.ConfigDict:
   # "online", "offline" or "disabled".
   wandb.mode = "disabled"
   wandb.project = "ddpo-jax"
+  # ---- TensorBoard (new) ----
+  # Event files in the run's folder; needs tensorboardX.
+  config.tensorboard = False
 
   # ---- several processes (new) ----
   # Each runs this program on its own devices; see docs/scaling.md.

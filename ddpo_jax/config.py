@@ -110,6 +110,7 @@ class Config:
   reward_kwargs: Mapping[str, Any]
   per_prompt_stat_tracking: PerPromptStatTrackingConfig | None
   wandb: WandbConfig
+  tensorboard: bool
   distributed: DistributedConfig
 
   def to_dict(self) -> dict[str, Any]:
@@ -341,8 +342,9 @@ def _paths(cfg: Config) -> list[str]:
 
 # What a resumed run may have otherwise than before.
 _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
-               "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb", "distributed",
-               "sample.decode_batch_size", "train.max_skipped_steps")
+               "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
+               "tensorboard", "distributed", "sample.decode_batch_size",
+               "train.max_skipped_steps")
 
 
 def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:

@@ -1,14 +1,13 @@
-"""What a run writes: its folder, its lines and grids, the report, the console, wandb."""
+"""What a run writes: its folder, its lines and grids, the report, the console."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import datetime
 import json
 import math
 import os
 import pathlib
-import secrets
 import textwrap
 import time
 from typing import Any
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
+from ddpo_jax.loggers import Loggers
 from ddpo_jax.types import UserError
 
 _GRID_IMAGES = 32  # most images in one grid
@@ -78,8 +78,10 @@ def _run_of(checkpoint: pathlib.Path) -> pathlib.Path:
 class Tracker:
   """Writes a run's results as they come. Only process 0 writes anything."""
 
-  def __init__(self, run: pathlib.Path, cfg: Config):
-    """Makes the folder `run` and writes the config into it.
+  def __init__(self, run: pathlib.Path, cfg: Config, first_epoch: int = 0):
+    """Makes the folder `run`, writes the config into it, and opens the dashboards.
+
+    Lines of `first_epoch` and later are dropped: these are about to be written again.
 
     Raises:
       UserError: if the folder cannot be made.
@@ -91,19 +93,16 @@ class Tracker:
     self._started = time.perf_counter()
     self._epochs_here = 0
     self._report_due = 0.0  # not before this time
-    self._wandb = None
     if self._writes:
       try:
         (run / "images").mkdir(parents=True, exist_ok=True)
       except OSError as error:
         raise UserError(f"logdir={cfg.logdir!r}: {run} cannot be made: {error}") from error
       _write_atomically(run / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
-      self._wandb = _start_wandb(run, cfg)
+      self._drop_lines(first_epoch)
+      self._loggers = Loggers(run, cfg, first_epoch)
 
-  def resume(self, first_epoch: int) -> None:
-    """Drops the lines from `first_epoch` on, which are about to be written again."""
-    if not self._writes:
-      return
+  def _drop_lines(self, first_epoch: int) -> None:
     for name in _LINES:
       path = self._run / name
       kept = [line for line in report.read_lines(path) if line["epoch"] < first_epoch]
@@ -135,9 +134,7 @@ class Tracker:
     path = self._run / "images" / f"epoch_{epoch:04d}.jpg"
     image_grid(images[:_GRID_IMAGES], captions).save(path, quality=92)
     say(self._summary(epoch, metrics))
-    self._to_wandb(lambda wandb: wandb.log(
-        {**line, "reward": wandb_histogram(rewards), "images": wandb_image(path)},
-        step=epoch))
+    self._loggers.each(lambda logger: logger.log_epoch(epoch, line, rewards, path))
     self._write_report(final=False)
 
   def log_eval(self, epochs: int, images: np.ndarray, prompts: Sequence[str]) -> None:
@@ -146,14 +143,13 @@ class Tracker:
       return
     path = self._run / "images" / f"eval_{epochs:04d}.jpg"
     image_grid(images, prompts).save(path, quality=92)
-    self._to_wandb(lambda wandb: wandb.log({"eval_images": wandb_image(path)},
-                                           step=max(0, epochs - 1)))
+    self._loggers.each(lambda logger: logger.log_eval(epochs, path))
 
   def close(self) -> None:
     """Writes the report for the last time."""
     if self._writes:
       self._write_report(final=True)
-    self._to_wandb(lambda wandb: wandb.finish())
+      self._loggers.each(lambda logger: logger.close())
 
   def _append(self, name: str, line: Mapping[str, Any]) -> None:
     with open(self._run / name, "a", encoding="utf-8") as file:
@@ -181,47 +177,6 @@ class Tracker:
             f"{metrics['reward_std']:.3f} ({mean - self._first_reward:+.3f} since the "
             f"start)  {metrics['images_per_second']:.2f} images/s  "
             f"{datetime.timedelta(seconds=round(left))} left")
-
-  def _to_wandb(self, action: Callable[[Any], None]) -> None:
-    """Does something with wandb; a tracker that fails is dropped, never the run."""
-    if self._wandb is None:
-      return
-    try:
-      action(self._wandb)
-    except Exception as error:  # any of the library's or the network's
-      self._wandb = None
-      say(f"wandb failed and is not used any more in this run: {error}")
-
-
-def wandb_histogram(values: np.ndarray):
-  import wandb
-  return wandb.Histogram(values)
-
-
-def wandb_image(path: pathlib.Path):
-  import wandb
-  return wandb.Image(str(path))
-
-
-def _start_wandb(run: pathlib.Path, cfg: Config):
-  if cfg.wandb.mode == "disabled":
-    return None
-  try:
-    import wandb
-    return wandb.init(project=cfg.wandb.project, name=run.name, config=cfg.to_dict(),
-                      mode=cfg.wandb.mode, dir=str(run), id=_wandb_id(run), resume="allow")
-  except Exception as error:  # no login, no network, no such package
-    say(f"wandb.mode={cfg.wandb.mode!r} does not work here, going on without: "
-        f"{error}")
-    return None
-
-
-def _wandb_id(run: pathlib.Path) -> str:
-  """Kept in the run's folder, so that a resumed run goes on in the same wandb run."""
-  path = run / "wandb_id.txt"
-  if not path.exists():
-    _write_atomically(path, secrets.token_hex(4))
-  return path.read_text(encoding="utf-8").strip()
 
 
 def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:

@@ -77,8 +77,7 @@ def train(cfg: Config) -> pathlib.Path:
   trainer = build(cfg, plan, prompt_fn, reward_fns)
   first_epoch = resume(trainer, run) if cfg.resume_from else 0
   with distributed.failing_together():
-    tracker = tracking.Tracker(run, cfg)
-    tracker.resume(first_epoch)
+    tracker = tracking.Tracker(run, cfg, first_epoch)
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
   checkpointer.drop_after(first_epoch - 1)
   tracking.say(f"Writing to {run}")

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import struct
 import sys
 import types
 
 import numpy as np
 from PIL import Image
 import pytest
+from tensorboardX.proto import event_pb2
 
 from configs import demo
 from ddpo_jax import tracking
@@ -77,8 +79,7 @@ def test_resume_drops_epochs_that_will_be_done_again(cfg):
   tracker = tracking.Tracker(run, cfg)
   for epoch in range(3):
     log(tracker, epoch)
-  resumed = tracking.Tracker(run, cfg)
-  resumed.resume(1)
+  resumed = tracking.Tracker(run, cfg, first_epoch=1)
   log(resumed, 1)
   assert [line["epoch"] for line in lines_of(run)] == [0, 1]
 
@@ -105,3 +106,35 @@ def test_a_failing_wandb_never_stops_the_run(cfg, monkeypatch, capsys):
   tracker.close()
   assert len(lines_of(run)) == 2
   assert capsys.readouterr().out.count("server gone") == 1  # said once
+
+
+def test_tensorboard_has_metrics_histograms_and_images(cfg):
+  run = tracking.choose_run_folder(cfg)
+  tracker = tracking.Tracker(run, dataclasses.replace(cfg, tensorboard=True))
+  log(tracker, 0)
+  tracker.log_eval(0, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
+  tracker.close()
+  (file,) = (run / "tensorboard").iterdir()
+  values = {value.tag: value for value in events(file.read_bytes())}
+  assert values["reward_mean"].simple_value == -2.5
+  assert "loss" not in values  # it was not finite
+  assert values["reward"].histo.num == 4
+  assert values["images"].image.width >= 3 * 192
+  assert values["eval_images"].image.encoded_image_string.startswith(b"\x89PNG")
+
+
+def events(data):
+  """Every value of an event file: records of length, its checksum, event, checksum."""
+  while data:
+    (length,) = struct.unpack_from("<Q", data)
+    yield from event_pb2.Event.FromString(data[12:12 + length]).summary.value
+    data = data[16 + length:]
+
+
+def test_without_tensorboardx_the_run_goes_on(cfg, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  run = tracking.choose_run_folder(cfg)
+  tracker = tracking.Tracker(run, dataclasses.replace(cfg, tensorboard=True))
+  log(tracker, 0)
+  tracker.close()
+  assert "pip install tensorboardX" in capsys.readouterr().out

@@ -14,7 +14,9 @@ _PALETTE = np.array(list(shapes.COLORS.values()), np.float32)
 _NEAR = 45.0  # RGB distance within which a pixel may be a blend of two colours
 _DEEPEST_SHADE = 0.6  # how far most textures go from their colour to their second shade
 _LEAST_SHAPE = 0.02  # of the picture's pixels
-_LEAST_BACKGROUND = 0.3
+_RIM = 2  # pixels at the picture's edge, where the shapes never are
+_LEAST_RIM = 0.6  # of the rim's pixels are background
+_LEAST_BACKGROUND = 0.3  # of all pixels
 
 
 def color_alignment(images: np.ndarray, prompts: list[str],
@@ -24,8 +26,9 @@ def color_alignment(images: np.ndarray, prompts: list[str],
   A pixel counts for the colour of the palette that it is nearest to. Left out are those
   of the background (its colour, lighter and darker, as textures make it) and those that
   blend background and shape, at its edge. Of the rest the share is taken that has the
-  shape's colour. A picture with less than 30% of background scores proportionally less,
-  so that filling it with the colour does not pay.
+  shape's colour. A picture with less than 30% of background, or 60% along its rim, scores
+  proportionally less, so that filling it with the colour, or exchanging the two, does not
+  pay.
 
   Args:
     images: [B, H, W, 3] uint8.
@@ -64,8 +67,11 @@ def _alignment(image: np.ndarray, color: int, background: int) -> float:
   shape = named.sum() + (~(named | behind | edge)).sum()
   if shape < _LEAST_SHAPE * len(pixels):
     return 0.0
-  room = min(1.0, float(behind.mean()) / _LEAST_BACKGROUND)
-  return room * float(named.sum() / shape)
+  inside = np.zeros(image.shape[:2], bool)
+  inside[_RIM:-_RIM, _RIM:-_RIM] = True
+  room = min(1.0, behind.mean() / _LEAST_BACKGROUND,
+             behind[~inside.ravel()].mean() / _LEAST_RIM)
+  return float(room * named.sum() / shape)
 
 
 def _to_line(pixels: np.ndarray, start: int, direction: np.ndarray) -> np.ndarray:
