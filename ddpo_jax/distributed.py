@@ -31,7 +31,7 @@ def initialize(cfg: DistributedConfig) -> None:
   Open MPI, or as an Indexed Job of Kubernetes, where JAX finds it by itself.
 
   Raises:
-    UserError: if process 0 cannot be reached.
+    UserError: if process 0 is not known or cannot be reached.
   """
   # It would hold back SIGTERM from the start; the loop has its own way to stop.
   jax.config.update("jax_enable_preemption_service", False)
@@ -43,7 +43,12 @@ def initialize(cfg: DistributedConfig) -> None:
     return
   try:
     jax.distributed.initialize(**explicit, initialization_timeout=cfg.timeout)
-  except (RuntimeError, ValueError) as error:
+  except ValueError as error:  # JAX does not know this version of the cluster's software
+    raise UserError(
+        "distributed.detect=True: the cluster does not say where process 0 is "
+        f"({error}); set distributed.coordinator_address, num_processes and process_id"
+        ) from error
+  except RuntimeError as error:
     reason = str(error).partition("\n")[0]
     raise UserError(
         f"distributed.coordinator_address={cfg.coordinator_address!r}: the processes did not "

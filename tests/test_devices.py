@@ -1,8 +1,11 @@
 """The same seed on 1, 2, 4 and 8 devices: the same samples, gradients and weights."""
 
+import math
 import pathlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +14,7 @@ from ddpo_jax import train
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
+from ddpo_jax.types import Batch, Trajectory
 
 TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 IMAGES = 16
@@ -74,3 +78,23 @@ def test_as_on_one_device(single, devices):
   assert 0 < np.linalg.norm(single[1])
   assert difference < 1e-5 * np.linalg.norm(single[1])
   assert np.linalg.norm(weights - single[2]) < 1e-3 * np.linalg.norm(single[2])
+
+
+def test_devices_exchange_one_gradient_per_optimizer_step():
+  """Beside it only a scalar, the largest ratio drift, however many microbatches there are."""
+  cfg = make_config(8)
+  trainer = train.build(cfg, BatchPlan.create(cfg, 8), get_prompt_fn(cfg.prompt_fn),
+                        get_rewards(cfg.reward_fn, {}))
+  params, embedding = trainer.state.params, trainer.worker.negative_embedding
+  float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  batch = Batch(Trajectory(float32(2, 8, 51, 16, 16, 4), float32(2, 8, 50)),
+                float32(2, 8, *embedding.shape[1:]), embedding, float32(2, 8))
+  program = trainer.update.lower(trainer.state, trainer.frozen_unet, batch,
+                                 jax.random.key(0), jnp.int32(0)).compile().as_text()
+  collectives = re.findall(
+      r"= (.*) (?:all|collective|reduce-scatter)[-a-z]*\(", program)
+  sizes = sorted(sum(math.prod(int(n) for n in shape.split(",") if n)
+                     for shape in re.findall(r"f32\[([\d,]*)\]", result))
+                 for result in collectives)
+  trained = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert sizes == [1, trained + 3]  # loss, KL and clip fraction ride along

@@ -33,9 +33,9 @@ def arguments(logdir, name, *more):
           f"--config.compilation_cache={logdir / 'cache'}", *more]
 
 
-def start(command, devices):
+def start(command, devices, **cluster):
   flags = f"--xla_force_host_platform_device_count={devices}"
-  environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **cluster}
   return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
@@ -115,9 +115,12 @@ def test_a_signal_to_one_stops_both_and_resumes_exactly(whole):
 
 
 def test_a_reward_that_fails_on_one_stops_both(whole):
-  """The other does not wait for its rewards for ever."""
-  codes, errors = statuses(start_two(
-      whole, "failed", "--config.reward_fn=tests.test_processes:fails_on_process_one"))
+  """The other does not wait for its rewards for ever. Started as SLURM would."""
+  command = arguments(whole, "failed",
+                      "--config.reward_fn=tests.test_processes:fails_on_process_one")
+  codes, errors = statuses([
+      start(command, 2, SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST="localhost",
+            SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in (0, 1)])
   assert codes == [1, 1]
   assert "OtherProcessFailed" in errors[0]
   assert "the server is gone" in errors[1]
