@@ -6,9 +6,9 @@
 
 The prompts leave the background's texture open ("two red circles on a blue background").
 Rewarded for small JPEG files the model learns to draw plain backgrounds; rewarded for
-large ones, busy ones. For alignment the prompts are in an order of words that the model
-was not trained on ("on a blue background a red circle"): at first it mixes up which thing
-has which colour, and rewarded for the shape's colour it learns to read them.
+large ones, busy ones. For alignment the prompts lack a word that all captions had which
+the model was trained on ("a red circle on a blue"): at first it guesses the background's
+colour, and rewarded for the colours that the prompt names it learns to read it.
 """
 
 import ml_collections
@@ -52,5 +52,5 @@ def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
   config.train.clip_range = 1e-2
   config.lora.rank = 8
   if name == "alignment":
-    config.prompt_fn_kwargs.background_first = True
+    config.prompt_fn_kwargs.short = True
   return config

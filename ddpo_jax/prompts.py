@@ -96,20 +96,21 @@ def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
 
 
 def tiny_shapes(rng: np.random.Generator, max_count: int = len(shapes.COUNTS),
-                pool: int = 0, background_first: bool = False
+                pool: int = 0, short: bool = False
                 ) -> tuple[str, dict[str, Any]]:
   """What the embedded model understands, such as "two red circles on a blue background".
 
   Shows up to `max_count` shapes, 1 to 4. With `pool` there are only so many different
-  prompts, always the same ones, so that each comes up often. With `background_first` the
-  words are in an order that the model was not trained on: it mixes up the colours.
+  prompts, always the same ones, so that each comes up often. `short` prompts,
+  "two red circles on a blue", lack a word that the model has not learnt to do without: it
+  guesses the background's colour.
   """
   if not 1 <= max_count <= len(shapes.COUNTS):
     raise UserError(f"prompt_fn_kwargs.max_count={max_count} must be in "
                     f"1..{len(shapes.COUNTS)}")
   if pool:
     rng = np.random.default_rng(int(rng.integers(pool)))
-  return shapes.random_prompt(rng, max_count, background_first)
+  return shapes.random_prompt(rng, max_count, short)
 
 
 PROMPT_FUNCTIONS = {f.__name__: f for f in (

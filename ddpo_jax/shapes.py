@@ -96,18 +96,14 @@ def random_scene(rng: np.random.Generator, max_count: int = len(COUNTS)) -> Scen
 
 
 def random_prompt(rng: np.random.Generator, max_count: int = len(COUNTS),
-                  background_first: bool = False) -> tuple[str, dict[str, Any]]:
+                  short: bool = False) -> tuple[str, dict[str, Any]]:
   """A prompt that leaves the texture open, and what it asks for.
 
-  With `background_first` it is "on a blue background a red circle", a word order that no
-  caption has.
+  With `short` it is "a red circle on a blue", which no caption is.
   """
   scene = random_scene(rng, max_count)
   text = scene.caption(texture=False)
-  if background_first:
-    shape, background = text.split(" on ")
-    text = f"on {background} {shape}"
-  return text, scene.metadata()
+  return text.removesuffix(" background") if short else text, scene.metadata()
 
 
 def random_caption(scene: Scene, rng: np.random.Generator) -> str:

@@ -41,15 +41,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     try:
       if fault:
         fault(self)
+        answer = None
       else:
         while server.most_at_once < server.wait_for and not server.stopping.wait(0.01):
           pass
-        self.reply(200, server.answer(self.path, body))
+        answer = server.answer(self.path, body)
     except ConnectionError:  # the client has given up
       self.close_connection = True
-    finally:
+      answer = None
+    finally:  # before the answer goes out, after which the next request may be here at once
       with server.lock:
         server.under_way -= 1
+    if answer is not None:
+      with contextlib.suppress(ConnectionError):
+        self.reply(200, answer)
 
   def reply(self, status: int, body: bytes, **headers: str):
     self.send_response(status)

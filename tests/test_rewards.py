@@ -171,6 +171,19 @@ def test_filling_the_picture_does_not_pay():
   assert alignment(nearly, "red", "blue") < 0.35
 
 
+def test_exchanged_colors_do_not_pay():
+  """Nor do the shades of one background that another could have."""
+  rng = np.random.default_rng(0)
+  for texture in shapes.TEXTURES:
+    for _ in range(30):
+      image, scene = drawn(rng, texture)
+      assert alignment(image, scene.background, scene.color) < 0.1, scene
+      if texture == "noisy":  # whose dark parts may well be black
+        continue
+      for other in set(shapes.COLORS) - {scene.color, scene.background}:
+        assert alignment(image, scene.color, other) < 0.2, (scene, other)
+
+
 def test_color_alignment_needs_metadata():
   images = np.zeros((1, 64, 64, 3), np.uint8)
   with pytest.raises(UserError, match="tiny_shapes"):

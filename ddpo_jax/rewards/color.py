@@ -15,7 +15,7 @@ _NEAR = 45.0  # RGB distance within which a pixel may be a blend of two colours
 _DEEPEST_SHADE = 0.6  # how far most textures go from their colour to their second shade
 _LEAST_SHAPE = 0.02  # of the picture's pixels
 _RIM = 2  # pixels at the picture's edge, where the shapes never are
-_LEAST_RIM = 0.6  # of the rim's pixels are background
+_LEAST_RIM = 0.1  # of the rim's pixels have the background's own colour
 _LEAST_BACKGROUND = 0.3  # of all pixels
 
 
@@ -26,9 +26,9 @@ def color_alignment(images: np.ndarray, prompts: list[str],
   A pixel counts for the colour of the palette that it is nearest to. Left out are those
   of the background (its colour, lighter and darker, as textures make it) and those that
   blend background and shape, at its edge. Of the rest the share is taken that has the
-  shape's colour. A picture with less than 30% of background, or 60% along its rim, scores
-  proportionally less, so that filling it with the colour, or exchanging the two, does not
-  pay.
+  shape's colour. A picture of which less than 30% is background, or of whose rim less than
+  10% has the background's colour unshaded, scores proportionally less, so that filling it
+  with the shape's colour, or drawing another background, does not pay.
 
   Args:
     images: [B, H, W, 3] uint8.
@@ -67,10 +67,11 @@ def _alignment(image: np.ndarray, color: int, background: int) -> float:
   shape = named.sum() + (~(named | behind | edge)).sum()
   if shape < _LEAST_SHAPE * len(pixels):
     return 0.0
-  inside = np.zeros(image.shape[:2], bool)
-  inside[_RIM:-_RIM, _RIM:-_RIM] = True
+  rim = np.ones(image.shape[:2], bool)
+  rim[_RIM:-_RIM, _RIM:-_RIM] = False
+  pure = np.linalg.norm(pixels - _PALETTE[background], axis=-1) < _NEAR
   room = min(1.0, behind.mean() / _LEAST_BACKGROUND,
-             behind[~inside.ravel()].mean() / _LEAST_RIM)
+             (pure & behind)[rim.ravel()].mean() / _LEAST_RIM)
   return float(room * named.sum() / shape)
 
 
