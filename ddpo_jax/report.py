@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 from PIL import Image
 
@@ -142,7 +143,9 @@ def _chart(title: str, plot: Callable[[Axes], None], *, y_label: str = "",
   plot(axes)
   axes.set_xlabel(x_label, color=_INK)
   axes.set_ylabel(y_label, color=_INK)
-  axes.tick_params(colors=_INK)
+  axes.tick_params(which="both", colors=_INK)
+  if x_label == "epoch":
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   for side, spine in axes.spines.items():
     spine.set_visible(side in ("left", "bottom"))
     spine.set_color(_INK)
@@ -218,7 +221,7 @@ def _prompts_chart(rewards: Sequence[Mapping]) -> list[str]:
     axes.plot(after, rows, "o", color=_ACCENT, ms=4, label="last quarter")
     axes.set_yticks(rows, [p if len(p) <= 36 else p[:35] + "…" for p in prompts],
                     fontsize=7)
-    axes.legend(loc="best", fontsize="small")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize="small")
   return [_chart("Reward of the most frequent prompts", plot, x_label="reward")]
 
 
