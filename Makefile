@@ -21,4 +21,4 @@ demo: setup
 	$(BIN)/python scripts/train.py --config configs/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ddpo_jax import checkpoint, lora, tracking, train
 from ddpo_jax.config import Config
 from ddpo_jax.config import resolve as resolve_config
+from ddpo_jax.console import say
 from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.pretrained import find_weights, resolve, save_module
@@ -201,7 +202,7 @@ def export(run: str, output: pathlib.Path, file_format: str = "diffusers") -> No
       _export_unet(tuned, output)
   except OSError as error:
     raise UserError(f"--output={output} cannot be written: {error}") from error
-  tracking.say(f"Wrote {output}, from epoch {tuned.epoch} of {run}")
+  say(f"Wrote {output}, from epoch {tuned.epoch} of {run}")
 
 
 def _metadata(tuned: FineTuned) -> dict[str, str]:

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ddpo_jax.config import Config
+from ddpo_jax.console import say
 
 
 class Logger(Protocol):
@@ -106,13 +106,13 @@ class Loggers:
         action(logger)
       except Exception as error:  # any of the library's or the network's
         self._loggers.remove(logger)
-        tqdm.write(f"{logger.name} failed and is not used any more in this run: {error}")
+        say(f"{logger.name} failed and is not used any more in this run: {error}")
 
   def _start(self, setting: str, make: Callable[[], Logger]) -> None:
     try:
       self._loggers.append(make())
     except Exception as error:  # no login, no network, no such package
-      tqdm.write(f"{setting} does not work here, going on without: {error}")
+      say(f"{setting} does not work here, going on without: {error}")
 
 
 def _wandb_id(run: pathlib.Path) -> str:

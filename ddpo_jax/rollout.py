@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import distributed, tracking
+from ddpo_jax import distributed
+from ddpo_jax.console import hide_bars
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.vae import to_uint8
@@ -148,7 +149,7 @@ class RolloutWorker:
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
     generations, pending = [], []
     bar = functools.partial(tqdm, total=self._config.num_batches, leave=False,
-                            dynamic_ncols=True, disable=tracking.hide_bars(), unit="batch")
+                            dynamic_ncols=True, disable=hide_bars(), unit="batch")
     with futures.ThreadPoolExecutor(max_workers=2) as pool:
       with bar(desc=f"Epoch {epoch}: sampling") as progress:
         for batch in range(self._config.num_batches):

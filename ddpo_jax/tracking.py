@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
+from ddpo_jax.console import say
 from ddpo_jax.loggers import Loggers
 from ddpo_jax.types import UserError
 
@@ -54,17 +54,6 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
     raise UserError(f"run_name={name!r}: {run} already holds a run; choose another name, "
                     f"or continue it with resume_from={str(run)!r}")
   return run
-
-
-def say(text: str) -> None:
-  """Prints on process 0, without tearing a progress bar."""
-  if distributed.is_main():
-    tqdm.write(text)
-
-
-def hide_bars() -> bool | None:
-  """tqdm's `disable`: progress is for the main process, and for a terminal."""
-  return None if distributed.is_main() else True
 
 
 def _run_of(checkpoint: pathlib.Path) -> pathlib.Path:

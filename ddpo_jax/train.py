@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ddpo_jax import advantages, checkpoint, distributed, lora, tracking, update
 from ddpo_jax.config import BatchPlan, Config, check_continues
+from ddpo_jax.console import hide_bars, say
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import set_compute_dtype
@@ -73,14 +74,14 @@ def train(cfg: Config) -> pathlib.Path:
     configure_jax(cfg)
     reward_fns = get_rewards(cfg.reward_fn, cfg.reward_kwargs)
   plan = BatchPlan.create(cfg, jax.device_count())
-  tracking.say(plan.describe())
+  say(plan.describe())
   trainer = build(cfg, plan, prompt_fn, reward_fns)
   first_epoch = resume(trainer, run) if cfg.resume_from else 0
   with distributed.failing_together():
     tracker = tracking.Tracker(run, cfg, first_epoch)
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
   checkpointer.drop_after(first_epoch - 1)
-  tracking.say(f"Writing to {run}")
+  say(f"Writing to {run}")
   try:
     with interruptible() as stop:
       if first_epoch == 0:
@@ -198,8 +199,8 @@ def resume(trainer: Trainer, run: pathlib.Path) -> int:
       damaged = epochs.pop(0)
       if not epochs:
         raise
-      tracking.say(f"{error}; going on from epoch {epochs[0]} and not {damaged}")
-  tracking.say(f"Resuming after epoch {restored.epoch + 1} of {run}")
+      say(f"{error}; going on from epoch {epochs[0]} and not {damaged}")
+  say(f"Resuming after epoch {restored.epoch + 1} of {run}")
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
@@ -229,7 +230,7 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
     steps.append(jax.device_get(metrics))
     check_finite(trainer, steps[-1], epoch)
     if first and len(steps) == 1:
-      tracking.say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
+      say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
   training_seconds = time.perf_counter() - training_started
   metrics = epoch_metrics(trainer, rollout, rewards, steps, training_seconds)
   with distributed.failing_together():
@@ -290,7 +291,7 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
   steps = [(inner, index) for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(per_inner_epoch)]
   for inner, index in tqdm(steps, desc=f"Epoch {epoch}: training", leave=False,
-                           dynamic_ncols=True, disable=tracking.hide_bars(), unit="step"):
+                           dynamic_ncols=True, disable=hide_bars(), unit="step"):
     stop.check()
     trainer.state, metrics = trainer.update(
         trainer.state, trainer.frozen_unet, batch, jax.random.fold_in(shuffle, inner),

@@ -3,32 +3,26 @@
     pytest -m slow tests/test_kills.py
 """
 
-import json
 import random
 import time
 
+import numpy as np
 import pytest
-from test_processes import arguments, metrics_of, start, start_two, weights_of, without_times
+from runs import command, finish, metrics_of, start, weights_of, without_times
+from test_processes import arguments, start_two
 
 KILLS = 20
 EPOCHS = 8
+OPTIONS = (f"--config.num_epochs={EPOCHS}", "--config.save_freq=1",
+           "--config.resume_from=auto")
 
 
 def start_demo(logdir, name):
-  """The demo as it is, of fewer epochs, each of them saved."""
-  command = [argument for argument in arguments(logdir, name)
-             if not argument.startswith(("--config.pretrained", "--config.sample",
-                                         "--config.train", "--config.reward"))]
-  return [start([*command, *saved_often()], 1)]
+  return [start(command(logdir, name, *OPTIONS))]
 
 
 def start_processes(logdir, name):
-  return start_two(logdir, name, *saved_often())
-
-
-def saved_often():
-  return (f"--config.num_epochs={EPOCHS}", "--config.save_freq=1",
-          "--config.resume_from=auto")
+  return start_two(arguments(logdir, name, *OPTIONS))
 
 
 def kill(processes):
@@ -39,9 +33,8 @@ def kill(processes):
 
 
 def wait(processes):
-  for process in processes:
-    errors = process.communicate(timeout=1200)[1]
-    assert process.returncode == 0, errors
+  codes, errors = finish(processes)
+  assert not any(codes), errors
 
 
 def wait_for_line(processes, run):
@@ -75,6 +68,6 @@ def test_killed_run_is_the_run_never_killed(tmp_path, begin):
   whole_lines, killed_lines = (without_times(metrics_of(run)) for run in runs)
   assert [line["epoch"] for line in killed_lines] == list(range(EPOCHS))
   assert killed_lines == whole_lines
-  assert weights_of(runs[0]).tobytes() == weights_of(runs[1]).tobytes()
-  (rewards, others) = ((run / "rewards.jsonl").read_text() for run in runs)
-  assert list(map(json.loads, rewards.splitlines())) == list(map(json.loads, others.splitlines()))
+  np.testing.assert_array_equal(*map(weights_of, runs))
+  rewards, others = ((run / "rewards.jsonl").read_text() for run in runs)
+  assert rewards == others

@@ -1,90 +1,59 @@
 """Two real processes of two devices each, over gloo."""
 
-import json
 import os
-import pathlib
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
+from runs import (
+    TINY,
+    command,
+    finish,
+    metrics_of,
+    start,
+    wait_for_epochs,
+    weights_of,
+    without_times,
+)
 
-from ddpo_jax import checkpoint, distributed, lora, train
-from ddpo_jax.config import resolve
+from ddpo_jax import distributed
 
-ROOT = pathlib.Path(__file__).parents[1]
-TINY = ROOT / "tests" / "golden" / "tiny-sd"
 EPOCHS = 3
 
 
 def arguments(logdir, name, *more):
   """An epoch of 16 images, 8 at a time on 4 devices, in 2 optimizer steps."""
-  return [str(ROOT / "scripts" / "train.py"), "--config", str(ROOT / "configs" / "demo.py"),
-          f"--config.pretrained.model={TINY}", "--config.sample.num_steps=20",
-          "--config.train.timestep_fraction=0.1", "--config.sample.batch_size=2",
-          "--config.train.batch_size=2", "--config.sample.guidance_scale=1.0",
-          "--config.reward_fn=tests.test_processes:brightness",
-          f"--config.num_epochs={EPOCHS}", "--config.save_freq=100",
-          f"--config.logdir={logdir}", f"--config.run_name={name}",
-          f"--config.compilation_cache={logdir / 'cache'}", *more]
+  return command(
+      logdir, name, f"--config.pretrained.model={TINY}", "--config.sample.num_steps=20",
+      "--config.train.timestep_fraction=0.1", "--config.sample.batch_size=2",
+      "--config.train.batch_size=2", "--config.sample.guidance_scale=1.0",
+      "--config.reward_fn=tests.test_processes:brightness",
+      f"--config.num_epochs={EPOCHS}", "--config.save_freq=100", *more)
 
 
-def start(command, devices, **cluster):
-  flags = f"--xla_force_host_platform_device_count={devices}"
-  environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **cluster}
-  return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def start_two(logdir, name, *more):
+def start_two(arguments):
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
     port = listener.getsockname()[1]
-  return [start(arguments(logdir, name, *more,
-                          f"--config.distributed.coordinator_address=localhost:{port}",
-                          "--config.distributed.num_processes=2",
-                          f"--config.distributed.process_id={i}"), 2) for i in (0, 1)]
-
-
-def statuses(processes):
-  """Exit statuses, and what went to standard error."""
-  errors = [process.communicate(timeout=300)[1] for process in processes]
-  return [process.returncode for process in processes], errors
-
-
-def metrics_of(run):
-  path = run / "metrics.jsonl"
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def without_times(lines):
-  times = ("_seconds", "_per_second", "_bytes")
-  return [{k: v for k, v in line.items() if not k.endswith(times)} for line in lines]
-
-
-def weights_of(run):
-  params = lora.partition(train.load_models(
-      resolve(json.loads((run / "config.json").read_text()) | {"resume_from": ""})).unet)[1]
-  leaves = jax.tree.leaves(checkpoint.restore_params(*checkpoint.find(run), params))
-  return np.concatenate([np.ravel(leaf) for leaf in leaves])
+  return [start([*arguments, f"--config.distributed.coordinator_address=localhost:{port}",
+                 "--config.distributed.num_processes=2",
+                 f"--config.distributed.process_id={i}"], devices=2) for i in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   """A run of two processes that nothing happened to: the folder that holds it."""
   logdir = tmp_path_factory.mktemp("processes")
-  codes, errors = statuses(start_two(logdir, "whole"))
+  codes, errors = finish(start_two(arguments(logdir, "whole")))
   assert codes == [0, 0], errors
   return logdir
 
 
 def test_as_one_process(whole):
   """Two processes of two devices draw and learn what one process of four does."""
-  codes, errors = statuses([start(arguments(whole, "one"), 4)])
+  codes, errors = finish([start(arguments(whole, "one"), 4)])
   assert codes == [0], errors
   two, one = (metrics_of(whole / name) for name in ("whole", "one"))
   assert [line["epoch"] for line in two] == list(range(EPOCHS))
@@ -98,16 +67,13 @@ def test_as_one_process(whole):
 def test_a_signal_to_one_stops_both_and_resumes_exactly(whole):
   """SIGTERM reaches one process only, as where one machine of several is taken away."""
   options = "--config.resume_from=auto"
-  processes = start_two(whole, "stopped", options)
-  deadline = time.monotonic() + 240
-  while not metrics_of(whole / "stopped"):
-    assert all(p.poll() is None for p in processes) and time.monotonic() < deadline
-    time.sleep(0.02)
+  processes = start_two(arguments(whole, "stopped", options))
+  wait_for_epochs(processes, whole / "stopped", 1)
   processes[1].send_signal(signal.SIGTERM)
-  codes, errors = statuses(processes)
+  codes, errors = finish(processes)
   assert codes == [143, 143], errors
   assert len(metrics_of(whole / "stopped")) < EPOCHS
-  codes, errors = statuses(start_two(whole, "stopped", options))
+  codes, errors = finish(start_two(arguments(whole, "stopped", options)))
   assert codes == [0, 0], errors
   stopped, never_stopped = (metrics_of(whole / name) for name in ("stopped", "whole"))
   assert without_times(stopped) == without_times(never_stopped)
@@ -118,7 +84,7 @@ def test_a_reward_that_fails_on_one_stops_both(whole):
   """The other does not wait for its rewards for ever. Started as SLURM would."""
   command = arguments(whole, "failed",
                       "--config.reward_fn=tests.test_processes:fails_on_process_one")
-  codes, errors = statuses([
+  codes, errors = finish([
       start(command, 2, SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST="localhost",
             SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in (0, 1)])
   assert codes == [1, 1]

@@ -1,0 +1,71 @@
+"""Runs in processes of their own, and what they leave."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from ddpo_jax import checkpoint, lora, train
+from ddpo_jax.config import resolve
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ROOT / "tests" / "golden" / "tiny-sd"
+
+
+def command(logdir, name, *options):
+  """The demo as a run called `name`; compiled programs are shared within `logdir`."""
+  return [str(ROOT / "scripts" / "train.py"), "--config", str(ROOT / "configs" / "demo.py"),
+          f"--config.logdir={logdir}", f"--config.run_name={name}",
+          f"--config.compilation_cache={logdir / 'cache'}", *options]
+
+
+def start(arguments, devices=1, stdout=subprocess.DEVNULL, **environment):
+  """Starts Python on `devices` virtual devices, in an environment as users have it."""
+  usual = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return subprocess.Popen(
+      [sys.executable, *arguments], cwd=ROOT, text=True, stdout=stdout,
+      stderr=subprocess.PIPE,
+      env={**usual, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **environment})
+
+
+def finish(processes):
+  """Waits for all: their exit statuses, and what each wrote to standard error."""
+  errors = [process.communicate(timeout=600)[1] for process in processes]
+  return [process.returncode for process in processes], errors
+
+
+def wait_for_epochs(processes, run, count):
+  """Returns once `count` epochs are logged; fails if a process ends before."""
+  deadline = time.monotonic() + 300
+  while len(metrics_of(run)) < count:
+    for process in processes:
+      assert process.poll() is None, process.stderr.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def metrics_of(run):
+  """The finished lines of metrics.jsonl."""
+  path = run / "metrics.jsonl"
+  text = path.read_text() if path.exists() else ""
+  return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+
+def without_times(lines):
+  times = ("_seconds", "_per_second", "_bytes")
+  return [{k: v for k, v in line.items() if not k.endswith(times)} for line in lines]
+
+
+def weights_of(run, epoch=None):
+  """The trained weights of a checkpoint, by default the newest, as one vector."""
+  cfg = resolve(json.loads((run / "config.json").read_text()) | {"resume_from": ""})
+  params = lora.partition(train.load_models(cfg).unet)[1]
+  epoch = checkpoint.find(run)[1] if epoch is None else epoch
+  leaves = jax.tree.leaves(checkpoint.restore_params(run, epoch, params))
+  return np.concatenate([np.ravel(leaf) for leaf in leaves])
