@@ -116,14 +116,18 @@ def configure_jax(cfg: Config) -> None:
 
 
 def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
-          reward_fns: Mapping[str, RewardFn]) -> Trainer:
-  """Loads the model, attaches LoRA, and puts everything where training needs it."""
+          reward_fns: Mapping[str, RewardFn], models: StableDiffusion | None = None
+          ) -> Trainer:
+  """Loads the model, attaches LoRA, and puts everything where training needs it.
+
+  With `models` there is nothing to load.
+  """
   # In order of the processes, so that each has a run of consecutive samples.
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (update.AXIS,))
   replicate = functools.partial(jax.device_put,
                                 device=jax.sharding.NamedSharding(mesh, P()))
-  models = load_models(cfg)
+  models = load_models(cfg, models)
   graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
   schedule = DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps)
   frozen = replicate(FrozenModels(unet=frozen_unet, vae=nnx.state(models.vae),
@@ -148,10 +152,11 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
       combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None)
 
 
-def load_models(cfg: Config) -> StableDiffusion:
+def load_models(cfg: Config, models: StableDiffusion | None = None) -> StableDiffusion:
   """The pretrained model in the dtype asked for, ready to be partitioned."""
   dtype = DTYPES[cfg.mixed_precision]
-  models = load_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype)
+  if models is None:
+    models = load_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype)
   models.unet.gradient_checkpointing = cfg.train.gradient_checkpointing
   if not cfg.use_lora:
     # What the optimizer changes stays float32; the network computes in `dtype`.

@@ -320,7 +320,7 @@ def _axes(leaf: str, found: Sequence[int], wanted: Sequence[int]
   return axes if as_convolution(shape) == as_convolution(wanted) else None
 
 
-class _ConstantRngs:
+class ConstantRngs:
   """In the place of `nnx.Rngs`, whose counter takes seconds to trace in a large module."""
 
   def params(self) -> jax.Array:
@@ -330,7 +330,7 @@ class _ConstantRngs:
 def _abstract(build: Callable[..., nnx.Module], folder: pathlib.Path) -> nnx.Module:
   """The module with shapes and dtypes in the place of its weights."""
   try:
-    return nnx.eval_shape(lambda: build(rngs=_ConstantRngs()))
+    return nnx.eval_shape(lambda: build(rngs=ConstantRngs()))
   except (TypeError, ValueError, ZeroDivisionError) as error:
     raise UserError(f"{folder / 'config.json'} describes no network: "
                     f"{_one_line(error)}") from error

@@ -1,0 +1,1 @@
+"""How fast an epoch is and what memory it takes: `scripts/benchmark.py`."""

@@ -1,0 +1,179 @@
+"""Runs the sides of the benchmark in turns, and says what came out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+from tqdm import tqdm
+
+from ddpo_jax.benchmark.side import Side, serve
+from ddpo_jax.cli import exit_status, read_config
+from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.types import UserError
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_DEFAULT = str(_ROOT / "configs" / "single_gpu.py") + ":compressibility"
+_JAX = "ddpo_jax"
+_DESCRIPTION = """Measures start, epochs, memory and FLOP of a config, on random weights.
+
+All fields of the config can be set as for train.py. A model that is neither "tiny" nor a
+local folder has Stable Diffusion 1.5's shapes; nothing is downloaded. A whole epoch of a
+large model is long: set sample.num_batches_per_epoch and
+train.gradient_accumulation_steps lower, and the rates stay the same.
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs scripts/benchmark.py; returns its exit status."""
+  return exit_status(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> None:
+  options, rest = _parse(argv[1:])
+  if not any(argument.startswith("--config=") for argument in rest):
+    rest = [f"--config={_DEFAULT}", *rest]
+  cfg = read_config([argv[0], *rest])
+  if options.side:
+    from ddpo_jax.benchmark.jax_side import JaxSide  # imports JAX: only in its own process
+    serve(lambda: JaxSide(cfg))
+    return
+  results = measure(cfg, [argv[0], *rest], options)
+  print(describe(results))
+  if options.output:
+    pathlib.Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+  parser = argparse.ArgumentParser(
+      prog="benchmark.py", description=_DESCRIPTION, allow_abbrev=False,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--rounds", type=int, default=3, help="epochs of each side (3)")
+  parser.add_argument("--reference", choices=("torch",), action="append",
+                      help="measure ddpo-pytorch's algorithm in current torch as well")
+  parser.add_argument("--torch_compile", action="store_true",
+                      help="and once more with torch.compile")
+  parser.add_argument("--skip_start", action="store_true",
+                      help="do not measure a cold and a warm start")
+  parser.add_argument("--output", help="write the results into this file, as JSON")
+  parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
+  options, rest = parser.parse_known_args(arguments)
+  if options.rounds < 1:
+    raise UserError(f"--rounds={options.rounds} must be at least 1")
+  # `--config FILE` -> `--config=FILE`, so that the default can step in.
+  joined = " ".join(rest).replace("--config ", "--config=").split() if rest else []
+  return options, joined
+
+
+def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
+            ) -> dict[str, Any]:
+  """Everything, as it goes into the JSON file."""
+  ours = [sys.executable, *command, "--side"]
+  results: dict[str, Any] = {
+      "command": " ".join(command), "config": cfg.to_dict(),
+      "start": None if options.skip_start else measure_start(ours)}
+  sides = [Side(_JAX, ours)]
+  if options.reference:
+    reference = str(_ROOT / "scripts" / "torch_reference.py")
+    theirs = [sys.executable, reference, *command[1:]]
+    sides.append(Side("torch", theirs))
+    if options.torch_compile:
+      sides.append(Side("torch.compile", [*theirs, "--compile"]))
+  results["machine"] = {side.name: side.call("describe") for side in sides}
+  epochs = run_rounds(sides, options.rounds)
+  plan = BatchPlan.create(cfg, results["machine"][_JAX]["devices"])
+  results["epochs"] = epochs
+  results["rates"] = {name: rates(of, plan.num_train_timesteps)
+                      for name, of in epochs.items()}
+  results["memory"] = {side.name: side.call("memory") for side in sides}
+  for side in sides[1:]:
+    side.close()
+  for part in ("decode", "jpeg", "matmul_peak", "flops"):
+    results[part] = sides[0].call(part)
+  sides[0].close()
+  results["of_peak"] = share_of_peak(cfg, results)
+  return results
+
+
+def measure_start(command: Sequence[str]) -> dict[str, float]:
+  """Seconds from the start of a process to its first optimizer step."""
+  seconds = {}
+  with tempfile.TemporaryDirectory() as cache:
+    for kind in ("cold", "warm"):
+      side = Side(f"{_JAX} ({kind} start)",
+                  [*command, f"--config.compilation_cache={cache}"])
+      seconds[kind] = side.call("first_step")["seconds"]
+      side.close()
+  return seconds
+
+
+def run_rounds(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, Any]]]:
+  """Epochs of each side in turn; the first of each, which compiles, is not counted."""
+  epochs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+  for round_number in tqdm(range(rounds + 1), desc="Rounds", unit="round", disable=None):
+    for side in sides:
+      epoch = side.call("epoch")
+      if round_number > 0:
+        epochs[side.name].append(epoch)
+  return epochs
+
+
+def rates(epochs: Sequence[Mapping[str, float]], timesteps: int) -> dict[str, list[float]]:
+  """Median, least and largest over the rounds."""
+  spread = lambda values: [statistics.median(values), min(values), max(values)]
+  return {
+      "images_per_second": spread([e["images"] / e["sampling_seconds"] for e in epochs]),
+      "sample_timesteps_per_second": spread(
+          [e["images"] * timesteps / e["training_seconds"] for e in epochs]),
+      "epoch_seconds": spread([e["sampling_seconds"] + e["reward_seconds"]
+                               + e["training_seconds"] for e in epochs])}
+
+
+def share_of_peak(cfg: Config, results: Mapping[str, Any]) -> dict[str, float]:
+  """What part of a large matrix product's speed sampling and training reach."""
+  flops, rate = results["flops"], results["rates"][_JAX]
+  peak = results["matmul_peak"]["flops_per_second"]
+  of = lambda part: flops[part]["counted"]
+  image = cfg.sample.num_steps * of("denoising_step") + of("decode") + of("text_encoder")
+  return {"sampling": image * rate["images_per_second"][0] / peak,
+          "training": (of("training_timestep") * rate["sample_timesteps_per_second"][0]
+                       / peak)}
+
+
+def describe(results: Mapping[str, Any]) -> str:
+  """The results as text."""
+  ours = results["rates"][_JAX]
+  lines = [f"{results['command']}", f"machine: {results['machine'][_JAX]}"]
+  if results["start"]:
+    lines.append("start to first optimizer step: {cold:.1f} s cold, {warm:.1f} s warm"
+                 .format(**results["start"]))
+  for name, rate in results["rates"].items():
+    memory = results["memory"][name]
+    lines += ["", name]
+    for key, (median, least, largest) in rate.items():
+      ratio = "" if name == _JAX else f"   ddpo_jax: {_ratio(key, ours, rate):.2f} times as fast"
+      lines.append(f"  {key:28} {median:10.3f}  ({least:.3f} to {largest:.3f}){ratio}")
+    lines += [f"  {key:28} {value / 1e9:10.3f} GB" for key, value in memory.items() if value]
+  lines += ["", "decoding: {:.2f} images/s".format(
+      results["decode"]["images"] / results["decode"]["seconds"]),
+      "JPEG reward of 256 images of 512x512: {seconds:.2f} s in two threads, "
+      "{seconds_one_by_one:.2f} s one by one".format(**results["jpeg"]),
+      "large matrix product: {:.3f} TFLOP/s".format(
+          results["matmul_peak"]["flops_per_second"] / 1e12),
+      "of that in sampling {sampling:.1%}, in training {training:.1%}".format(
+          **results["of_peak"]), "", "GFLOP of one sample    counted   compiler"]
+  for part, count in results["flops"].items():
+    compiled = "" if count["compiled"] is None else f"{count['compiled'] / 1e9:10.2f}"
+    lines.append(f"  {part:18} {count['counted'] / 1e9:10.2f} {compiled}")
+  return "\n".join(lines)
+
+
+def _ratio(key: str, ours: Mapping[str, list], theirs: Mapping[str, list]) -> float:
+  ratio = ours[key][0] / theirs[key][0]
+  return 1 / ratio if key.endswith("_seconds") else ratio

@@ -1,0 +1,99 @@
+"""How many floating-point operations the networks take, counted in two ways."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from ddpo_jax import lora
+from ddpo_jax.models import StableDiffusion
+
+_INNER = ("jaxpr", "call_jaxpr", "body_jaxpr")
+
+
+def count(function, *args) -> int:
+  """Twice the multiplications of every matrix product and convolution that it traces to.
+
+  Both branches of a condition count; the body of a loop counts as often as it runs.
+  """
+  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+      total += 2 * math.prod(out) * math.prod(left[i] for i in contracted)
+    elif name == "conv_general_dilated":
+      kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+      features = kernel[params["dimension_numbers"].rhs_spec[0]]
+      # A dilated input is mostly zeros (the gradient of a strided convolution).
+      total += (2 * math.prod(out) * math.prod(kernel) // features
+                // math.prod(params["lhs_dilation"]))
+    times = params.get("length", 1) if name == "scan" else 1
+    for inner in _inner(params):
+      total += times * _count(inner)
+  return total
+
+
+def _inner(params: dict[str, Any]):
+  for value in params.values():
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+      each = getattr(each, "jaxpr", each)  # of a closed one
+      if hasattr(each, "eqns"):
+        yield each
+
+
+def compiled(function, *args) -> float | None:
+  """What the compiler says of its program; None where it does not."""
+  cost = jax.jit(function).lower(*args).compile().cost_analysis()
+  return None if cost is None else float(cost.get("flops", 0)) or None
+
+
+def of_models(models: StableDiffusion, guided: bool) -> dict[str, Any]:
+  """FLOP of one sample, for each part of an epoch, without what is recomputed.
+
+  Args:
+    models: with LoRA attached to the UNet.
+    guided: classifier-free guidance takes two evaluations per step.
+
+  Returns:
+    For "denoising_step", "training_timestep" (forward and backward), "decode" and
+    "text_encoder": {"counted": int, "compiled": float or None}.
+  """
+  config, size = models.unet.config, models.unet.config.sample_size
+  branches = 2 if guided else 1
+  latents = jnp.ones((branches, size, size, config.in_channels))
+  timesteps = jnp.zeros(branches, jnp.int32)
+  tokens = jnp.zeros((1, models.text_encoder.config.max_position_embeddings), jnp.int32)
+  context = jnp.ones((branches, tokens.shape[1], config.cross_attention_dim))
+  remat, models.unet.gradient_checkpointing = models.unet.gradient_checkpointing, "none"
+  graphdef, params, frozen = lora.partition(models.unet)
+  models.unet.gradient_checkpointing = remat
+
+  def denoise(params, frozen):
+    return nnx.merge(graphdef, params, frozen)(latents, timesteps, context)
+
+  def train(params, frozen):
+    return jax.grad(lambda p: denoise(p, frozen).astype(jnp.float32).sum())(params)
+
+  parts = {
+      "denoising_step": (denoise, params, frozen),
+      "training_timestep": (train, params, frozen),
+      "decode": (_call("decode", models.vae), nnx.state(models.vae), latents[:1]),
+      "text_encoder": (_call("__call__", models.text_encoder),
+                       nnx.state(models.text_encoder), tokens)}
+  return {name: {"counted": count(*part), "compiled": compiled(*part)}
+          for name, part in parts.items()}
+
+
+def _call(method: str, module: nnx.Module):
+  graphdef = nnx.graphdef(module)
+  return lambda state, x: getattr(nnx.merge(graphdef, state), method)(x)

@@ -1,0 +1,157 @@
+"""This package's side of the benchmark: the trainer, on random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent import futures
+import functools
+import math
+import os
+import time
+from typing import Any
+
+import flax
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from PIL import Image
+
+from ddpo_jax import train
+from ddpo_jax.benchmark import flops
+from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
+from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.diffusion import NoiseSchedule
+from ddpo_jax.models import StableDiffusion, load_pretrained
+from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from ddpo_jax.models.pretrained import ConstantRngs
+from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
+from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.rewards import get_reward, get_rewards
+
+
+class JaxSide:
+  """This package: the trainer as scripts/train.py builds it."""
+
+  def __init__(self, cfg: Config):
+    train.configure_jax(cfg)
+    self._cfg = cfg
+    self._plan = BatchPlan.create(cfg, jax.device_count())
+    self._models = random_models(cfg)
+    self._trainer = train.build(
+        cfg, self._plan, get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs),
+        get_rewards(cfg.reward_fn, cfg.reward_kwargs), self._models)
+    self._epoch = 0
+    self._pool = futures.ThreadPoolExecutor(2)  # as many as the trainer's rewards have
+
+  def describe(self) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "devices": jax.device_count(),
+            "platform": device.platform, "cores": os.cpu_count(), "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__, "flax": flax.__version__}
+
+  def first_step(self) -> dict[str, Any]:
+    """Start of the process to its first optimizer step, and the first images on the way."""
+    return self._run_epoch(first_step_only=True)
+
+  def epoch(self) -> dict[str, Any]:
+    """Samples, decodes, scores and trains on one epoch."""
+    return self._run_epoch(first_step_only=False)
+
+  def _run_epoch(self, first_step_only: bool) -> dict[str, Any]:
+    trainer = self._trainer
+    started = time.perf_counter()
+    rollout = trainer.worker.run(trainer.state.params, self._epoch)
+    sampled = time.perf_counter()
+    batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))
+    steps = train.optimizer_steps(trainer, batch, self._epoch, train.Stop())
+    drift = float(jax.device_get(next(steps)).ratio_drift)
+    for metrics in () if first_step_only else steps:
+      jax.device_get(metrics)
+    self._epoch += 1
+    return {"sampling_seconds": sampled - started - rollout.reward_seconds,
+            "reward_seconds": rollout.reward_seconds,
+            "training_seconds": time.perf_counter() - sampled,
+            "images": self._plan.samples_per_epoch, "ratio_drift": drift}
+
+  def decode(self) -> dict[str, Any]:
+    """The autoencoder alone, as many images at a time as in sampling."""
+    vae, unet = self._models.vae, self._models.unet
+    count = min(self._cfg.sample.decode_batch_size, self._cfg.sample.batch_size)
+    size = unet.config.sample_size
+    latents = jnp.ones((count, size, size, unet.config.in_channels))
+    decode = nnx.jit(lambda vae, x: vae.decode(x))
+    return {"images": count, "seconds": median_seconds(
+        lambda: jax.block_until_ready(decode(vae, latents)))}
+
+  def memory(self) -> dict[str, Any]:
+    return {"peak_rss_bytes": peak_rss(),
+            "peak_device_bytes": train.peak_memory_bytes()}
+
+  def matmul_peak(self) -> dict[str, Any]:
+    """What a large matrix product reaches in the dtype of the networks, in FLOP/s."""
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), train.DTYPES[self._cfg.mixed_precision])
+    product = jax.jit(lambda x: x @ x)
+    seconds = median_seconds(lambda: jax.block_until_ready(product(x)), repeats=10, best=True)
+    return {"flops_per_second": 2 * size**3 / seconds, "size": size}
+
+  def flops(self) -> dict[str, Any]:
+    """Of one sample: counted from the shapes, and by the compiler, in FLOP."""
+    return flops.of_models(self._models, guided=self._cfg.sample.guidance_scale > 1)
+
+  def jpeg(self) -> dict[str, Any]:
+    """JPEG rewards of 256 images of 512×512, smooth with some grain, as photographs are."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((512, 512)), np.int16)
+    grain = rng.integers(-8, 9, (256, 512, 512, 1), np.int8)
+    images = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+    reward = get_reward("jpeg_compressibility")
+    one_by_one = lambda: [reward(image[None], [""], [{}]) for image in images]
+    in_threads = lambda: list(self._pool.map(
+        lambda part: reward(part, [""] * 128, [{}] * 128), (images[:128], images[128:])))
+    return {"images": 256, "seconds": median_seconds(in_threads, repeats=1),
+            "seconds_one_by_one": median_seconds(one_by_one, repeats=1)}
+
+
+def random_models(cfg: Config) -> StableDiffusion:
+  """The model that the config names, with random weights, on the device: no file is read.
+
+  Time and memory do not depend on the weights' values. (Of a hub id, whatever it is, the
+  shapes are Stable Diffusion 1.5's.)
+  """
+  configs = model_configs(cfg.pretrained.model)
+  parts = {"unet": (UNet2DConditionModel, UNetConfig), "vae": (AutoencoderKL, VAEConfig),
+           "text_encoder": (CLIPTextModel, CLIPTextConfig)}
+  dtype = train.DTYPES[cfg.mixed_precision]
+  modules = {name: _random_module(functools.partial(
+      module, config.from_dict(configs[name]), dtype=dtype))
+      for name, (module, config) in parts.items()}
+  return StableDiffusion(
+      tokenizer=load_pretrained("tiny").tokenizer,  # as long a row of tokens as any
+      noise_schedule=NoiseSchedule.from_config(configs["scheduler"]), **modules)
+
+
+def _random_module(build: Callable[..., nnx.Module]) -> nnx.Module:
+  """Weights of the size that a trained network's have: normal, of variance 1/fan-in."""
+  module = nnx.eval_shape(lambda: build(rngs=ConstantRngs()))
+  graphdef, state = nnx.split(module)
+  leaves, treedef = jax.tree.flatten_with_path(state)
+  values = []
+  for i, (path, leaf) in enumerate(leaves):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if "scale" in name:
+      values.append(jnp.ones(leaf.shape, leaf.dtype))
+    elif "bias" in name:
+      values.append(jnp.zeros(leaf.shape, leaf.dtype))
+    else:
+      values.append(_normal(jax.random.key(i), leaf.shape, leaf.dtype))
+  return nnx.merge(graphdef, jax.tree.unflatten(treedef, values))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+  return (jax.random.normal(key, shape) / max(1, math.prod(shape[:-1]))**0.5).astype(dtype)

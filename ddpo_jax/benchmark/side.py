@@ -1,0 +1,101 @@
+"""A side of the benchmark: a process that does what it is told, and its counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import importlib.resources
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+_STARTED = "DDPO_JAX_BENCHMARK_STARTED"  # when a side's process was started
+# Stable Diffusion 1.5, as its folder says it. `attention_head_dim` is the number of heads.
+STABLE_DIFFUSION_15: Mapping[str, Mapping[str, Any]] = {
+    "unet": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
+                 block_out_channels=[320, 640, 1280, 1280], layers_per_block=2),
+    "vae": dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=512,
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4),
+    "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+                         projection_dim=768, eos_token_id=2),
+    "scheduler": dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                      steps_offset=1, set_alpha_to_one=False, clip_sample=False),
+}
+
+
+def model_configs(model: str) -> Mapping[str, Mapping[str, Any]]:
+  """The config of each part: of a folder or "tiny", else Stable Diffusion 1.5's."""
+  if model == "tiny":
+    folder = pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
+  else:
+    folder = pathlib.Path(model).expanduser()
+  if not folder.is_dir():
+    return STABLE_DIFFUSION_15
+  names = {part: "config.json" for part in ("unet", "vae", "text_encoder")}
+  names["scheduler"] = "scheduler_config.json"
+  return {part: json.loads((folder / part / name).read_text(encoding="utf-8"))
+          for part, name in names.items()}
+
+
+def serve(make_side: Callable[[], Any]) -> None:
+  """Answers each line of standard input, a method's name, with its result as JSON."""
+  replies = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)  # what libraries print must not get among the replies
+  side = make_side()
+  for line in sys.stdin:
+    result = getattr(side, line.strip())()
+    if line.strip() == "first_step":
+      result["seconds"] = time.time() - float(os.environ[_STARTED])
+    replies.write(json.dumps(result) + "\n")
+    replies.flush()
+
+
+def peak_rss() -> int:
+  """The most memory that this process has held, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Side:
+  """Talks to a side's process."""
+
+  def __init__(self, name: str, command: Sequence[str]):
+    self.name = name
+    self._process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, _STARTED: str(time.time())})
+
+  def call(self, method: str) -> dict[str, Any]:
+    """Lets the side do something.
+
+    Raises:
+      RuntimeError: if its process has ended; its own message is on standard error.
+    """
+    print(f"{self.name}: {method}", file=sys.stderr, flush=True)
+    try:
+      self._process.stdin.write(method + "\n")
+      self._process.stdin.flush()
+      return json.loads(self._process.stdout.readline())
+    except (BrokenPipeError, json.JSONDecodeError):
+      raise RuntimeError(f"{self.name} ended with status {self._process.wait()}") from None
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def median_seconds(action: Callable[[], Any], repeats: int = 3, best: bool = False) -> float:
+  """Median (or least) time of an action that has been done once before."""
+  action()
+  times = []
+  for _ in range(repeats):
+    started = time.perf_counter()
+    action()
+    times.append(time.perf_counter() - started)
+  return min(times) if best else statistics.median(times)
