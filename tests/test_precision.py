@@ -1,6 +1,7 @@
 """What half precision does to the ratio, its cure, and dynamic loss scaling."""
 
 import dataclasses
+import pathlib
 
 from flax import nnx
 import jax
@@ -8,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax import lora, update
+from configs import base
+from ddpo_jax import lora, train, update
+from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.schedule import NoiseSchedule
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import Batch, LossScale
 
+GOLDEN_SD = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 TINY_UNET = dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1,
                  attention_head_dim=4, cross_attention_dim=32,
                  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -110,6 +116,29 @@ def test_recomputed_log_probs_cure_the_drift(half):
                               jnp.int32(index))
     assert float(metrics.ratio_drift) == 0.0
     assert float(metrics.approx_kl) == 0.0
+
+
+def test_training_recomputes_when_asked():
+  """Through the loop's own functions: the first optimizer step begins at a ratio of 1."""
+  config = base.get_config()
+  config.pretrained.model = str(GOLDEN_SD)
+  config.mixed_precision = "bf16"
+  config.sample.num_steps = 4
+  config.sample.batch_size = 4
+  config.sample.num_batches_per_epoch = 1
+  config.train.batch_size = 2
+  config.train.recompute_log_probs = True
+  config.per_prompt_stat_tracking.min_count = 2
+  cfg = resolve(config)
+  trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
+                        get_rewards(cfg.reward_fn, {}))
+  rollout = trainer.worker.run(trainer.state.params, epoch=0)
+  batch = train.make_batch(trainer, rollout, np.arange(4, dtype=np.float32))
+  steps = list(train.optimizer_steps(trainer, batch, 0, train.Stop()))
+  assert len(steps) == 2
+  assert float(steps[0].ratio_drift) == 0.0
+  assert float(steps[1].ratio_drift) > 0.0  # by then the policy has changed
+  assert int(trainer.state.step) == 2
 
 
 def test_rescoring_changes_nothing_else(half):
