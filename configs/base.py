@@ -107,6 +107,10 @@ def get_config() -> ml_collections.ConfigDict:
   # (new) "none", "blocks" (recompute inside resnets and attentions) or "full": less
   # memory for more computation.
   train.gradient_checkpointing = "none"
+  # (new) Replace the sampler's log-probabilities by those of the update's own program
+  # before the first optimizer step: one more forward pass. Sampler and update round
+  # differently, which in bf16 moves ratios by as much as the clip range (docs/gpu.md).
+  train.recompute_log_probs = False
   # (new) Stop after so many optimizer steps in a row whose loss or gradient was not
   # finite (each of them is skipped).
   train.max_skipped_steps = 10

@@ -60,6 +60,7 @@ class TrainConfig:
   timestep_fraction: float
   timesteps_per_batch: int
   gradient_checkpointing: str
+  recompute_log_probs: bool
   max_skipped_steps: int
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import signal
 import time
@@ -21,7 +20,7 @@ from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.layers import set_compute_dtype
+from ddpo_jax.models.layers import place_weights, set_compute_dtype
 from ddpo_jax.prompts import draw_prompts, get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 from ddpo_jax.rewards.combined import RewardCombiner
@@ -125,13 +124,13 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   # In order of the processes, so that each has a run of consecutive samples.
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (update.AXIS,))
-  replicate = functools.partial(jax.device_put,
-                                device=jax.sharding.NamedSharding(mesh, P()))
+  replicated = jax.sharding.NamedSharding(mesh, P())
   models = load_models(cfg, models)
   graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
   schedule = DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps)
-  frozen = replicate(FrozenModels(unet=frozen_unet, vae=nnx.state(models.vae),
-                                  text_encoder=nnx.state(models.text_encoder)))
+  frozen = place_weights(FrozenModels(unet=frozen_unet, vae=nnx.state(models.vae),
+                                      text_encoder=nnx.state(models.text_encoder)),
+                         replicated)
   optimizer = update.make_optimizer(
       cfg.train.learning_rate, cfg.train.adam_beta1, cfg.train.adam_beta2,
       cfg.train.adam_weight_decay, cfg.train.adam_epsilon, cfg.train.max_grad_norm)
@@ -146,7 +145,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   return Trainer(
       cfg=cfg, plan=plan, mesh=mesh, worker=worker, frozen_unet=frozen.unet,
       update=update.make_update(update_config, graphdef, schedule, optimizer, mesh),
-      state=replicate(state),
+      state=jax.device_put(state, replicated),
       stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
           tracking_config.buffer_size, tracking_config.min_count),
       combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None)
@@ -179,7 +178,8 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       timesteps_per_batch=cfg.train.timesteps_per_batch,
       guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
       clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
-      loss_scaling=cfg.mixed_precision == "fp16")
+      loss_scaling=cfg.mixed_precision == "fp16",
+      recompute_log_probs=cfg.train.recompute_log_probs and cfg.mixed_precision != "no")
 
 
 def resume(trainer: Trainer, run: pathlib.Path) -> int:
@@ -295,6 +295,12 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
   per_inner_epoch = trainer.plan.steps_per_inner_epoch
   steps = [(inner, index) for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(per_inner_epoch)]
+  if isinstance(trainer.update, update.RescoringUpdate):
+    for inner, index in steps:
+      stop.check()
+      trainer.state, batch = trainer.update.rescore(
+          trainer.state, trainer.frozen_unet, batch, jax.random.fold_in(shuffle, inner),
+          jnp.int32(index))
   for inner, index in tqdm(steps, desc=f"Epoch {epoch}: training", leave=False,
                            dynamic_ncols=True, disable=hide_bars(), unit="step"):
     stop.check()

@@ -24,6 +24,7 @@ P = jax.sharding.PartitionSpec
 AXIS = "data"
 
 Update = Callable[..., tuple[TrainState, "UpdateMetrics"]]  # see `make_update`
+Program = Callable[..., tuple[TrainState, jax.Array, "UpdateMetrics"]]
 
 _INITIAL_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
@@ -43,6 +44,7 @@ class UpdateConfig:
   clip_range: float
   adv_clip_max: float
   loss_scaling: bool  # for fp16
+  recompute_log_probs: bool = False  # make an update that can also `rescore`
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +81,35 @@ class _Sums:
   ratio_drift: jax.Array  # a maximum
 
 
+@dataclasses.dataclass(frozen=True)
+class RescoringUpdate:
+  """An update that can also replace the sampler's log-probabilities by its own.
+
+  Sampler and update round differently, and in half precision that moves the ratio by as
+  much as PPO's clip range. Even a forward pass alone is compiled otherwise than one that
+  a backward pass follows. So both come from one program, whose backward pass is behind a
+  condition: before the first optimizer step the ratio is 1 to the last bit.
+  """
+
+  program: Program  # (state, frozen, batch, key, index, train [] bool)
+
+  def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array,
+               index: jax.Array) -> tuple[TrainState, UpdateMetrics]:
+    state, _, metrics = self.program(state, frozen, batch, key, index, jnp.bool_(True))
+    return state, metrics
+
+  def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array,
+              index: jax.Array) -> tuple[TrainState, Batch]:
+    """Replaces the log-probabilities that the update with these arguments will read.
+
+    Returns:
+      The state, unchanged but in other buffers (the one given is donated); the batch.
+    """
+    state, log_probs, _ = self.program(state, frozen, batch, key, index, jnp.bool_(False))
+    trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
+    return state, dataclasses.replace(batch, trajectory=trajectory)
+
+
 def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float,
                    epsilon: float, max_grad_norm: float) -> optax.GradientTransformation:
   """AdamW (arXiv:1711.05101) behind clipping by the global norm."""
@@ -112,34 +143,60 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
     `update(state, frozen, batch, key, index) -> (state, metrics)`: the optimizer step
     number `index` ([] int32) of an inner epoch whose shuffle is drawn from `key`. The
     state given is donated. `batch` has its samples as [batches, samples of all devices,
-    …], sharded over the second axis; all else is replicated.
+    …], sharded over the second axis; all else is replicated. With
+    `config.recompute_log_probs` it is a `RescoringUpdate`.
   """
   local = functools.partial(_update, config, graphdef, schedule, optimizer)
   sharded = Batch(trajectory=P(None, AXIS), text_embeddings=P(None, AXIS),
                   negative_embedding=P(), advantages=P(None, AXIS))
-  mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), sharded, P(), P()),
-                         out_specs=(P(), P()))
+  in_specs = (P(), P(), sharded, P(), P())
+  if config.recompute_log_probs:
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(*in_specs, P()),
+                           out_specs=(P(), P(None, AXIS), P()))
+    return RescoringUpdate(jax.jit(mapped, donate_argnums=0))
+
+  def update(*args) -> tuple[TrainState, UpdateMetrics]:
+    state, _, metrics = local(*args)
+    return state, metrics
+
+  mapped = jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()))
   return jax.jit(mapped, donate_argnums=0)
 
 
 def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
             optimizer: optax.GradientTransformation, state: TrainState,
-            frozen: nnx.State, batch: Batch, key: jax.Array, index: jax.Array
-            ) -> tuple[TrainState, UpdateMetrics]:
-  """The program of one device."""
+            frozen: nnx.State, batch: Batch, key: jax.Array, index: jax.Array,
+            train: jax.Array | None = None
+            ) -> tuple[TrainState, jax.Array, UpdateMetrics]:
+  """The program of one device; where `train` is false, it leaves the state as it is.
+
+  Returns:
+    The state; the log-probabilities [batches, samples, T], those of the microbatches
+    computed anew; the metrics.
+  """
+  shape = batch.trajectory.log_probs.shape
   microbatches = choose_microbatches(config, schedule.num_steps, batch.advantages.shape, key, index)
-  grads, metrics = accumulate_gradients(config, graphdef, schedule, state, frozen,
-                              flatten_samples(batch), microbatches)
+  batch = flatten_samples(batch)
+  grads, metrics, log_probs = accumulate_gradients(
+      config, graphdef, schedule, state, frozen, batch, microbatches, train)
+  log_probs = batch.trajectory.log_probs.at[microbatches.sample, microbatches.step].set(
+      log_probs).reshape(shape)
   finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   stepped = TrainState(params=optax.apply_updates(state.params, updates),
                        opt_state=opt_state, step=state.step + 1,
                        loss_scale=state.loss_scale)
-  state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+  taken = finite if train is None else finite & train
+  stepped = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, state)
   if config.loss_scaling:
-    state = dataclasses.replace(state, loss_scale=_adjust(state.loss_scale, finite))
+    adjusted = _adjust(state.loss_scale, finite)
+    if train is not None:
+      adjusted = jax.tree.map(lambda new, old: jnp.where(train, new, old), adjusted,
+                              state.loss_scale)
+    stepped = dataclasses.replace(stepped, loss_scale=adjusted)
+  state = stepped
   skipped = 1.0 - finite.astype(jnp.float32)
-  return state, dataclasses.replace(metrics, skipped=skipped)
+  return state, log_probs, dataclasses.replace(metrics, skipped=skipped)
 
 
 def choose_microbatches(config: UpdateConfig, num_steps: int, shape: tuple[int, int],
@@ -189,10 +246,26 @@ def flatten_samples(batch: Batch) -> Batch:
                advantages=flat(batch.advantages))
 
 
-def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
-               state: TrainState, frozen: nnx.State, batch: Batch,
-               microbatches: Microbatches) -> tuple[nnx.State, UpdateMetrics]:
-  """The gradient of the mean loss over all microbatches of all devices."""
+def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
+                         schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
+                         batch: Batch, microbatches: Microbatches,
+                         train: jax.Array | None = None
+                         ) -> tuple[nnx.State, UpdateMetrics, jax.Array]:
+  """The gradient of the mean loss over all microbatches of all devices.
+
+  Args:
+    config: sizes and coefficients.
+    graphdef: of the UNet.
+    schedule: the sampler's.
+    state: the policy, and the loss scale.
+    frozen: the UNet's other weights.
+    batch: this device's samples, flat.
+    microbatches: this device's.
+    train: [] bool; where it is false there is no backward pass, and the gradient is 0.
+
+  Returns:
+    The gradient, the metrics, and this device's log-probabilities [M, b].
+  """
   scale = state.loss_scale.scale
   # Marked as differing between devices, so that the backward pass does not sum each
   # microbatch's gradient over them: that is done once, below.
@@ -208,21 +281,28 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule:
     loss, info = ppo.ppo_loss(
         log_prob, batch.trajectory.log_probs[sample, step], batch.advantages[sample],
         config.clip_range, config.adv_clip_max)
-    return loss * scale, (loss, info)
+    return loss * scale, (loss, info, log_prob)
 
-  def body(sums: _Sums, microbatch: Microbatches) -> tuple[_Sums, None]:
-    grads, (loss, info) = jax.grad(loss_fn, has_aux=True)(
-        params, microbatch.sample, microbatch.step)
+  def body(sums: _Sums, microbatch: Microbatches) -> tuple[_Sums, jax.Array]:
+    scaled, backward, (loss, info, log_prob) = jax.vjp(
+        lambda params: loss_fn(params, microbatch.sample, microbatch.step), params,
+        has_aux=True)
+    one = jnp.ones_like(scaled)
+    if train is None:
+      (grads,) = backward(one)
+    else:
+      grads = jax.lax.cond(train, lambda backward: backward(one)[0],
+                           lambda _: jax.tree.map(jnp.zeros_like, params), backward)
     return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
                  loss=sums.loss + loss,
                  approx_kl=sums.approx_kl + info.approx_kl,
                  clipfrac=sums.clipfrac + info.clipfrac,
-                 ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), None
+                 ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
 
   zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
   start = _Sums(grads=jax.tree.map(jnp.zeros_like, params), loss=zero, approx_kl=zero,
                 clipfrac=zero, ratio_drift=zero)
-  sums, _ = jax.lax.scan(body, start, microbatches)
+  sums, log_probs = jax.lax.scan(body, start, microbatches)
   count = microbatches.sample.shape[0] * jax.lax.axis_size(AXIS)
   total = jax.lax.psum((sums.grads, sums.loss, sums.approx_kl, sums.clipfrac), AXIS)
   grads, loss, approx_kl, clipfrac = jax.tree.map(lambda x: x / count, total)
@@ -231,7 +311,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef, schedule:
       loss=loss, approx_kl=approx_kl, clipfrac=clipfrac,
       ratio_drift=jax.lax.pmax(sums.ratio_drift, AXIS),
       grad_norm=optax.tree.norm(grads), skipped=jnp.float32(0))
-  return grads, metrics
+  return grads, metrics, log_probs
 
 
 def _adjust(loss_scale: LossScale, finite: jax.Array) -> LossScale:

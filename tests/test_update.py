@@ -66,7 +66,7 @@ def results(micro, schedule, batch, golden_lora):
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
   def compute(clip_range, state, samples, microbatches):
-    grads, metrics = update.accumulate_gradients(
+    grads, metrics, _ = update.accumulate_gradients(
         dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
         frozen, samples, microbatches)
     unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
@@ -189,7 +189,8 @@ def test_memory_does_not_grow_with_the_microbatches(tiny_sd, schedule, batch):
   def temporaries(count):
     zeros = jnp.zeros((count, 1), jnp.int32)
     program = jax.jit(jax.shard_map(
-        lambda *arguments: update.accumulate_gradients(config, graphdef, schedule, *arguments),
+        lambda *arguments: update.accumulate_gradients(
+            config, graphdef, schedule, *arguments)[:2],
         mesh=mesh, in_specs=(P(),) * 4, out_specs=P()))
     compiled = program.lower(state, frozen, batch[0],
                              update.Microbatches(sample=zeros, step=zeros)).compile()

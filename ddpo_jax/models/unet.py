@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
@@ -194,12 +195,19 @@ def _resnet(config: UNetConfig, in_channels: int, out_channels: int, *,
                             act_fn=config.act_fn, dtype=dtype, rngs=rngs)
 
 
-def _remat(module: nnx.Module, enabled: bool):
-  """The module's call, recomputed in the backward pass instead of stored if `enabled`."""
+def _remat(module: nnx.Module, enabled: bool,
+           call: Callable[..., jax.Array] | None = None) -> Callable[..., jax.Array]:
+  """The module's call, recomputed in the backward pass instead of stored if `enabled`.
+
+  Not by `nnx.remat`, which writes the weights back to the module afterwards: those that
+  came into the program from outside of a scan refuse that.
+  """
+  call = type(module).__call__ if call is None else call
   if not enabled:
-    return module
-  call = nnx.remat(type(module).__call__)
-  return lambda *args: call(module, *args)
+    return functools.partial(call, module)
+  graphdef, state = nnx.split(module)
+  recomputed = jax.checkpoint(lambda state, *args: call(nnx.merge(graphdef, state), *args))
+  return functools.partial(recomputed, state)
 
 
 class DownBlock(nnx.Module):
@@ -337,10 +345,8 @@ class UNet2DConditionModel(nnx.Module):
     """
     if latents.shape[-1] != self.config.in_channels:
       raise ValueError(f"{latents.shape=} must end in {self.config.in_channels} channels")
-    call = type(self)._forward
-    if self.gradient_checkpointing == "full":
-      call = nnx.remat(call)
-    return call(self, latents, timesteps, text_embeddings)
+    forward = _remat(self, self.gradient_checkpointing == "full", type(self)._forward)
+    return forward(latents, timesteps, text_embeddings)
 
   def _forward(self, latents: jax.Array, timesteps: jax.Array,
                context: jax.Array) -> jax.Array:

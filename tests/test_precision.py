@@ -1,0 +1,200 @@
+"""What half precision does to the ratio, its cure, and dynamic loss scaling."""
+
+import dataclasses
+import pathlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from ddpo_jax import lora, train, update
+from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.diffusion import DDIMSchedule, sample
+from ddpo_jax.diffusion.schedule import NoiseSchedule
+from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.rewards import get_rewards
+from ddpo_jax.types import Batch, LossScale
+
+GOLDEN_SD = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
+TINY_UNET = dict(sample_size=16, block_out_channels=(32, 64), layers_per_block=1,
+                 attention_head_dim=4, cross_attention_dim=32,
+                 down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                 up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+             num_train_timesteps=1000, steps_offset=1, set_alpha_to_one=False,
+             clip_sample=False)
+STEPS, TOKENS = 10, 7
+
+
+@dataclasses.dataclass
+class Setup:
+  """A policy, and what it sampled."""
+
+  config: update.UpdateConfig
+  program: update.Update
+  state: object
+  frozen: nnx.State
+  batch: Batch
+
+  def steps(self):
+    return self.batch.advantages.size // self.config.batch_size
+
+
+def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
+         unet_config=TINY_UNET, num_steps=STEPS, train_steps=STEPS, guidance_scale=5.0,
+         prepare=lambda unet: None, loss_scaling=False, checkpointing="none"):
+  """Samples in batches of `sample_batch`; the update will take `train_batch` at a time."""
+  unet = UNet2DConditionModel(UNetConfig.from_dict(unet_config), dtype=dtype,
+                              rngs=nnx.Rngs(0), gradient_checkpointing=checkpointing)
+  lora.inject_lora(unet, 4, jax.random.key(1))
+  prepare(unet)
+  graphdef, params, frozen = lora.partition(unet)
+  schedule = DDIMSchedule.create(NoiseSchedule.from_config(NOISE), num_steps)
+  width = unet.config.cross_attention_dim
+  text = jax.random.normal(jax.random.key(2), (samples, TOKENS, width)).astype(dtype)
+  negative = jax.random.normal(jax.random.key(3), (1, TOKENS, width)).astype(dtype)
+  text = text.reshape(-1, sample_batch, TOKENS, width)
+  trajectories = [
+      sample(unet, schedule, embeddings, negative, guidance_scale=guidance_scale, eta=1.0,
+             key=jax.random.key(10 + i)) for i, embeddings in enumerate(text)]
+  batch = Batch(
+      trajectory=jax.tree.map(lambda *x: jnp.stack(x), *trajectories),
+      text_embeddings=text, negative_embedding=negative,
+      advantages=jax.random.normal(jax.random.key(4), text.shape[:2]))
+  config = update.UpdateConfig(
+      batch_size=train_batch, sample_batch_size=sample_batch, accumulation_steps=1,
+      num_train_timesteps=train_steps, timesteps_per_batch=1,
+      guidance_scale=guidance_scale, eta=1.0, clip_range=1e-4, adv_clip_max=5.0,
+      loss_scaling=loss_scaling, recompute_log_probs=recompute)
+  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
+                       devices=jax.devices()[:1])
+  return Setup(config, update.make_update(config, graphdef, schedule, optimizer, mesh),
+               update.init_state(params, optimizer, loss_scaling), frozen, batch)
+
+
+def rescored(setup, key):
+  """The setup with the log-probabilities of every optimizer step replaced."""
+  state, batch = setup.state, setup.batch
+  for index in range(setup.steps()):
+    state, batch = setup.program.rescore(state, setup.frozen, batch, key,
+                                         jnp.int32(index))
+  return dataclasses.replace(setup, state=state, batch=batch)
+
+
+def first_step(setup, key):
+  return setup.program(setup.state, setup.frozen, setup.batch, key, jnp.int32(0))
+
+
+def copy(tree):
+  return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.fixture(scope="module")
+def half():
+  """In bf16, with another batch shape in the update than in the sampler."""
+  return make(jnp.bfloat16, recompute=True)
+
+
+def test_float32_needs_no_cure():
+  _, metrics = first_step(make(jnp.float32), jax.random.key(0))
+  assert float(metrics.ratio_drift) < 1e-5
+
+
+def test_recomputed_log_probs_cure_the_drift(half):
+  """To the last bit, in every optimizer step that no other has gone before."""
+  key = jax.random.key(0)
+  _, metrics = first_step(dataclasses.replace(half, state=copy(half.state)), key)
+  assert float(metrics.ratio_drift) > 1e-5  # there is something to cure
+  cured = rescored(dataclasses.replace(half, state=copy(half.state)), key)
+  for index in range(half.steps()):
+    _, metrics = half.program(copy(cured.state), cured.frozen, cured.batch, key,
+                              jnp.int32(index))
+    assert float(metrics.ratio_drift) == 0.0
+    assert float(metrics.approx_kl) == 0.0
+
+
+def test_training_recomputes_when_asked():
+  """Through the loop's own functions: the first optimizer step begins at a ratio of 1."""
+  config = base.get_config()
+  config.pretrained.model = str(GOLDEN_SD)
+  config.mixed_precision = "bf16"
+  config.sample.num_steps = 4
+  config.sample.batch_size = 4
+  config.sample.num_batches_per_epoch = 1
+  config.train.batch_size = 2
+  config.train.recompute_log_probs = True
+  config.per_prompt_stat_tracking.min_count = 2
+  cfg = resolve(config)
+  trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
+                        get_rewards(cfg.reward_fn, {}))
+  rollout = trainer.worker.run(trainer.state.params, epoch=0)
+  batch = train.make_batch(trainer, rollout, np.arange(4, dtype=np.float32))
+  steps = list(train.optimizer_steps(trainer, batch, 0, train.Stop()))
+  assert len(steps) == 2
+  assert float(steps[0].ratio_drift) == 0.0
+  assert float(steps[1].ratio_drift) > 0.0  # by then the policy has changed
+  assert int(trainer.state.step) == 2
+
+
+def test_rescoring_changes_nothing_else(half):
+  before = copy(half.state)
+  after = rescored(dataclasses.replace(half, state=copy(half.state)), jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, after.state, before)
+  old, new = half.batch.trajectory.log_probs, after.batch.trajectory.log_probs
+  assert (old != new).mean() > 0.5  # every sample and step has been computed anew
+  np.testing.assert_allclose(new, old, atol=0.1)
+  np.testing.assert_array_equal(after.batch.trajectory.latents,
+                                half.batch.trajectory.latents)
+
+
+def test_both_updates_take_the_same_step():
+  """The condition around the backward pass changes neither gradient nor weights."""
+  key = jax.random.key(0)
+  (plain, plain_metrics), (other, other_metrics) = (
+      first_step(make(jnp.float32, recompute=recompute), key)
+      for recompute in (False, True))
+  assert float(plain_metrics.grad_norm) > 0
+  np.testing.assert_allclose(plain_metrics.grad_norm, other_metrics.grad_norm, rtol=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+               plain.params, other.params)
+
+
+@pytest.mark.parametrize("checkpointing", ("blocks", "full"))
+def test_update_with_gradient_checkpointing(checkpointing):
+  """The same step, whatever is kept for the backward pass."""
+  key = jax.random.key(0)
+  (stored, expected), (computed, metrics) = (
+      first_step(make(jnp.float32, checkpointing=mode), key)
+      for mode in ("none", checkpointing))
+  np.testing.assert_allclose(metrics.grad_norm, expected.grad_norm, rtol=1e-4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+               stored.params, computed.params)
+
+
+def test_loss_scale_skips_overflow_and_goes_down():
+  """fp16 gradients overflow under a scale too large: nothing is applied, the scale halves."""
+  setup = make(jnp.float16, loss_scaling=True)
+  too_large = LossScale(jnp.float32(2.0**100), jnp.int32(5))
+  setup.state = dataclasses.replace(setup.state, loss_scale=too_large)
+  before = copy(setup.state)
+  after, metrics = first_step(setup, jax.random.key(0))
+  assert float(metrics.skipped) == 1.0
+  jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+  jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+  assert int(after.step) == 0
+  assert float(after.loss_scale.scale) == 2.0**99
+  assert int(after.loss_scale.good_steps) == 0
+
+
+def test_loss_scale_leaves_the_gradient_as_it_is():
+  key = jax.random.key(0)
+  _, exact = first_step(make(jnp.float32), key)
+  after, scaled = first_step(make(jnp.float16, loss_scaling=True), key)
+  assert float(scaled.skipped) == 0.0
+  assert int(after.loss_scale.good_steps) == 1
+  np.testing.assert_allclose(scaled.grad_norm, exact.grad_norm, rtol=0.1)
