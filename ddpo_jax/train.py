@@ -16,14 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import advantages, checkpoint, distributed, lora, tracking, update
+from ddpo_jax import advantages, checkpoint, distributed, lora, tracking, update, validation
 from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import set_compute_dtype
-from ddpo_jax.prompts import draw_prompts, get_prompt_fn
-from ddpo_jax.rewards import get_rewards
 from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
 from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState
@@ -68,14 +66,12 @@ def train(cfg: Config) -> pathlib.Path:
   distributed.initialize(cfg.distributed)
   run_name = distributed.agreed(tracking.choose_run_name(cfg))
   with distributed.failing_together():
-    prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
-    draw_prompts(prompt_fn, cfg.seed, 0, [0])  # finds a bad prompt file before the loading
-    run = tracking.choose_run_folder(cfg, run_name)
+    prepared = validation.prepare(cfg, run_name)
     configure_jax(cfg)
-    reward_fns = get_rewards(cfg.reward_fn, cfg.reward_kwargs)
+  run = prepared.run
   plan = BatchPlan.create(cfg, jax.device_count())
   say(plan.describe())
-  trainer = build(cfg, plan, prompt_fn, reward_fns)
+  trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns)
   first_epoch = resume(trainer, run) if cfg.resume_from else 0
   with distributed.failing_together():
     tracker = tracking.Tracker(run, cfg, first_epoch)
