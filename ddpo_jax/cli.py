@@ -58,8 +58,10 @@ def exit_status(run: Callable[[], None]) -> int:
 
 
 def train(config: Config) -> None:
-  from ddpo_jax import train as training  # imports JAX: only once the config is right
-  training.train(config)
+  from ddpo_jax import diagnostics  # imports JAX: only once the config is right
+  from ddpo_jax import train as training
+  with diagnostics.explained(config):
+    training.train(config)
 
 
 def dry_run(config: Config) -> None:

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import advantages, checkpoint, distributed, lora, tracking, update, validation
+from ddpo_jax import (
+  advantages,
+  checkpoint,
+  diagnostics,
+  distributed,
+  lora,
+  tracking,
+  update,
+  validation,
+)
 from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
 from ddpo_jax.diffusion import DDIMSchedule
@@ -47,6 +56,7 @@ class Trainer:
   state: TrainState
   stat_tracker: advantages.PerPromptStatTracker | None
   combiner: RewardCombiner | None  # of several reward functions
+  watch: diagnostics.Watch
   skipped_in_a_row: int = 0
 
 
@@ -141,7 +151,8 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
       state=replicate(state),
       stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
           tracking_config.buffer_size, tracking_config.min_count),
-      combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None)
+      combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None,
+      watch=diagnostics.Watch(cfg))
 
 
 def load_models(cfg: Config) -> StableDiffusion:
@@ -232,6 +243,8 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   with distributed.failing_together():
     tracker.log_epoch(epoch, metrics, rollout.prompts, rewards, rollout.images,
                       rollout.local_indices)
+  for warning in trainer.watch.new_warnings(metrics):
+    say(warning)
 
 
 def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
@@ -307,6 +320,7 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
       **{f"reward/{name}_mean": float(values.mean()) for name, values in each.items()},
       **{f"reward/{name}_std": float(values.std()) for name, values in each.items()},
       "sampling_seconds": rollout.sampling_seconds,
+      "diversity": diagnostics.diversity(rollout.images),
       "reward_seconds": rollout.reward_seconds, "training_seconds": training_seconds,
       "images_per_second": len(rewards) / rollout.sampling_seconds,
       "loss": mean("loss"), "approx_kl": mean("approx_kl"),

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import jax
 from safetensors import SafetensorError, safe_open
 
-from ddpo_jax import checkpoint, tracking
+from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.models import pretrained
@@ -293,6 +293,7 @@ def dry_run(cfg: Config) -> None:
   Raises:
     UserError: a line for each problem.
   """
+  distributed.initialize(cfg.distributed)
   prepared = prepare(cfg)
   plan = BatchPlan.create(cfg, jax.device_count())
   say(plan.describe())
