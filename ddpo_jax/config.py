@@ -263,10 +263,11 @@ def _with_groups(field: str) -> list[str]:
 def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
   """Fills one dataclass, with None for what is wrong and said so in `problems`."""
   if not isinstance(values, Mapping):
-    problems.append(f"{prefix.rstrip('.')}={values!r} must be a group of fields")
+    problems.append(f"{prefix.rstrip('.')}={shown(values)} must be a group of fields")
     return None
   types = typing.get_type_hints(cls)
   for name in sorted(set(map(str, values)) - set(types)):
+    name = " ".join(name.split())[:_MAX_SHOWN]
     problems.append(f"{prefix}{name} is not a field; there are: {', '.join(types)}")
   for name in sorted(set(types) - set(values)):
     problems.append(f"{prefix}{name} is missing from the config")
@@ -283,7 +284,7 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if value is None or value == {}:
       return None
     kind = choices[0]
-  if dataclasses.is_dataclass(kind):
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     return _build(kind, value, path + ".", problems)
   if typing.get_origin(kind) in (Mapping, typing.get_origin(Mapping[str, Any])):
     if not isinstance(value, Mapping):
@@ -348,7 +349,7 @@ def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
   for name, weight in value.items():
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight == 0:
-      problems.append(f"reward_fn: the weight {shown(weight)} of {name!r} must be a finite "
+      problems.append(f"reward_fn: the weight {shown(weight)} of {shown(name)} must be a finite "
                       "number other than 0")
   return dict(value)
 

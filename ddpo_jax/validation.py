@@ -63,7 +63,7 @@ class ModelSize:
 class _Problems:
   """Collects what checks raise."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.lines: list[str] = []
 
   def of(self, check: Callable[..., T], *args: Any) -> T | None:

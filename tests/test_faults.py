@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import metrics_of, weights_of, without_times
+from runs import metrics_of, without_times
 import servers
 
 from configs import base
 from ddpo_jax import checkpoint, cli, diagnostics, tracking, train
+from ddpo_jax.advantages import PerPromptStatTracker
 from ddpo_jax.config import resolve
 from ddpo_jax.rewards.llava import make_llava_bertscore
 from ddpo_jax.rewards.remote import RewardError
@@ -241,15 +242,40 @@ def run(cfg):
     return train.train(cfg)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_build():
+  """Loads and compiles once: each run starts from a copy of the same trainer."""
+  build, built = train.build, []
+
+  def copy(cfg, plan, *args):
+    if not built:
+      built.append(build(cfg, plan, *args))
+    (first,) = built
+    # The update is given the state for good.
+    return dataclasses.replace(
+        first, cfg=cfg, state=jax.tree.map(jnp.copy, first.state), skipped_in_a_row=0,
+        stat_tracker=PerPromptStatTracker(16, 2), watch=diagnostics.Watch(cfg))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("jax.device_count", lambda: 1)
+    patch.setattr(train, "build", copy)
+    yield built
+
+
+def weights_of(path, one_build):
+  """The trained weights of the newest checkpoint."""
+  like = one_build[0].state.params
+  restored = checkpoint.restore_params(*checkpoint.find(path), like)
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(restored)])
+
+
 @pytest.fixture(scope="module")
-def whole(folder):
+def whole(folder, one_build):
   """The run that nothing happens to: its metrics, and its weights."""
   global injection
   injection = Injection()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr("jax.device_count", lambda: 1)
-    path = run(make_config(folder, "whole"))
-  return without_times(metrics_of(path)), weights_of(path)
+  path = run(make_config(folder, "whole"))
+  return without_times(metrics_of(path)), weights_of(path, one_build)
 
 
 def cases():
@@ -260,12 +286,11 @@ def cases():
 
 
 @pytest.mark.parametrize("kind,moment", cases())
-def test_fault(folder, whole, monkeypatch, kind, moment):
+def test_fault(folder, whole, one_build, monkeypatch, kind, moment):
   global injection
   fault, strike, raised = KINDS[kind]
   name = f"{kind.replace(' ', '_').replace(':', '')}_{moment}"
   cfg, path = make_config(folder, name), folder / name
-  monkeypatch.setattr("jax.device_count", lambda: 1)
   injection = Injection(path, moment, fault)
   with monkeypatch.context() as patch:
     strike(patch)
@@ -282,7 +307,7 @@ def test_fault(folder, whole, monkeypatch, kind, moment):
     run(cfg)
   lines, weights = whole
   assert without_times(metrics_of(path)) == lines
-  np.testing.assert_array_equal(weights_of(path), weights)
+  np.testing.assert_array_equal(weights_of(path, one_build), weights)
 
 
 # ---- what is said ----
@@ -369,7 +394,6 @@ def test_trouble_is_said_once(folder, trouble, words):
 def test_a_run_with_a_constant_reward_says_so(folder, monkeypatch, capsys):
   global injection
   injection = Injection()
-  monkeypatch.setattr("jax.device_count", lambda: 1)
   monkeypatch.setattr(f"{__name__}.brightness", lambda images: np.ones(len(images)))
   path = run(make_config(folder, "constant"))
   assert capsys.readouterr().out.count("all images get the same reward") == 1
