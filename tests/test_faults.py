@@ -93,14 +93,6 @@ def arm(images, prompts, metadata):
   injection.armed = True
 
 
-def full_disk(images, prompts, metadata):
-  """The next lines go to a device that is always full."""
-  lines = injection.run / "metrics.jsonl"
-  if lines.exists():
-    lines.rename(injection.run / "kept.jsonl")
-  lines.symlink_to("/dev/full")
-
-
 def signal_once(images, prompts, metadata):
   os.kill(os.getpid(), signal.SIGTERM)
 
@@ -123,6 +115,19 @@ def no_gradients(monkeypatch):
                                ) if injection.armed else batch
 
   monkeypatch.setattr(train, "make_batch", poisoned)
+
+
+def no_room_for_the_metrics(monkeypatch):
+  """Lines go to a device that is always full."""
+  append = tracking.Tracker._append
+
+  def full(self, name, line):
+    if not injection.armed:
+      return append(self, name, line)
+    with open("/dev/full", "w") as file:
+      file.write(str(line))
+
+  monkeypatch.setattr(tracking.Tracker, "_append", full)
 
 
 def no_room_for_the_grid(monkeypatch):
@@ -203,7 +208,7 @@ KINDS = {
     "reward is no pair": (reward_is_no_pair, nothing, UserError),
     "reward server is gone": (server_is_gone, nothing, RewardError),
     "loss is not finite": (arm, no_gradients, FloatingPointError),
-    "disk is full: metrics": (full_disk, nothing, UserError),
+    "disk is full: metrics": (arm, no_room_for_the_metrics, UserError),
     "disk is full: images": (arm, no_room_for_the_grid, UserError),
     "disk is full: checkpoint": (arm, no_room_for_the_checkpoint, UserError),
     "out of memory": (out_of_memory, nothing, UserError),
@@ -299,10 +304,6 @@ def test_fault(folder, whole, one_build, monkeypatch, kind, moment):
   if raised:
     # Of the epoch that failed nothing counts; a full disk keeps what was saved before.
     assert checkpoint.saved_epochs(path) == list(range(moment - 1, -1, -1))
-    if (path / "metrics.jsonl").is_symlink():  # there is room again
-      (path / "metrics.jsonl").unlink()
-      if (path / "kept.jsonl").exists():
-        (path / "kept.jsonl").rename(path / "metrics.jsonl")
     injection = Injection()
     run(cfg)
   lines, weights = whole
