@@ -12,15 +12,19 @@ from absl import flags
 import ml_collections
 from ml_collections import config_flags
 
-from ddpo_jax.config import Config, resolve
+from ddpo_jax.config import Config, fields_of, inspect
 from ddpo_jax.types import Interrupted, UserError
 
 USAGE_ERROR = 2
 _HELP = ("--help", "-h")
+_DRY_RUN = "--dry_run"
+_MAX_MESSAGE = 500  # characters of a library's message
 _FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")
 
 
-_USAGE = """usage: train.py --config FILE[:EXPERIMENT] [--config.FIELD=VALUE …]
+_USAGE = """usage: train.py --config FILE[:EXPERIMENT] [--config.FIELD=VALUE …] [--dry_run]
+
+--dry_run checks everything, says what the run would be, and ends.
 
 Experiments are in configs/; every field is described in configs/base.py."""
 
@@ -31,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   if set(argv) & set(_HELP):
     print(_USAGE)
     return 0
-  return exit_status(lambda: train(read_config(argv)))
+  rest = [argument for argument in argv if argument != _DRY_RUN]
+  return exit_status(lambda: (train if len(rest) == len(argv) else dry_run)(
+      read_config(rest)))
 
 
 def exit_status(run: Callable[[], None]) -> int:
@@ -52,8 +58,15 @@ def exit_status(run: Callable[[], None]) -> int:
 
 
 def train(config: Config) -> None:
-  from ddpo_jax import train as training  # imports JAX: only once the config is right
-  training.train(config)
+  from ddpo_jax import diagnostics  # imports JAX: only once the config is right
+  from ddpo_jax import train as training
+  with diagnostics.explained(config):
+    training.train(config)
+
+
+def dry_run(config: Config) -> None:
+  from ddpo_jax import validation
+  validation.dry_run(config)
 
 
 def read_config(argv: Sequence[str]) -> Config:
@@ -79,7 +92,19 @@ def read_config(argv: Sequence[str]) -> Config:
     values(words)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     raise UserError(_one_line(error)) from error
-  return resolve(flag.value)
+  return _resolve(flag.value)
+
+
+def _resolve(config: ml_collections.ConfigDict) -> Config:
+  """As `config.resolve`; with something wrong, the rest is checked as well before it is said."""
+  resolved, problems = inspect(config)
+  if problems:
+    if resolved is not None:
+      from ddpo_jax import validation  # imports JAX: only where it is needed
+      problems += validation.other_problems(resolved, fields_of(problems))
+    raise UserError("\n".join(problems))
+  assert resolved is not None  # it is None only with a problem
+  return resolved
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -110,8 +135,8 @@ def _join(arguments: Sequence[str]) -> list[str]:
     argument = rest.pop(0)
     name = argument.partition("=")[0]
     if name != "--config" and not name.startswith("--config."):
-      raise UserError(f"{argument!r} is not an option; there are --config=FILE and "
-                      "--config.FIELD=VALUE")
+      raise UserError(f"{argument!r} is not an option; there are --config=FILE, "
+                      "--config.FIELD=VALUE and --dry_run")
     if "=" not in argument:
       if not rest:
         raise UserError(f"{argument} has no value")
@@ -149,4 +174,5 @@ def _set_free_form(config: ml_collections.ConfigDict, argument: str) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
+  text = " ".join(str(error).split())
+  return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"

@@ -5,7 +5,7 @@ Imports nothing slow, so that a mistake in a config is answered at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -115,8 +115,9 @@ class Config:
   distributed: DistributedConfig
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain nested dicts, ready for JSON."""
-    return dataclasses.asdict(self)
+    """Plain nested dicts, ready for JSON and for other eyes: without keys and passwords."""
+    values = dataclasses.asdict(self)
+    return {**values, **{name: masked(values[name]) for name in _FREE_FORM}}
 
   @property
   def reward_weights(self) -> Mapping[str, float] | None:
@@ -153,6 +154,21 @@ def _within(low: float, high: float, low_included: bool = False,
   text = f"{'[' if low_included else '('}{low}, {high}{']' if high_included else ')'}"
   return check, f"must be in {text}"
 
+
+_MAX_TEXT = 4095  # bytes of a text, as long as a path may be
+_MAX_NAME = 255  # and a name in it
+_MAX_SHOWN = 120  # characters of a value in a message
+
+_FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")  # what users fill with their own
+_MASK = "***"
+# "api_key" and "token", not "api_key_env", which names a variable, nor "tokenizer".
+_SECRET_NAME = re.compile(
+    r"(^|[_-])(api_?key|key|token|secret|password|passwd|passphrase|credentials?|"
+    r"authorization|bearer)$", re.IGNORECASE)
+_SECRETS_IN_URLS = (
+    re.compile(r"(\w://[^/@:\s]*:)[^/@\s]+(?=@)"),
+    re.compile(r"([?&](?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+",
+               re.IGNORECASE))
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "run_name": (lambda x: x not in (".", "..") and not re.search(r"[/\\\0]", x),
@@ -207,29 +223,58 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
   Raises:
     UserError: one line for every problem, naming field, value and what would be right.
   """
+  resolved, problems = inspect(config)
+  if problems:
+    raise UserError("\n".join(problems))
+  assert resolved is not None  # it is None only with a problem
+  return resolved
+
+
+def inspect(config: ml_collections.ConfigDict | Mapping[str, Any]
+            ) -> tuple[Config | None, list[str]]:
+  """As `resolve`, for a caller that has more to check before it says what is wrong.
+
+  Returns:
+    The config, in which the fields of `fields_of` the problems are not to be trusted, or
+    None where a field is missing; and the problems, a line for each.
+  """
   problems: list[str] = []
   values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
   resolved = _build(Config, values, "", problems)
-  if not problems:
-    problems += _relations(resolved)
-  if problems:
-    raise UserError("\n".join(problems))
-  return resolved
+  if resolved is not None:
+    wrong = fields_of(problems)
+    for fields, check in _RELATIONS:
+      if not wrong & {part for field in fields for part in _with_groups(field)}:
+        problems += check(resolved)
+  return resolved, problems
+
+
+def fields_of(problems: Sequence[str]) -> set[str]:
+  """The fields that problems begin with, such as "sample.eta"."""
+  matches = [re.match(r"[\w.]+", problem) for problem in problems]
+  return {match[0] for match in matches if match is not None}
+
+
+def _with_groups(field: str) -> list[str]:
+  """A field's name and those of the groups that it is in."""
+  parts = field.split(".")
+  return [".".join(parts[:i + 1]) for i in range(len(parts))]
 
 
 def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
   """Fills one dataclass, with None for what is wrong and said so in `problems`."""
   if not isinstance(values, Mapping):
-    problems.append(f"{prefix.rstrip('.')}={values!r} must be a group of fields")
+    problems.append(f"{prefix.rstrip('.')}={shown(values)} must be a group of fields")
     return None
   types = typing.get_type_hints(cls)
-  for name in sorted(set(values) - set(types)):
+  for name in sorted(set(map(str, values)) - set(types)):
+    name = " ".join(name.split())[:_MAX_SHOWN]
     problems.append(f"{prefix}{name} is not a field; there are: {', '.join(types)}")
   for name in sorted(set(types) - set(values)):
     problems.append(f"{prefix}{name} is missing from the config")
   fields = {name: _field(types[name], values[name], prefix + name, problems)
             for name in types if name in values}
-  return None if len(fields) < len(types) else cls(**fields)
+  return cls(**fields) if len(fields) == len(types) else None
 
 
 def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -240,22 +285,58 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if value is None or value == {}:
       return None
     kind = choices[0]
-  if dataclasses.is_dataclass(kind):
+  if isinstance(kind, type) and dataclasses.is_dataclass(kind):
     return _build(kind, value, path + ".", problems)
   if typing.get_origin(kind) in (Mapping, typing.get_origin(Mapping[str, Any])):
     if not isinstance(value, Mapping):
-      problems.append(f"{path}={value!r} must be a dict")
+      problems.append(f"{path}={shown(value)} must be a dict")
     return value
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    value = float(value) if abs(value) < 2**31 else math.inf
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-    problems.append(f"{path}={value!r} must be of type {kind.__name__}")
+    problems.append(f"{path}={shown(value)} must be of type {kind.__name__}")
     return value
-  if path in _RULES:
+  if isinstance(value, str) and not _is_usable(value):
+    problems.append(f"{path}={shown(value)} must have no NUL, at most {_MAX_TEXT} bytes, and "
+                    f"at most {_MAX_NAME} between two slashes")
+  elif kind is int and abs(value) >= 2**31:
+    problems.append(f"{path}={shown(value)} must be below 2147483648")
+  elif kind is float and not math.isfinite(value):
+    problems.append(f"{path}={shown(value)} must be a finite number")
+  elif path in _RULES:
     check, text = _RULES[path]
     if not check(value):
-      problems.append(f"{path}={value!r} {text}")
+      problems.append(f"{path}={shown(value)} {text}")
   return value
+
+
+def _is_usable(text: str) -> bool:
+  """Whether the operating system takes a text, be it as a path."""
+  encoded = text.encode("utf-8", "surrogatepass")
+  return (b"\0" not in encoded and len(encoded) <= _MAX_TEXT
+          and all(len(name) <= _MAX_NAME for name in encoded.split(b"/")))
+
+
+def masked(value: Any) -> Any:
+  """A value as it may be written down: keys, tokens and passwords in it become "***"."""
+  if isinstance(value, Mapping):
+    return {name: _MASK if item and _SECRET_NAME.search(str(name)) else masked(item)
+            for name, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return type(value)(map(masked, value))
+  if isinstance(value, str):
+    for pattern in _SECRETS_IN_URLS:
+      value = pattern.sub(rf"\g<1>{_MASK}", value)
+  return value
+
+
+def shown(value: Any) -> str:
+  """A value as part of a line, whatever it is."""
+  try:
+    text = " ".join(repr(value).split())
+  except (ValueError, RecursionError):  # an integer of thousands of digits, a dict in itself
+    text = f"<{type(value).__name__}>"
+  return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
 def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
@@ -263,35 +344,42 @@ def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
   if isinstance(value, str) and value:
     return value
   if not isinstance(value, Mapping) or not value:
-    problems.append(f"reward_fn={value!r} must be the name of a reward function, or a dict "
+    problems.append(f"reward_fn={shown(value)} must be the name of a reward function, or a dict "
                     "of names and weights")
     return {}
   for name, weight in value.items():
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight == 0:
-      problems.append(f"reward_fn: the weight {weight!r} of {name!r} must be a finite "
+      problems.append(f"reward_fn: the weight {shown(weight)} of {shown(name)} must be a finite "
                       "number other than 0")
   return dict(value)
 
 
-def _relations(cfg: Config) -> list[str]:
-  """What no field can be asked alone."""
-  problems = []
+def _check_timesteps(cfg: Config) -> list[str]:
   timesteps = int(cfg.sample.num_steps * cfg.train.timestep_fraction)
   if timesteps < 1:
-    problems.append(
+    return [
         f"train.timestep_fraction={cfg.train.timestep_fraction} of sample.num_steps="
         f"{cfg.sample.num_steps} trains no timestep; must be at least "
-        f"{1 / cfg.sample.num_steps:.3g}")
-  elif timesteps % cfg.train.timesteps_per_batch:
-    problems.append(
+        f"{1 / cfg.sample.num_steps:.3g}"]
+  if timesteps % cfg.train.timesteps_per_batch:
+    return [
         f"train.timesteps_per_batch={cfg.train.timesteps_per_batch} must divide the "
-        f"{timesteps} trained timesteps (sample.num_steps × train.timestep_fraction)")
-  if not cfg.train.cfg and cfg.sample.guidance_scale > 1:
-    problems.append(
-        f"train.cfg=False with sample.guidance_scale={cfg.sample.guidance_scale}: the "
-        "update would score another policy than the sampler's; set train.cfg=True, or "
-        "sample.guidance_scale=1.0 to do without guidance")
+        f"{timesteps} trained timesteps (sample.num_steps × train.timestep_fraction)"]
+  return []
+
+
+def _check_guidance(cfg: Config) -> list[str]:
+  if cfg.train.cfg or cfg.sample.guidance_scale <= 1:
+    return []
+  return [
+      f"train.cfg=False with sample.guidance_scale={cfg.sample.guidance_scale}: the "
+      "update would score another policy than the sampler's; set train.cfg=True, or "
+      "sample.guidance_scale=1.0 to do without guidance"]
+
+
+def _check_batches(cfg: Config) -> list[str]:
+  problems = []
   if cfg.sample.batch_size % cfg.train.batch_size:
     problems.append(
         f"sample.batch_size={cfg.sample.batch_size} must be a multiple of "
@@ -303,11 +391,20 @@ def _relations(cfg: Config) -> list[str]:
         f"sample.batch_size × sample.num_batches_per_epoch = {per_device} samples per "
         "device and epoch must be a multiple of train.batch_size × "
         f"train.gradient_accumulation_steps = {per_step}")
+  return problems
+
+
+def _check_statistics(cfg: Config) -> list[str]:
   tracking = cfg.per_prompt_stat_tracking
-  if tracking is not None and tracking.min_count > tracking.buffer_size:
-    problems.append(
-        f"per_prompt_stat_tracking.min_count={tracking.min_count} can never be reached; "
-        f"must be at most buffer_size={tracking.buffer_size}")
+  if tracking is None or tracking.min_count <= tracking.buffer_size:
+    return []
+  return [
+      f"per_prompt_stat_tracking.min_count={tracking.min_count} can never be reached; "
+      f"must be at most buffer_size={tracking.buffer_size}"]
+
+
+def _check_processes(cfg: Config) -> list[str]:
+  problems = []
   distributed = cfg.distributed
   if distributed.process_id >= distributed.num_processes:
     problems.append(
@@ -317,28 +414,61 @@ def _relations(cfg: Config) -> list[str]:
     problems.append(
         f"distributed.num_processes={distributed.num_processes}: "
         "distributed.coordinator_address must say where process 0 is")
-  problems += _paths(cfg)
   return problems
 
 
-def _paths(cfg: Config) -> list[str]:
-  """What must be there before anything is loaded."""
-  problems = []
+def _check_model(cfg: Config) -> list[str]:
   model = cfg.pretrained.model
   is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
-  is_folder = bool(model) and pathlib.Path(model).expanduser().is_dir()
-  if model != "tiny" and not is_folder and not is_hub_id:
-    problems.append(
-        f"pretrained.model={model!r} does not exist; must be a folder in diffusers' "
-        "format, a hub id such as 'owner/name', or 'tiny'")
-  if cfg.resume_from == "auto" and not cfg.run_name:
-    problems.append("resume_from='auto' continues the run of that name; run_name must not "
-                    "be empty")
-  for name, path in (("lora.init_from", cfg.lora.init_from),
-                     ("resume_from", cfg.resume_from)):
-    if path and (name, path) != ("resume_from", "auto") and not pathlib.Path(path).expanduser().exists():
-      problems.append(f"{name}={path!r} does not exist")
-  return problems
+  is_folder = bool(model) and _path(model).is_dir()
+  if model == "tiny" or is_folder or is_hub_id:
+    return []
+  return [f"pretrained.model={model!r} does not exist; must be a folder in diffusers' "
+          "format, a hub id such as 'owner/name', or 'tiny'"]
+
+
+def _check_resume(cfg: Config) -> list[str]:
+  if cfg.resume_from == "auto":
+    return [] if cfg.run_name else [
+        "resume_from='auto' continues the run of that name; run_name must not be empty"]
+  return _check_exists("resume_from", cfg.resume_from)
+
+
+def _check_exists(name: str, path: str) -> list[str]:
+  return [f"{name}={path!r} does not exist"] if path and not _path(path).exists() else []
+
+
+def _check_home(name: str, path: str) -> list[str]:
+  try:
+    pathlib.Path(path).expanduser()
+  except RuntimeError:
+    return [f"{name}={path!r} begins with the home folder of a user who is not known here"]
+  return []
+
+
+def _path(text: str) -> pathlib.Path:
+  """The path that a user means; "~nobody", of whom there is no folder, is a plain name."""
+  return pathlib.Path(text) if _check_home("", text) else pathlib.Path(text).expanduser()
+
+
+# What no field can be asked alone: the fields that a check reads, and the check.
+_RELATIONS: Sequence[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = (
+    (("sample.num_steps", "train.timestep_fraction", "train.timesteps_per_batch"),
+     _check_timesteps),
+    (("train.cfg", "sample.guidance_scale"), _check_guidance),
+    (("sample.batch_size", "sample.num_batches_per_epoch", "train.batch_size",
+      "train.gradient_accumulation_steps"), _check_batches),
+    (("per_prompt_stat_tracking.buffer_size", "per_prompt_stat_tracking.min_count"),
+     _check_statistics),
+    (("distributed.process_id", "distributed.num_processes",
+      "distributed.coordinator_address"), _check_processes),
+    (("pretrained.model",), _check_model),
+    (("lora.init_from",), lambda cfg: _check_exists("lora.init_from", cfg.lora.init_from)),
+    (("resume_from", "run_name"), _check_resume),
+    (("logdir",), lambda cfg: _check_home("logdir", cfg.logdir)),
+    (("compilation_cache",),
+     lambda cfg: _check_home("compilation_cache", cfg.compilation_cache)),
+)
 
 
 # What a resumed run may have otherwise than before.

@@ -14,6 +14,7 @@ import inflect
 import numpy as np
 
 from ddpo_jax import shapes
+from ddpo_jax.config import masked, shown
 from ddpo_jax.types import PromptFn, UserError
 
 _ASSETS = importlib.resources.files("ddpo_jax") / "assets"
@@ -166,4 +167,6 @@ def check_kwargs(field: str, name: str, function: Callable, positional: Sequence
   try:
     inspect.signature(function).bind(*positional, **kwargs)
   except TypeError as error:
-    raise UserError(f"{field}={name!r} with arguments {kwargs}: {error}") from None
+    arguments = "reward_kwargs" if field == "reward_fn" else f"{field}_kwargs"
+    raise UserError(f"{field}={name!r} with {arguments}={shown(masked(kwargs))}: {error}"
+                    ) from None

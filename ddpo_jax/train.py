@@ -15,14 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import advantages, checkpoint, distributed, lora, tracking, update
+from ddpo_jax import (
+  advantages,
+  checkpoint,
+  diagnostics,
+  distributed,
+  lora,
+  tracking,
+  update,
+  validation,
+)
 from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import place_weights, set_compute_dtype
-from ddpo_jax.prompts import draw_prompts, get_prompt_fn
-from ddpo_jax.rewards import get_rewards
 from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
 from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState
@@ -48,6 +55,7 @@ class Trainer:
   state: TrainState
   stat_tracker: advantages.PerPromptStatTracker | None
   combiner: RewardCombiner | None  # of several reward functions
+  watch: diagnostics.Watch
   skipped_in_a_row: int = 0
 
 
@@ -67,14 +75,12 @@ def train(cfg: Config) -> pathlib.Path:
   distributed.initialize(cfg.distributed)
   run_name = distributed.agreed(tracking.choose_run_name(cfg))
   with distributed.failing_together():
-    prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
-    draw_prompts(prompt_fn, cfg.seed, 0, [0])  # finds a bad prompt file before the loading
-    run = tracking.choose_run_folder(cfg, run_name)
+    prepared = validation.prepare(cfg, run_name)
     configure_jax(cfg)
-    reward_fns = get_rewards(cfg.reward_fn, cfg.reward_kwargs)
+  run = prepared.run
   plan = BatchPlan.create(cfg, jax.device_count())
   say(plan.describe())
-  trainer = build(cfg, plan, prompt_fn, reward_fns)
+  trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns)
   first_epoch = resume(trainer, run) if cfg.resume_from else 0
   with distributed.failing_together():
     tracker = tracking.Tracker(run, cfg, first_epoch)
@@ -148,7 +154,8 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
       state=jax.device_put(state, replicated),
       stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
           tracking_config.buffer_size, tracking_config.min_count),
-      combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None)
+      combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None,
+      watch=diagnostics.Watch(cfg))
 
 
 def load_models(cfg: Config, models: StableDiffusion | None = None) -> StableDiffusion:
@@ -241,6 +248,8 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   with distributed.failing_together():
     tracker.log_epoch(epoch, metrics, rollout.prompts, rewards, rollout.images,
                       rollout.local_indices)
+  for warning in trainer.watch.new_warnings(metrics):
+    say(warning)
 
 
 def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
@@ -322,6 +331,7 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
       **{f"reward/{name}_mean": float(values.mean()) for name, values in each.items()},
       **{f"reward/{name}_std": float(values.std()) for name, values in each.items()},
       "sampling_seconds": rollout.sampling_seconds,
+      "diversity": diagnostics.diversity(rollout.images),
       "reward_seconds": rollout.reward_seconds, "training_seconds": training_seconds,
       "images_per_second": len(rewards) / rollout.sampling_seconds,
       "loss": mean("loss"), "approx_kl": mean("approx_kl"),

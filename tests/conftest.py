@@ -8,10 +8,19 @@ os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
                            " --xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+# Here and not in test_fuzz.py, so that --hypothesis-profile=long finds it.
+hypothesis.settings.register_profile("quick", max_examples=100, deadline=None,
+                                     derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "long", max_examples=20_000, deadline=None, database=None,
+    suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.load_profile("quick")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"

@@ -363,7 +363,7 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
   for name in names:
     if name != pathlib.PurePath(name).name or not name.endswith(".safetensors"):
       raise UserError(f"{index} names {name!r}; must be a .safetensors file beside it")
-    if not (index.parent / name).is_file():
+    if not os.path.isfile(index.parent / name):  # also False for what is no name at all
       raise UserError(f"{index.parent / name} does not exist, but {index.name} names it")
   return [index.parent / name for name in names]
 
@@ -373,7 +373,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise UserError(f"{path} does not exist; a model folder must have it") from None
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read as JSON: {error}") from error
   if not isinstance(content, dict):
     raise UserError(f"{path} holds a {type(content).__name__}; must be a JSON object")

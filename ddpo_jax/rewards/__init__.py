@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpo_jax.config import masked
 from ddpo_jax.prompts import check_kwargs, resolve_function
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
@@ -65,7 +66,7 @@ def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
     return {spec: get_reward(spec, **kwargs)}
   for name, value in kwargs.items():
     if name not in spec or not isinstance(value, Mapping):
-      raise UserError(f"reward_kwargs.{name}={value!r}: with several rewards, must be the "
+      raise UserError(f"reward_kwargs.{name}={masked({name: value})[name]!r}: with several rewards, must be the "
                       f"arguments of one of them, by its name: {', '.join(spec)}")
   return {name: get_reward(name, **kwargs.get(name, {})) for name in spec}
 

@@ -20,6 +20,7 @@ from PIL import Image
 import requests
 import urllib3.exceptions
 
+from ddpo_jax.config import masked
 from ddpo_jax.types import UserError
 
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class Server:
     self.reward = reward
     self.url = url
     self.limits = limits
-    self._where = f"reward_fn={reward!r}, reward_kwargs.url={url!r}"
+    self._where = f"reward_fn={reward!r}, reward_kwargs.url={masked(url)!r}"
     self._pool = futures.ThreadPoolExecutor(limits.max_parallel,
                                             thread_name_prefix=reward)
     try:

@@ -1,0 +1,203 @@
+"""What went wrong, in words: learning that does not learn, and resources that ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import errno
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ddpo_jax.config import Config
+from ddpo_jax.types import UserError
+
+_SIDE = 16  # pixels to which images are shrunk before they are compared
+_MOST_IMAGES = 128  # that are compared, each with each
+_COLLAPSE = 0.25  # of the largest diversity of the run
+_CLIPPED = 0.9  # clip fraction
+_RELATIVE_STD = 1e-5  # of the reward's size
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def diversity(images: np.ndarray) -> float:
+  """How far images are from each other, whatever the details.
+
+  Args:
+    images: [N, H, W, 3] uint8.
+
+  Returns:
+    The root of the mean squared difference of two images' pixels at 16 × 16, averaged over
+    pairs of the first 128: 0 if all are the same, 1 if black and white. 0 for one image.
+  """
+  small = np.stack([
+      np.asarray(Image.fromarray(image).resize((_SIDE, _SIDE), Image.Resampling.BOX))
+      for image in images[:_MOST_IMAGES]])
+  flat = small.reshape(len(small), -1).astype(np.float64) / 255
+  count = len(flat)
+  if count < 2:
+    return 0.0
+  norms = (flat**2).mean(axis=1)
+  squares = norms[:, None] + norms - 2 * (flat @ flat.T) / flat.shape[1]
+  distances = np.sqrt(np.maximum(squares, 0))
+  np.fill_diagonal(distances, 0)
+  return float(distances.sum() / (count * (count - 1)))
+
+
+class Watch:
+  """Looks at each epoch's metrics for signs of trouble, and names each of them once."""
+
+  def __init__(self, cfg: Config):
+    self._cfg = cfg
+    self._said: set[str] = set()
+    self._most_diverse = 0.0
+
+  def new_warnings(self, metrics: Mapping[str, Any]) -> list[str]:
+    """Lines to show; a kind that was shown before is not shown again.
+
+    Args:
+      metrics: of an epoch, as in metrics.jsonl.
+    """
+    self._most_diverse = max(self._most_diverse, metrics["diversity"])
+    checks: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+        "ratio_drift": self._drift, "diversity": self._collapse,
+        "reward_std": self._constant_reward, "clipfrac": self._clipping}
+    found = {name: check(metrics) for name, check in checks.items()
+             if name not in self._said}
+    lines = [f"Warning: {text}" for text in found.values() if text is not None]
+    self._said |= {name for name, text in found.items() if text is not None}
+    return lines
+
+  def _drift(self, metrics: Mapping[str, Any]) -> str | None:
+    drift, clip_range = metrics["ratio_drift"], self._cfg.train.clip_range
+    if not drift > clip_range / 10:
+      return None
+    if self._cfg.mixed_precision != "no":
+      remedy = "set mixed_precision='no'" + (
+          " (or 'fp16')" if self._cfg.mixed_precision == "bf16" else "")
+    elif self._cfg.allow_tf32:
+      remedy = "set allow_tf32=False"
+    else:
+      remedy = "use batch sizes of sampler and update that are closer"
+    return (f"ratio_drift={drift:.2g} is above a tenth of train.clip_range={clip_range:g}: "
+            "sampler and update disagree on the policy by rounding alone, and clipping acts "
+            f"on noise; {remedy}, or raise train.clip_range")
+
+  def _collapse(self, metrics: Mapping[str, Any]) -> str | None:
+    now = metrics["diversity"]
+    if not now < _COLLAPSE * self._most_diverse:
+      return None
+    return (f"diversity={now:.3g} was {self._most_diverse:.3g}: the images have become much "
+            "the same, whatever the prompt. The reward may be one that a single picture "
+            "satisfies; look at the images, lower train.learning_rate, or keep an earlier "
+            "checkpoint")
+
+  def _constant_reward(self, metrics: Mapping[str, Any]) -> str | None:
+    std, mean = metrics["reward_std"], metrics["reward_mean"]
+    if not std <= _RELATIVE_STD * abs(mean):
+      return None
+    return (f"reward_std={std:.2g} with reward_mean={mean:.4g}: all images get the same "
+            f"reward, so there is nothing to learn from. Does reward_fn="
+            f"{self._cfg.reward_fn!r} fit these images and prompts (prompt_fn="
+            f"{self._cfg.prompt_fn!r})?")
+
+  def _clipping(self, metrics: Mapping[str, Any]) -> str | None:
+    if not metrics["clipfrac"] > _CLIPPED:
+      return None
+    return (f"clipfrac={metrics['clipfrac']:.2f}: nearly every ratio leaves train.clip_range="
+            f"{self._cfg.train.clip_range:g}, so most of the gradient is cut off. Steps are "
+            f"too large: lower train.learning_rate={self._cfg.train.learning_rate:g} or "
+            f"train.num_inner_epochs={self._cfg.train.num_inner_epochs}, or raise "
+            "train.clip_range")
+
+
+# ---- resources that ran out ----
+
+
+@contextlib.contextmanager
+def explained(cfg: Config) -> Iterator[None]:
+  """Turns running out of memory or of disk space into one line that says what to change.
+
+  Raises:
+    UserError: in the place of either; whatever else is raised passes.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:  # of JAX, NumPy, orbax, the system: each has its own
+    causes = list(_causes(error))
+    if any(map(_is_full_disk, causes)):
+      raise UserError(full_disk(cfg)) from error
+    if any(map(_is_out_of_memory, causes)):
+      raise UserError(out_of_memory(cfg)) from error
+    raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+  """The error, and those that it came from or in the handling of."""
+  pending, seen = [error], set()
+  while pending:
+    each = pending.pop()
+    if id(each) not in seen:
+      seen.add(id(each))
+      yield each
+      pending += [cause for cause in (each.__cause__, each.__context__) if cause]
+
+
+def _is_full_disk(error: BaseException) -> bool:
+  if isinstance(error, OSError) and error.errno in _FULL:
+    return True
+  # Checkpoints are written by a library of C++, whose errors have no number.
+  return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+  return isinstance(error, MemoryError) or (
+      type(error).__module__.partition(".")[0] in ("jax", "jaxlib")
+      and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def full_disk(cfg: Config) -> str:
+  """One line: what the user can do."""
+  return (f"logdir={cfg.logdir!r}: the disk is full; all epochs that were saved before are "
+          "kept. Free some space, or lower num_checkpoint_limit="
+          f"{cfg.num_checkpoint_limit}, and go on with resume_from")
+
+
+def out_of_memory(cfg: Config) -> str:
+  """One line: which settings to lower, and to what. None of them changes what is learnt."""
+  advice = list(_smaller(cfg))
+  if not advice:
+    advice = ["nothing is left to lower; must be a device with more memory"]
+  return f"out of memory; try, in this order: {'; '.join(advice)}"
+
+
+def _smaller(cfg: Config) -> Iterator[str]:
+  sample, train = cfg.sample, cfg.train
+  if train.timesteps_per_batch > 1:
+    yield f"train.timesteps_per_batch={_part(train.timesteps_per_batch)}"
+  if train.gradient_checkpointing != "full":
+    following = {"none": "blocks", "blocks": "full"}[train.gradient_checkpointing]
+    yield f"train.gradient_checkpointing='{following}'"
+  if train.batch_size > 1:
+    smaller = _part(train.batch_size)
+    steps = train.gradient_accumulation_steps * train.batch_size // smaller
+    yield f"train.batch_size={smaller} with train.gradient_accumulation_steps={steps}"
+  if sample.decode_batch_size > 1:
+    yield f"sample.decode_batch_size={min(sample.decode_batch_size, sample.batch_size) // 2 or 1}"
+  if sample.batch_size > train.batch_size:
+    smaller = train.batch_size * _part(sample.batch_size // train.batch_size)
+    batches = sample.num_batches_per_epoch * sample.batch_size // smaller
+    yield f"sample.batch_size={smaller} with sample.num_batches_per_epoch={batches}"
+  if cfg.mixed_precision == "no":
+    yield "mixed_precision='fp16'"
+  if not cfg.use_lora:
+    yield "use_lora=True"
+
+
+def _part(count: int) -> int:
+  """The largest proper divisor: what the other sizes divided, they still divide."""
+  return next(part for part in range(count // 2, 0, -1) if count % part == 0)

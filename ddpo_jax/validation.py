@@ -1,0 +1,332 @@
+"""What is wrong with a run, found before anything is loaded or written: all of it at once.
+
+`config.resolve` knows types, ranges and what fits together. Here is what takes the world
+outside: functions that import, servers that answer, files, folders, room on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from typing import Any, TypeVar
+
+import jax
+from safetensors import SafetensorError, safe_open
+
+from ddpo_jax import checkpoint, distributed, tracking
+from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
+from ddpo_jax.console import say
+from ddpo_jax.models import pretrained
+from ddpo_jax.prompts import draw_prompts, get_prompt_fn
+from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
+from ddpo_jax.types import PromptFn, RewardFn, UserError
+
+T = TypeVar("T")
+
+_PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+          "text_encoder": "model"}
+_PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
+# In checkpoints and on the device: the trained weights and two moments of each, float32.
+_STATE_BYTES = 3 * 4
+# While training: the same, the gradient, and the state before the epoch, kept to be saved.
+_TRAINING_BYTES = 2 * _STATE_BYTES + 4
+_MAX_JSON_BYTES = 2**20  # of a config.json in a model folder; real ones have one kilobyte
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """What was made while it was checked, and need not be made twice."""
+
+  run: pathlib.Path
+  prompt_fn: PromptFn
+  reward_fns: dict[str, RewardFn]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+  """What the headers of a model's files say."""
+
+  weights: int  # numbers in all parts
+  unet_weights: int
+  lora_weights_per_rank: int
+  latent_size: int  # numbers in one image's latent
+  embedding_size: int  # numbers in one prompt's embedding
+
+
+class _Problems:
+  """Collects what checks raise."""
+
+  def __init__(self) -> None:
+    self.lines: list[str] = []
+
+  def of(self, check: Callable[..., T], *args: Any) -> T | None:
+    """What the check returns; None if it says what the user should correct."""
+    try:
+      return check(*args)
+    except UserError as error:
+      self.lines += str(error).splitlines()
+    except OSError as error:  # of a path that cannot even be looked at
+      self.lines.append(f"{error.filename!r} cannot be used as a path: {error.strerror}")
+    return None
+
+
+def prepare(cfg: Config, run_name: str = "") -> Prepared:
+  """Checks a config whose fields are right against the world.
+
+  Args:
+    cfg: from `config.resolve`.
+    run_name: of the run where the config has none.
+
+  Raises:
+    UserError: a line for each problem.
+  """
+  problems = _Problems()
+  prompt_fn = problems.of(_prompt_fn, cfg)
+  run = problems.of(tracking.choose_run_folder, cfg, run_name)
+  _check_files(cfg, run, set(), problems)
+  reward_fns = problems.of(get_rewards, cfg.reward_fn, cfg.reward_kwargs)
+  if problems.lines:
+    raise UserError("\n".join(_once(problems.lines)))
+  assert run is not None and prompt_fn is not None and reward_fns is not None
+  return Prepared(run, prompt_fn, reward_fns)
+
+
+def other_problems(cfg: Config, wrong: Set[str]) -> list[str]:
+  """What else to say beside the fields that are wrong already; loads no network.
+
+  Args:
+    cfg: with values that must not be used in the fields `wrong`.
+    wrong: such as "sample.eta", or "sample" for all of a group.
+  """
+  problems = _Problems()
+  if not wrong & {"prompt_fn", "prompt_fn_kwargs"}:
+    problems.of(_prompt_fn, dataclasses.replace(cfg, seed=0))  # any will do
+  run = None
+  if not wrong & {"run_name", "logdir", "resume_from"}:
+    run = problems.of(tracking.choose_run_folder, cfg)
+  _check_files(cfg, run, wrong, problems)
+  if not wrong & {"reward_fn", "reward_kwargs"} and isinstance(cfg.reward_fn, str):
+    if cfg.reward_fn not in REWARD_FACTORIES:
+      problems.of(lambda: get_reward(str(cfg.reward_fn), **cfg.reward_kwargs))
+  return [line for line in _once(problems.lines) if not fields_of([line]) & wrong]
+
+
+def _once(lines: list[str]) -> list[str]:
+  return list(dict.fromkeys(lines))
+
+
+def _prompt_fn(cfg: Config) -> PromptFn:
+  """The prompt function, which has drawn once: that finds a bad file or argument."""
+  prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
+  try:
+    (prompt,), (metadata,) = draw_prompts(prompt_fn, cfg.seed, 0, [0])
+  except UserError:
+    raise
+  except Exception as error:  # the user's own code, or arguments of the wrong type
+    raise UserError(
+        f"prompt_fn={cfg.prompt_fn!r} with prompt_fn_kwargs="
+        f"{shown(masked(cfg.prompt_fn_kwargs))} raised {type(error).__name__}: "
+        f"{_one_line(error)}; must return a prompt and a dict"
+        ) from error
+  if not isinstance(prompt, str) or not isinstance(metadata, Mapping):
+    raise UserError(
+        f"prompt_fn={cfg.prompt_fn!r} returned a {type(prompt).__name__} and a "
+        f"{type(metadata).__name__}; must return a prompt (str) and a dict")
+  return prompt_fn
+
+
+def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
+                 problems: _Problems) -> None:
+  """Folders that can be written, a model and weights that can be read, and room."""
+  if run is not None:
+    named = bool(cfg.run_name) or not cfg.resume_from
+    if named or run.is_dir():  # else resume_from is wrong, and said to be below
+      problems.of(_check_writable, "logdir" if named else "resume_from",
+                  cfg.logdir if named else cfg.resume_from, run)
+  cache = None if "compilation_cache" in wrong else cfg.compilation_cache_folder()
+  if cache is not None and cfg.compilation_cache != "auto":
+    problems.of(_check_writable, "compilation_cache", cfg.compilation_cache, cache)
+  if "lora" not in wrong and "lora.init_from" not in wrong and cfg.lora.init_from:
+    problems.of(_read_header, "lora.init_from",
+                pathlib.Path(cfg.lora.init_from).expanduser())
+  if run is not None and cfg.resume_from and "resume_from" not in wrong:
+    problems.of(_check_resumes, cfg, run)
+  needed = {"pretrained", "pretrained.model", "use_lora", "lora", "lora.rank", "num_epochs",
+            "save_freq", "num_checkpoint_limit", "sample", "sample.num_steps"}
+  if not wrong & needed:
+    size = problems.of(model_size, cfg)
+    if size is not None and run is not None:
+      problems.of(_check_room, cfg, run, size)
+
+
+def _check_writable(field: str, value: str, folder: pathlib.Path) -> None:
+  """Looks for the nearest folder that is there; makes nothing."""
+  there = _existing(folder)
+  if not there.is_dir():
+    raise UserError(f"{field}={value!r}: {there} is not a folder; must be one, or a path "
+                    "where one can be made")
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f"{field}={value!r}: {there} cannot be written to; must be a folder "
+                    "that can")
+
+
+def _existing(path: pathlib.Path) -> pathlib.Path:
+  path = path.absolute()
+  while not os.path.lexists(path):
+    path = path.parent
+  return path
+
+
+def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
+  """That there is a checkpoint to go on from, and that it is of the same experiment."""
+  if cfg.resume_from == "auto":
+    epochs = checkpoint.saved_epochs(run)
+  else:
+    run, epochs = checkpoint.find_all(cfg.resume_from)
+  if not epochs:
+    return
+  try:
+    saved = checkpoint.restore_meta(run, epochs[0])["config"]
+  except checkpoint.DamagedError:
+    return  # the one before it may do; resuming finds out
+  check_continues(cfg, saved, f"the checkpoint of epoch {epochs[0]}")
+
+
+# ---- the model's size ----
+
+
+def model_size(cfg: Config) -> ModelSize | None:
+  """Reads the headers of the model's files, not its weights; None if it is on the hub.
+
+  Raises:
+    UserError: if a file is missing, truncated or of another kind.
+  """
+  model = cfg.pretrained.model
+  if model != pretrained.TINY and not pathlib.Path(model).expanduser().is_dir():
+    return None
+  folder = pretrained.resolve(model)
+  shapes = {part: _shapes(folder / part, stem) for part, stem in _PARTS.items()}
+  unet, vae, text = (_read_config(folder / part / "config.json") for part in _PARTS)
+  side = unet["sample_size"] if isinstance(unet.get("sample_size"), int) else 64
+  channels = _number(vae, "latent_channels", 4)
+  tokens = _number(text, "max_position_embeddings", 77)
+  count = lambda part: sum(math.prod(shape) for shape in shapes[part].values())
+  projections = [shape for name, shape in shapes["unet"].items() if _PROJECTION.search(name)]
+  return ModelSize(
+      weights=sum(map(count, _PARTS)), unet_weights=count("unet"),
+      lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
+      latent_size=side * side * channels,
+      embedding_size=tokens * _number(text, "hidden_size", 768))
+
+
+def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
+  shapes: dict[str, tuple[int, ...]] = {}
+  for file in pretrained.find_weights(folder, stem):
+    shapes |= _read_header("pretrained.model", file)
+  return shapes
+
+
+def _read_header(field: str, file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """The tensors' shapes; that the file is as long as they need is checked with it."""
+  try:
+    with safe_open(file, framework="numpy") as tensors:
+      return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"{field}={str(file)!r} cannot be read as safetensors: "
+                    f"{_one_line(error)}; must be a whole .safetensors file") from error
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    with open(path, "rb") as file:
+      text = file.read(_MAX_JSON_BYTES + 1)
+    if len(text) > _MAX_JSON_BYTES:
+      raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
+    content = json.loads(text)
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"pretrained.model: {path} cannot be read as JSON "
+                    f"({_one_line(error)}); must describe a part of the model") from error
+  if not isinstance(content, dict):
+    raise UserError(f"pretrained.model: {path} holds a {type(content).__name__}; must be a "
+                    "JSON object")
+  return content
+
+
+def _number(values: Mapping[str, Any], name: str, default: int) -> int:
+  value = values.get(name)
+  return value if isinstance(value, int) else default
+
+
+def trained_weights(cfg: Config, size: ModelSize) -> int:
+  """How many numbers training changes."""
+  if cfg.use_lora:
+    return cfg.lora.rank * size.lora_weights_per_rank
+  return size.unet_weights
+
+
+def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
+  saves = math.ceil(cfg.num_epochs / cfg.save_freq)
+  # One more than are kept: the oldest is deleted once the newest is there.
+  count = min(cfg.num_checkpoint_limit + 1, saves)
+  needed = count * trained_weights(cfg, size) * _STATE_BYTES
+  free = shutil.disk_usage(_existing(run)).free
+  if needed > free:
+    raise UserError(
+        f"num_checkpoint_limit={cfg.num_checkpoint_limit}: {count} checkpoints take "
+        f"{needed / _GIB:.2f} GiB, and {_existing(run)} has {free / _GIB:.2f} GiB free; must "
+        "be fewer, or logdir on another disk")
+
+
+# ---- the dry run ----
+
+
+def dry_run(cfg: Config) -> None:
+  """Checks everything, and says what the run would be; makes no folder.
+
+  Raises:
+    UserError: a line for each problem.
+  """
+  distributed.initialize(cfg.distributed)
+  prepared = prepare(cfg)
+  plan = BatchPlan.create(cfg, jax.device_count())
+  say(plan.describe())
+  say(describe_memory(cfg, plan))
+  say(f"Would write to {prepared.run}. Nothing was found that is wrong.")
+
+
+def describe_memory(cfg: Config, plan: BatchPlan) -> str:
+  """An estimate of each device's memory, from the headers of the model's files."""
+  size = model_size(cfg)
+  if size is None:
+    return (f"Memory per device: not known before {cfg.pretrained.model!r} is downloaded")
+  bytes_each = 4 if cfg.mixed_precision == "no" else 2
+  trained = trained_weights(cfg, size)
+  samples = plan.samples_per_epoch // plan.num_devices
+  parts = {
+      "the model's weights": size.weights * bytes_each,
+      "trained weights, gradient, optimizer, copy": trained * _TRAINING_BYTES,
+      # Batch by batch, and put together.
+      "trajectories of an epoch": 2 * samples * (cfg.sample.num_steps + 1) * (
+          4 * size.latent_size),
+      "prompts' embeddings": 2 * samples * size.embedding_size * bytes_each}
+  lines = [f"  {name} = {_amount(value)}" for name, value in parts.items()]
+  return "\n".join([
+      f"***** Memory per device: {_amount(sum(parts.values()))}, and what the networks take "
+      "while they compute *****", *lines,
+      "  The latter grows with sample.batch_size, sample.decode_batch_size and",
+      "  train.batch_size × train.timesteps_per_batch."])
+
+
+def _amount(count: int) -> str:
+  return f"{count / _GIB:.2f} GiB" if count >= 0.1 * _GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _one_line(error: BaseException) -> str:
+  return " ".join(str(error).split())[:300] or type(error).__name__

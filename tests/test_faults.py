@@ -1,0 +1,419 @@
+"""Faults in a running run: it goes on, or stops with all finished epochs; then it resumes exactly.
+
+    pytest -m "slow or not slow" tests/test_faults.py    # each kind in the first, the second
+                                                         # and the last epoch
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import metrics_of, without_times
+import servers
+
+from configs import base
+from ddpo_jax import checkpoint, cli, diagnostics, tracking, train
+from ddpo_jax.advantages import PerPromptStatTracker
+from ddpo_jax.config import resolve
+from ddpo_jax.rewards.llava import make_llava_bertscore
+from ddpo_jax.rewards.remote import RewardError
+from ddpo_jax.types import Interrupted, UserError
+
+TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
+EPOCHS = 3
+
+
+class Injection:
+  """What happens in which epoch; `now` is the epoch that is under way."""
+
+  def __init__(self, run=None, moment=-1, fault=None):
+    self.run, self.moment, self.fault = run, moment, fault
+    self.now, self.armed = -1, False
+
+
+injection = Injection()
+
+
+def brightness(images):
+  return images.mean(axis=(1, 2, 3))
+
+
+def scored(images, prompts, metadata):
+  """Called once an epoch. A fault gives another result, raises, or prepares one for later."""
+  injection.now += 1
+  if injection.now == injection.moment:
+    result = injection.fault(images, prompts, metadata)
+    if result is not None:
+      return result
+  return brightness(images), {}
+
+
+# ---- the faults ----
+
+
+def reward_raises(images, prompts, metadata):
+  raise ConnectionError("the server is gone")
+
+
+def reward_is_nan(images, prompts, metadata):
+  return brightness(images) * np.nan, {}
+
+
+def reward_is_infinite(images, prompts, metadata):
+  return np.full(len(images), np.inf), {}
+
+
+def one_reward_too_few(images, prompts, metadata):
+  return brightness(images)[1:], {}
+
+
+def reward_is_no_pair(images, prompts, metadata):
+  return brightness(images)
+
+
+def server_is_gone(images, prompts, metadata):
+  with servers.serve(servers.llava) as llava:
+    reward_fn = make_llava_bertscore(url=llava.url, time_limit=0.5, backoff=0.1)
+  return reward_fn(images, prompts, metadata)
+
+
+def out_of_memory(images, prompts, metadata):
+  jnp.zeros((2**46,), jnp.float32).block_until_ready()
+
+
+def arm(images, prompts, metadata):
+  """For what happens later in the epoch."""
+  injection.armed = True
+
+
+def signal_once(images, prompts, metadata):
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signal_and_arm(images, prompts, metadata):
+  injection.armed = True
+  os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---- where the armed ones strike ----
+
+
+def no_gradients(monkeypatch):
+  """Advantages that make the loss NaN on the device, for the whole epoch."""
+  make_batch = train.make_batch
+
+  def poisoned(*args):
+    batch = make_batch(*args)
+    return dataclasses.replace(batch, advantages=batch.advantages * jnp.nan
+                               ) if injection.armed else batch
+
+  monkeypatch.setattr(train, "make_batch", poisoned)
+
+
+def no_room_for_the_metrics(monkeypatch):
+  """Lines go to a device that is always full."""
+  append = tracking.Tracker._append
+
+  def full(self, name, line):
+    if not injection.armed:
+      return append(self, name, line)
+    with open("/dev/full", "w") as file:
+      file.write(str(line))
+
+  monkeypatch.setattr(tracking.Tracker, "_append", full)
+
+
+def no_room_for_the_grid(monkeypatch):
+  grid = tracking.image_grid
+
+  def full(*args):
+    if injection.armed:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return grid(*args)
+
+  monkeypatch.setattr(tracking, "image_grid", full)
+
+
+def no_room_for_the_checkpoint(monkeypatch):
+  save = checkpoint.Checkpointer.save
+
+  def full(self, epoch, state, meta):
+    if injection.armed and epoch == injection.moment:
+      raise ValueError("Error writing local file: No space left on device")  # as tensorstore
+    save(self, epoch, state, meta)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", full)
+
+
+def signal_in_the_save(monkeypatch):
+  save = checkpoint.Checkpointer.save
+
+  def interrupted(self, epoch, state, meta):
+    save(self, epoch, state, meta)
+    if injection.armed:
+      os.kill(os.getpid(), signal.SIGINT)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", interrupted)
+
+
+def report_fails(monkeypatch):
+  def fails(run):
+    raise RuntimeError("no font")
+
+  monkeypatch.setattr("ddpo_jax.report.write_report", fails)
+
+
+class LostTracker:
+  name = "lost"
+
+  def log_epoch(self, *args):
+    if injection.armed:
+      raise ConnectionError("the tracker is gone")
+
+  def log_eval(self, *args):
+    pass
+
+  def close(self):
+    pass
+
+
+def tracker_is_lost(monkeypatch):
+  make = tracking.Loggers
+
+  def with_lost(*args):
+    loggers = make(*args)
+    loggers._loggers.append(LostTracker())
+    return loggers
+
+  monkeypatch.setattr(tracking, "Loggers", with_lost)
+
+
+def nothing(monkeypatch):
+  pass
+
+
+# What strikes, where, and what the run then raises (None: it goes on).
+KINDS = {
+    "reward raises": (reward_raises, nothing, ConnectionError),
+    "reward is NaN": (reward_is_nan, nothing, UserError),
+    "reward is infinite": (reward_is_infinite, nothing, UserError),
+    "one reward too few": (one_reward_too_few, nothing, UserError),
+    "reward is no pair": (reward_is_no_pair, nothing, UserError),
+    "reward server is gone": (server_is_gone, nothing, RewardError),
+    "loss is not finite": (arm, no_gradients, FloatingPointError),
+    "disk is full: metrics": (arm, no_room_for_the_metrics, UserError),
+    "disk is full: images": (arm, no_room_for_the_grid, UserError),
+    "disk is full: checkpoint": (arm, no_room_for_the_checkpoint, UserError),
+    "out of memory": (out_of_memory, nothing, UserError),
+    "tracker is lost": (arm, tracker_is_lost, None),
+    "report fails": (arm, report_fails, None),
+    "signal": (signal_once, nothing, Interrupted),
+    "second signal in the save": (signal_and_arm, signal_in_the_save,
+                                  (KeyboardInterrupt, Interrupted)),
+}
+MOMENTS = (0, 1, EPOCHS - 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("logs")
+
+
+def make_config(folder, name):
+  config = base.get_config()
+  config.pretrained.model, config.mixed_precision = str(TINY), "no"
+  config.logdir, config.run_name, config.resume_from = str(folder), name, "auto"
+  config.compilation_cache = ""
+  config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:scored"
+  config.num_epochs, config.save_freq, config.eval_freq = EPOCHS, 1, 0
+  config.sample.num_steps, config.sample.guidance_scale = 2, 1.0
+  config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 1
+  config.train.batch_size, config.train.learning_rate = 2, 1e-2
+  config.train.max_skipped_steps = 0
+  config.per_prompt_stat_tracking.min_count = 2
+  return resolve(config)
+
+
+def run(cfg):
+  """As the command line does, but with the errors for the test to look at."""
+  with diagnostics.explained(cfg):
+    return train.train(cfg)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_build():
+  """Loads and compiles once: each run starts from a copy of the same trainer."""
+  build, built = train.build, []
+
+  def copy(cfg, plan, *args):
+    if not built:
+      built.append(build(cfg, plan, *args))
+    (first,) = built
+    # The update is given the state for good.
+    return dataclasses.replace(
+        first, cfg=cfg, state=jax.tree.map(jnp.copy, first.state), skipped_in_a_row=0,
+        stat_tracker=PerPromptStatTracker(16, 2), watch=diagnostics.Watch(cfg))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("jax.device_count", lambda: 1)
+    patch.setattr(train, "build", copy)
+    yield built
+
+
+def weights_of(path, one_build):
+  """The trained weights of the newest checkpoint."""
+  like = one_build[0].state.params
+  restored = checkpoint.restore_params(*checkpoint.find(path), like)
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(restored)])
+
+
+@pytest.fixture(scope="module")
+def whole(folder, one_build):
+  """The run that nothing happens to: its metrics, and its weights."""
+  global injection
+  injection = Injection()
+  path = run(make_config(folder, "whole"))
+  return without_times(metrics_of(path)), weights_of(path, one_build)
+
+
+def cases():
+  for kind in KINDS:
+    for moment in MOMENTS:
+      yield pytest.param(kind, moment, id=f"{kind} in epoch {moment}",
+                         marks=[] if moment == 1 else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("kind,moment", cases())
+def test_fault(folder, whole, one_build, monkeypatch, kind, moment):
+  global injection
+  fault, strike, raised = KINDS[kind]
+  name = f"{kind.replace(' ', '_').replace(':', '')}_{moment}"
+  cfg, path = make_config(folder, name), folder / name
+  injection = Injection(path, moment, fault)
+  with monkeypatch.context() as patch:
+    strike(patch)
+    with pytest.raises(raised) if raised else contextlib.nullcontext():
+      run(cfg)
+  if raised:
+    # Of the epoch that failed nothing counts; a full disk keeps what was saved before.
+    assert checkpoint.saved_epochs(path) == list(range(moment - 1, -1, -1))
+    injection = Injection()
+    run(cfg)
+  lines, weights = whole
+  assert without_times(metrics_of(path)) == lines
+  np.testing.assert_array_equal(weights_of(path, one_build), weights)
+
+
+# ---- what is said ----
+
+
+def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, folder):
+  config = make_config(folder, "memory")
+  monkeypatch.setattr(train, "train", lambda cfg: out_of_memory(None, None, None))
+  assert cli.exit_status(lambda: cli.train(config)) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+      "out of memory; try, in this order: train.gradient_checkpointing='blocks'; "
+      "train.batch_size=1 with train.gradient_accumulation_steps=2; "
+      "sample.decode_batch_size=2; sample.batch_size=2 with sample.num_batches_per_epoch=2; "
+      "mixed_precision='fp16'")
+
+
+def test_what_is_to_be_lowered_is_a_valid_config(folder):
+  """Until nothing is left: each piece of advice, taken, resolves."""
+  cfg = make_config(folder, "advice")
+  values = cfg.to_dict()
+  values["sample"]["batch_size"], values["train"]["batch_size"] = 12, 6
+  values["train"]["timestep_fraction"], values["use_lora"] = 1.0, False
+  values["train"]["timesteps_per_batch"] = 2
+  for _ in range(20):
+    advice = list(diagnostics._smaller(resolve(values)))
+    if not advice:
+      break
+    for setting in advice[0].split(" with "):
+      field, _, text = setting.partition("=")
+      group = values
+      *groups, name = field.split(".")
+      for each in groups:
+        group = group[each]
+      group[name] = type(group[name])(text.strip("'") if text != "True" else 1)
+  assert not advice
+  plan = resolve(values)
+  assert plan.sample.batch_size * plan.sample.num_batches_per_epoch == 12
+  assert plan.train.batch_size * plan.train.gradient_accumulation_steps == 6
+
+
+def test_full_disk_is_one_line(capsys, monkeypatch, folder):
+  def full(cfg):
+    with open("/dev/full", "w") as file:
+      file.write("x")
+
+  monkeypatch.setattr(train, "train", full)
+  assert cli.exit_status(lambda: cli.train(make_config(folder, "disk"))) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "the disk is full" in line and "resume_from" in line
+
+
+def test_other_errors_keep_their_traceback(monkeypatch, folder):
+  def wrong(cfg):
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(train, "train", wrong)
+  with pytest.raises(ZeroDivisionError):
+    cli.train(make_config(folder, "other"))
+
+
+# ---- learning trouble ----
+
+
+HEALTHY = {"ratio_drift": 1e-9, "diversity": 0.3, "reward_std": 1.0, "reward_mean": 5.0,
+           "clipfrac": 0.2}
+
+
+@pytest.mark.parametrize("trouble,words", [
+    ({"ratio_drift": 2e-5}, ("ratio_drift", "train.clip_range=0.0001", "allow_tf32=False")),
+    ({"diversity": 0.05}, ("diversity=0.05 was 0.3", "train.learning_rate")),
+    ({"reward_std": 0.0}, ("reward_std=0", "reward_fn=")),
+    ({"clipfrac": 0.97}, ("clipfrac=0.97", "train.learning_rate=0.01")),
+])
+def test_trouble_is_said_once(folder, trouble, words):
+  watch = diagnostics.Watch(make_config(folder, "watch"))
+  assert watch.new_warnings(HEALTHY) == []
+  (line,) = watch.new_warnings(HEALTHY | trouble)
+  assert all(word in line for word in words), line
+  assert "\n" not in line
+  assert watch.new_warnings(HEALTHY | trouble) == []
+
+
+def test_a_run_with_a_constant_reward_says_so(folder, monkeypatch, capsys):
+  global injection
+  injection = Injection()
+  monkeypatch.setattr(f"{__name__}.brightness", lambda images: np.ones(len(images)))
+  path = run(make_config(folder, "constant"))
+  assert capsys.readouterr().out.count("all images get the same reward") == 1
+  assert all(0 < line["diversity"] < 1 for line in metrics_of(path))
+
+
+def test_diversity():
+  black, white = np.zeros((2, 32, 32, 3), np.uint8), np.full((2, 32, 32, 3), 255, np.uint8)
+  assert diagnostics.diversity(black) == 0
+  # Of the 12 ordered pairs of 4 images, 8 are of a black and a white one.
+  np.testing.assert_allclose(diagnostics.diversity(np.concatenate([black, white])), 8 / 12)
+  assert diagnostics.diversity(black[:1]) == 0
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (5, 48, 48, 3), np.uint8)
+  small = images.reshape(5, 16, 3, 16, 3, 3).mean(axis=(2, 4)) / 255
+  pairs = [np.sqrt(((a - b)**2).mean()) for i, a in enumerate(small) for b in small[:i]]
+  np.testing.assert_allclose(diagnostics.diversity(images), np.mean(pairs), rtol=1e-2)
+
+
+def test_real_out_of_memory_of_jax():
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    out_of_memory(None, None, None)

@@ -1,0 +1,65 @@
+"""Keys, tokens and passwords in a config are in nothing that a run writes or says."""
+
+import json
+import pathlib
+
+import pytest
+
+from configs import base
+from ddpo_jax import tracking
+from ddpo_jax.config import check_continues, masked, resolve
+from ddpo_jax.report import write_report
+from ddpo_jax.rewards import get_reward, get_rewards
+from ddpo_jax.types import UserError
+
+SECRET = "sk-12345"
+
+
+def with_secrets(tmp_path):
+  config = base.get_config()
+  config.logdir, config.run_name = str(tmp_path), "run"
+  config.pretrained.model = "tiny"
+  config.reward_kwargs = {"api_key": SECRET, "url": f"http://me:{SECRET}@host:1/v1?key={SECRET}",
+                          "nested": {"token": SECRET, "tokenizer": "clip"},
+                          "api_key_env": "MY_KEY"}
+  return resolve(config)
+
+
+def test_nothing_written_has_a_secret(tmp_path):
+  cfg = with_secrets(tmp_path)
+  assert cfg.reward_kwargs["api_key"] == SECRET  # the reward itself gets it
+  tracker = tracking.Tracker(tmp_path / "run", cfg)
+  write_report(tmp_path / "run")
+  tracker.close()
+  for path in (tmp_path / "run").rglob("*"):
+    assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+  written = json.loads((tmp_path / "run" / "config.json").read_text())["reward_kwargs"]
+  assert written == {"api_key": "***", "url": "http://me:***@host:1/v1?key=***",
+                     "nested": {"token": "***", "tokenizer": "clip"}, "api_key_env": "MY_KEY"}
+
+
+def test_a_run_with_secrets_is_resumed(tmp_path):
+  cfg = with_secrets(tmp_path)
+  check_continues(cfg, json.loads(json.dumps(cfg.to_dict())), "the checkpoint")
+
+
+@pytest.mark.parametrize("call", [
+    lambda: get_reward("jpeg_compressibility", api_key=SECRET),
+    lambda: get_rewards({"jpeg_compressibility": 1.0}, {"api_key": SECRET}),
+    lambda: get_reward("llava_bertscore", url=f"http://me:{SECRET}@127.0.0.1:9")])
+def test_no_message_has_a_secret(call):
+  with pytest.raises(UserError) as error:
+    call()
+  assert SECRET not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ("api_key", "API_KEY", "apikey", "hf_token", "password",
+                                  "client-secret", "credentials"))
+def test_names_of_secrets(name):
+  assert masked({name: SECRET}) == {name: "***"}
+  assert masked({name: ""}) == {name: ""}
+
+
+def test_paths_and_names_stay():
+  values = {"path": str(pathlib.Path("/a:b@c")), "tokenizer": "x", "model": "a/b", "n": 3}
+  assert masked(values) == values

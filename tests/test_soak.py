@@ -1,0 +1,99 @@
+"""Many epochs in one process: its memory, threads and files stay, nothing is compiled anew.
+
+    pytest -m slow tests/test_soak.py -s    # 300 epochs; a short version runs with the rest
+"""
+
+import os
+import pathlib
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from ddpo_jax import train
+from ddpo_jax.config import resolve
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = ROOT / "tests" / "golden" / "tiny-sd"
+COMPILED = "/jax/core/compile/backend_compile_duration"
+SETTLED = 20  # epochs after which memory must stay
+
+
+class Probe:
+  """A reward that notes, once an epoch, what the process holds."""
+
+  def __init__(self):
+    self.compiled, self.seen = 0, []
+
+  def on_event(self, name, seconds, **_):
+    del seconds
+    self.compiled += name == COMPILED
+
+  def __call__(self, images, prompts, metadata):
+    self.seen.append((resident_bytes(), threading.active_count(),
+                      len(os.listdir("/proc/self/fd")), self.compiled))
+    return images.mean(axis=(1, 2, 3)), {}
+
+
+def resident_bytes():
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+probe = Probe()
+
+
+def measured(images, prompts, metadata):
+  return probe(images, prompts, metadata)
+
+
+def soak(tmp_path, monkeypatch, epochs):
+  """Runs so many epochs; what was seen in each: [epochs, 4]."""
+  global probe
+  probe = Probe()
+  monkeypatch.setattr("jax.device_count", lambda: 1)
+  config = base.get_config()
+  config.pretrained.model, config.mixed_precision = str(TINY), "no"
+  config.logdir, config.run_name, config.compilation_cache = str(tmp_path), "run", ""
+  config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:measured"
+  config.num_epochs, config.save_freq, config.eval_freq = epochs, 10, 50
+  config.sample.num_steps, config.sample.guidance_scale = 2, 1.0
+  config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 1
+  config.train.batch_size = 4
+  jax.monitoring.register_event_duration_secs_listener(probe.on_event)
+  started = time.perf_counter()
+  try:
+    train.train(resolve(config))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(probe.on_event)
+  print(f"\n{epochs} epochs in {time.perf_counter() - started:.0f} s")
+  return np.array(probe.seen)
+
+
+def check_steady(seen, since):
+  memory, threads, files, compiled = seen.T
+  for epoch in sorted({0, 1, 2, since, len(seen) // 2, len(seen) - 1}):
+    print(f"epoch {epoch + 1}: {memory[epoch] / 2**20:.1f} MiB, {threads[epoch]} threads, "
+          f"{files[epoch]} files, {compiled[epoch]} programs compiled")
+  # The first epoch samples and updates; all programs are there when the second scores.
+  assert compiled[0] > 0 and compiled[-1] == compiled[since]
+  # Checkpoints are written in threads of their own, which come and go.
+  assert threads[since:].max() <= threads[:since].max() + 2
+  assert files[since:].max() <= files[:since].max() + 4
+
+
+def test_nothing_grows(tmp_path, monkeypatch):
+  seen = soak(tmp_path, monkeypatch, 24)
+  assert len(seen) == 24
+  check_steady(seen, since=12)
+
+
+@pytest.mark.slow
+def test_soak(tmp_path, monkeypatch):
+  seen = soak(tmp_path, monkeypatch, 300)
+  check_steady(seen, since=SETTLED - 1)
+  memory = seen[:, 0]
+  assert abs(memory[-1] / memory[SETTLED - 1] - 1) < 0.05

@@ -1,0 +1,360 @@
+"""Bad input: exit 2, one line that names the field, no traceback, nothing left behind."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+import servers
+
+from configs import base
+from ddpo_jax import cli, validation
+from ddpo_jax.config import resolve
+from ddpo_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEMO = str(ROOT / "configs" / "demo.py")
+TINY = ROOT / "tests" / "golden" / "tiny-sd"
+NOT_A_TEXT = 3
+HUGE = 2**70
+
+
+def raising(rng):
+  raise RuntimeError("out\nof ideas")
+
+
+def no_text(rng):
+  return 3, {}
+
+
+# Each field of base.py in a type that it is not of, and out of its range. These stand in a
+# config file; on the command line a wrong type does not get that far.
+BAD_FIELDS = [
+    ("run_name", NOT_A_TEXT), ("run_name", "../x"), ("run_name", "a\0b"), ("run_name", "n" * 300),
+    ("seed", "x"), ("seed", -1), ("seed", HUGE),
+    ("logdir", NOT_A_TEXT), ("logdir", ""), ("logdir", "x" * 5000), ("logdir", "~nobody_/x"),
+    ("num_epochs", 1.5), ("num_epochs", 0), ("num_epochs", True),
+    ("save_freq", None), ("save_freq", 0), ("eval_freq", "10"), ("eval_freq", -1),
+    ("num_checkpoint_limit", [1]), ("num_checkpoint_limit", 0),
+    ("mixed_precision", 16), ("mixed_precision", "fp8"), ("allow_tf32", "yes"),
+    ("resume_from", NOT_A_TEXT), ("resume_from", "no_such_run"), ("use_lora", 1),
+    ("compilation_cache", NOT_A_TEXT), ("compilation_cache", "~nobody_"),
+    ("pretrained", 3), ("pretrained.model", NOT_A_TEXT), ("pretrained.model", "no/such/model"),
+    ("pretrained.revision", NOT_A_TEXT),
+    ("lora.rank", "4"), ("lora.rank", 0), ("lora.init_from", NOT_A_TEXT),
+    ("lora.init_from", "no_such.safetensors"),
+    ("sample.num_steps", 5.0), ("sample.num_steps", 1001), ("sample.eta", "1"),
+    ("sample.eta", 0.0), ("sample.guidance_scale", "5"), ("sample.guidance_scale", -1.0),
+    ("sample.guidance_scale", float("inf")), ("sample.batch_size", None),
+    ("sample.batch_size", 0), ("sample.num_batches_per_epoch", "2"),
+    ("sample.num_batches_per_epoch", 0), ("sample.decode_batch_size", 1.0),
+    ("sample.decode_batch_size", 0),
+    ("train", []), ("train.batch_size", "1"), ("train.batch_size", -2),
+    ("train.use_8bit_adam", 0), ("train.use_8bit_adam", True),
+    ("train.learning_rate", "3e-4"), ("train.learning_rate", float("nan")),
+    ("train.adam_beta1", None), ("train.adam_beta1", 1.0), ("train.adam_beta2", "x"),
+    ("train.adam_beta2", -0.1), ("train.adam_weight_decay", "x"),
+    ("train.adam_weight_decay", -1.0), ("train.adam_epsilon", "x"), ("train.adam_epsilon", 0.0),
+    ("train.gradient_accumulation_steps", 1.5), ("train.gradient_accumulation_steps", 0),
+    ("train.max_grad_norm", "x"), ("train.max_grad_norm", float("inf")),
+    ("train.num_inner_epochs", "1"), ("train.num_inner_epochs", 0),
+    ("train.cfg", 1), ("train.adv_clip_max", "x"), ("train.adv_clip_max", 0.0),
+    ("train.clip_range", "x"), ("train.clip_range", 2.0), ("train.timestep_fraction", "x"),
+    ("train.timestep_fraction", 0.0), ("train.timesteps_per_batch", 1.0),
+    ("train.timesteps_per_batch", 4), ("train.gradient_checkpointing", True),
+    ("train.gradient_checkpointing", "some"), ("train.max_skipped_steps", "10"),
+    ("train.max_skipped_steps", -1),
+    ("prompt_fn", NOT_A_TEXT), ("prompt_fn", "nope"), ("prompt_fn", "no_such_module:f"),
+    ("prompt_fn", "os:sep"), ("prompt_fn", f"{__name__}:raising"),
+    ("prompt_fn", f"{__name__}:no_text"),
+    ("prompt_fn_kwargs", 3), ("prompt_fn_kwargs", {"nope": 1}), ("prompt_fn_kwargs", {"pool": "x"}),
+    ("reward_fn", 3), ("reward_fn", "nope"), ("reward_fn", "no_such_module:f"),
+    ("reward_fn", {"jpeg_compressibility": float("inf")}), ("reward_fn", {"nope": 1.0}),
+    ("reward_kwargs", "x"), ("reward_kwargs", {"nope": 1}),
+    ("per_prompt_stat_tracking", 3), ("per_prompt_stat_tracking.buffer_size", "16"),
+    ("per_prompt_stat_tracking.buffer_size", 0), ("per_prompt_stat_tracking.min_count", 1.0),
+    ("per_prompt_stat_tracking.min_count", 17),
+    ("wandb.mode", True), ("wandb.mode", "on"), ("wandb.project", NOT_A_TEXT),
+    ("tensorboard", "yes"), ("distributed.detect", 1),
+    ("distributed.coordinator_address", 1), ("distributed.coordinator_address", "nowhere"),
+    ("distributed.num_processes", "2"), ("distributed.num_processes", 0),
+    ("distributed.process_id", None), ("distributed.process_id", 1),
+    ("distributed.timeout", "x"), ("distributed.timeout", 0), ("no_such_field", 1),
+]
+
+
+@pytest.fixture
+def exit_with(tmp_path, monkeypatch, capsys):
+  """Runs scripts/train.py's main on a changed demo; the lines that it ends with exit 2 for.
+
+  Whatever it does, training must not start and no folder be made.
+  """
+  monkeypatch.setattr("ddpo_jax.train.build", lambda *args: pytest.fail("work began"))
+
+  def run(changes, *arguments):
+    config = demo_values(tmp_path)
+    for field, value in changes.items():
+      group = config
+      *groups, name = field.split(".")
+      for each in groups:
+        group = group[each]
+      group[name] = value
+    file = tmp_path / "config_file.py"
+    file.write_text("import ml_collections\nnan, inf = float('nan'), float('inf')\n"
+                    "def get_config():\n"
+                    f"  return ml_collections.ConfigDict({source(config)})\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["train.py", f"--config={file}", *arguments]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()
+
+  return run
+
+
+def demo_values(tmp_path):
+  """Of the demo, on the test's own model, with all types free."""
+  config = cli.load_config(DEMO).to_dict()
+  config["pretrained"]["model"] = str(TINY)
+  config["logdir"], config["compilation_cache"] = str(tmp_path / "logs"), ""
+  return config
+
+
+def source(value):
+  """As Python."""
+  if isinstance(value, dict):
+    return "{" + ", ".join(f"{k!r}: {source(v)}" for k, v in value.items()) + "}"
+  return repr(value)
+
+
+@pytest.mark.parametrize("number", range(len(BAD_FIELDS)), ids=lambda n: f"{BAD_FIELDS[n][0]}-{n}")
+def test_bad_field(exit_with, number):
+  field, value = BAD_FIELDS[number]
+  (line,) = exit_with({field: value})
+  assert field in line
+  assert len(line) < 1000
+
+
+def test_every_field_of_base_is_in_the_table():
+  flat = set(resolve_names(base.get_config().to_dict()))
+  assert flat <= {field for field, _ in BAD_FIELDS}
+
+
+def resolve_names(values, prefix=""):
+  for name, value in values.items():
+    if isinstance(value, dict) and value:
+      yield from resolve_names(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+# ---- files ----
+
+
+def a_file(path):
+  path.write_text("not a folder")
+  return path
+
+
+def read_only(path):
+  path.mkdir(mode=0o500)
+  return path
+
+
+def truncated(path):
+  whole = (TINY / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+  path.write_bytes(whole[:len(whole) // 2])
+  return path
+
+
+def hostile_header(path):
+  """Claims a header of 2^63 bytes."""
+  path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
+  return path
+
+
+def model(path, change):
+  shutil.copytree(TINY, path)
+  change(path)
+  return path
+
+
+def index_outside(folder):
+  """Names a file that lies outside."""
+  (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "x.safetensors")
+  (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+      json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+
+
+def only_pickles(folder):
+  unet = folder / "unet"
+  (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model.bin")
+
+
+def text_file(path, content):
+  path.write_bytes(content)
+  return path
+
+
+BAD_FILES = {
+    "logdir is a file": ("logdir", a_file),
+    "compilation_cache is a file": ("compilation_cache", a_file),
+    "resume_from a file": ("resume_from", a_file),
+    "resume_from an empty folder": ("resume_from", lambda p: p.mkdir() or p),
+    "lora truncated": ("lora.init_from", truncated),
+    "lora a text": ("lora.init_from", a_file),
+    "lora empty": ("lora.init_from", lambda p: text_file(p, b"")),
+    "lora a folder": ("lora.init_from", lambda p: p.mkdir() or p),
+    "lora hostile": ("lora.init_from", hostile_header),
+    "model a file": ("pretrained.model", a_file),
+    "model an empty folder": ("pretrained.model", lambda p: p.mkdir() or p),
+    "model truncated": ("pretrained.model", lambda p: model(p, lambda f: truncated(
+        f / "unet" / "diffusion_pytorch_model.safetensors"))),
+    "model without VAE": ("pretrained.model", lambda p: model(p, lambda f: shutil.rmtree(
+        f / "vae"))),
+    "model of pickles": ("pretrained.model", lambda p: model(p, only_pickles)),
+    "model config no JSON": ("pretrained.model", lambda p: model(p, lambda f: (
+        f / "unet" / "config.json").write_text("{"))),
+    "model config a list": ("pretrained.model", lambda p: model(p, lambda f: (
+        f / "vae" / "config.json").write_text("[]"))),
+    "model config deeply nested": ("pretrained.model", lambda p: model(p, lambda f: (
+        f / "unet" / "config.json").write_text("[" * 100_000))),
+    "model config huge": ("pretrained.model", lambda p: model(p, lambda f: (
+        f / "unet" / "config.json").write_text('{"a": "' + "x" * 2**21 + '"}'))),
+    "index leaves its folder": ("pretrained.model", lambda p: model(p, index_outside)),
+    "prompt file absent": ("prompt_fn_kwargs", lambda p: {"path": str(p)}),
+    "prompt file empty": ("prompt_fn_kwargs", lambda p: {"path": str(text_file(p, b"\n\n"))}),
+    "prompt file binary": ("prompt_fn_kwargs",
+                           lambda p: {"path": str(text_file(p, b"\xff\xfe\0"))}),
+    "prompt file a folder": ("prompt_fn_kwargs", lambda p: p.mkdir() or {"path": str(p)}),
+}
+SAID = {"prompt_fn_kwargs": "prompt file"}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file(exit_with, tmp_path, name):
+  field, make = BAD_FILES[name]
+  value = make(tmp_path / "bad")
+  changes = {field: str(value) if isinstance(value, pathlib.Path) else value}
+  if field == "prompt_fn_kwargs":
+    changes["prompt_fn"] = "from_file"
+  (line,) = exit_with(changes)
+  assert SAID.get(field, field) in line or str(value) in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_logdir(exit_with, tmp_path):
+  (line,) = exit_with({"logdir": str(read_only(tmp_path / "bad"))})
+  assert "logdir" in line and "cannot be written" in line
+
+
+def test_run_folder_that_is_taken(exit_with, tmp_path):
+  (tmp_path / "logs" / "run").mkdir(parents=True)
+  (tmp_path / "logs" / "run" / "config.json").write_text("{}")
+  (line,) = exit_with({"run_name": "run"})
+  assert "already holds a run" in line
+
+
+def test_server_that_is_not_there(exit_with):
+  (line,) = exit_with({"reward_fn": "llava_bertscore",
+                       "reward_kwargs": {"url": "http://127.0.0.1:9"}})
+  assert "reward_kwargs.url" in line and "cannot be reached" in line
+
+
+def test_server_that_is_there(tmp_path, capsys):
+  with servers.serve(servers.llava) as llava:
+    cfg = resolve(demo_values(tmp_path) | {"reward_fn": "llava_bertscore",
+                                           "reward_kwargs": {"url": llava.url}})
+    validation.dry_run(cfg)
+  assert "Nothing was found" in capsys.readouterr().out
+
+
+def test_disk_too_small_for_the_checkpoints(exit_with, monkeypatch):
+  usage = shutil.disk_usage("/")
+  monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10_000))
+  (line,) = exit_with({})
+  assert "num_checkpoint_limit=5" in line and "GiB free" in line
+
+
+def test_all_problems_at_once_from_everywhere(exit_with, tmp_path):
+  lines = exit_with({
+      "seed": -1, "sample.eta": 0.0, "train.timesteps_per_batch": 4, "prompt_fn": "nope",
+      "reward_fn": "no_such_module:f", "pretrained.model": "no/such/model",
+      "logdir": str(a_file(tmp_path / "file"))})
+  for field in ("seed", "sample.eta", "train.timesteps_per_batch", "prompt_fn", "reward_fn",
+                "pretrained.model", "logdir"):
+    assert len([line for line in lines if line.startswith(field)]) == 1, (field, lines)
+  assert len(lines) == 7
+
+
+def test_all_problems_of_the_world_at_once(exit_with, tmp_path):
+  lines = exit_with({
+      "prompt_fn": "nope", "reward_fn": "llava_bertscore",
+      "reward_kwargs": {"url": "http://127.0.0.1:9"}, "logdir": str(a_file(tmp_path / "file")),
+      "pretrained.model": str(model(tmp_path / "model", only_pickles))})
+  assert len(lines) == 4
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--config.seed=two"], ["--config.nope=1"], ["--config.train.learning_rate=fast"],
+    ["--config.seed=" + "9" * 5000], ["--config.use_lora=maybe"], ["--nope"],
+    ["--config.reward_kwargs=3"], ["--config.prompt_fn_kwargs.pool=" + "(" * 500],
+])
+def test_bad_override(exit_with, arguments):
+  (line,) = exit_with({}, *arguments)
+  field = arguments[0].lstrip("-").removeprefix("config.").partition("=")[0]
+  assert field.split(".")[0] in line and len(line) < 1000
+
+
+# ---- the dry run ----
+
+
+def test_dry_run_says_what_the_run_would_be(tmp_path, capsys):
+  assert cli.main(["train.py", f"--config={DEMO}", "--dry_run",
+                   f"--config.logdir={tmp_path / 'logs'}"]) == 0
+  out = capsys.readouterr().out
+  assert "Images per optimizer step" in out and "Memory per device" in out
+  assert not (tmp_path / "logs").exists()
+
+
+def test_model_size_is_that_of_the_loaded_model(tmp_path):
+  from flax import nnx
+  import jax
+
+  from ddpo_jax import lora, train
+  cfg = resolve(demo_values(tmp_path))
+  models = train.load_models(cfg)
+  _, trained, _ = lora.partition(models.unet)
+  size = validation.model_size(cfg)
+  numbers = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  assert validation.trained_weights(cfg, size) == numbers(trained)
+  assert size.unet_weights == numbers(nnx.state(models.unet)) - numbers(trained)
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--config.sample.eta=0"], "sample.eta"),
+    (["--config.logdir=/dev/null/x"], "logdir"),
+    (["--config.pretrained.model=/nowhere"], "pretrained.model"),
+    (["--config.sample.eta=0", "--config.lora.rank=0", "--dry_run"], "lora.rank"),
+])
+def test_process_exits_2_without_traceback(tmp_path, arguments, words):
+  done = subprocess.run(
+      [sys.executable, str(ROOT / "scripts" / "train.py"), f"--config={DEMO}",
+       f"--config.run_name={tmp_path.name}", *arguments], cwd=ROOT, capture_output=True,
+      text=True)
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == (2 if "--dry_run" in arguments else 1)
+  assert words in done.stderr and "Traceback" not in done.stderr
+  assert not (ROOT / "logs" / tmp_path.name).exists()
+
+
+def test_problems_of_resolve_stay_as_they_were():
+  with pytest.raises(UserError) as error:
+    resolve({})
+  assert all(re.match(r"\w+ is missing", line) for line in str(error.value).splitlines())
