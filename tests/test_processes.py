@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 
-import jax
 import numpy as np
 import pytest
 from runs import (
@@ -29,7 +28,7 @@ def arguments(logdir, name, *more):
       logdir, name, f"--config.pretrained.model={TINY}", "--config.sample.num_steps=20",
       "--config.train.timestep_fraction=0.1", "--config.sample.batch_size=2",
       "--config.train.batch_size=2", "--config.sample.guidance_scale=1.0",
-      "--config.reward_fn=tests.test_processes:brightness",
+      "--config.reward_fn=tests.runs:brightness",
       f"--config.num_epochs={EPOCHS}", "--config.save_freq=100", *more)
 
 
@@ -83,24 +82,13 @@ def test_a_signal_to_one_stops_both_and_resumes_exactly(whole):
 def test_a_reward_that_fails_on_one_stops_both(whole):
   """The other does not wait for its rewards for ever. Started as SLURM would."""
   command = arguments(whole, "failed",
-                      "--config.reward_fn=tests.test_processes:fails_on_process_one")
+                      "--config.reward_fn=tests.runs:fails_on_process_one")
   codes, errors = finish([
       start(command, 2, SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST="localhost",
             SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in (0, 1)])
   assert codes == [1, 1]
   assert "OtherProcessFailed" in errors[0]
   assert "the server is gone" in errors[1]
-
-
-def brightness(images, prompts, metadata):
-  """Smooth, unlike a JPEG's size, which jumps as a pixel rounds the other way."""
-  return images.mean(axis=(1, 2, 3)), {}
-
-
-def fails_on_process_one(images, prompts, metadata):
-  if jax.process_index() == 1:
-    raise ConnectionError("the server is gone")
-  return images.mean(axis=(1, 2, 3)), {}
 
 
 @pytest.mark.parametrize("environment, expected", (
