@@ -118,6 +118,7 @@ def test_recomputed_log_probs_cure_the_drift(half):
     assert float(metrics.approx_kl) == 0.0
 
 
+@pytest.mark.slow  # the same program as above, in the loop
 def test_training_recomputes_when_asked():
   """Through the loop's own functions: the first optimizer step begins at a ratio of 1."""
   config = base.get_config()
