@@ -48,7 +48,7 @@ class WandbLogger:
 
   def log_epoch(self, epoch: int, metrics: Mapping[str, Any], rewards: np.ndarray,
                 grid: pathlib.Path) -> None:
-    self._wandb.log({**metrics, "reward": self._wandb.Histogram(rewards),
+    self._wandb.log({**metrics, "reward": self._wandb.Histogram(rewards.tolist()),
                      "images": self._wandb.Image(str(grid))}, step=epoch)
 
   def log_eval(self, epochs: int, grid: pathlib.Path) -> None:

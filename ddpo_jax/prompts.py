@@ -6,19 +6,18 @@ from collections.abc import Callable, Sequence
 import functools
 import importlib
 import importlib.resources
+from importlib.resources.abc import Traversable
 import inspect
 import pathlib
 from typing import Any
 
-import inflect
 import numpy as np
 
-from ddpo_jax import shapes
+from ddpo_jax import shapes, words
 from ddpo_jax.config import masked, shown
 from ddpo_jax.types import PromptFn, UserError
 
 _ASSETS = importlib.resources.files("ddpo_jax") / "assets"
-_WORDS = inflect.engine()
 
 
 def get_prompt_fn(name: str, **kwargs: Any) -> PromptFn:
@@ -81,15 +80,15 @@ def nouns_activities(rng: np.random.Generator, nouns_file: str, activities_file:
   """Such as "a cat washing dishes", from two lists."""
   noun, _ = from_file(rng, nouns_file)
   activity, _ = from_file(rng, activities_file)
-  return f"{_WORDS.a(noun)} {activity}", {}
+  return f"{words.with_article(noun)} {activity}", {}
 
 
 def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
              ) -> tuple[str, dict[str, Any]]:
   """Such as "three cats": `low` to `high` (included), with questions and answers."""
-  number = _WORDS.number_to_words(int(rng.integers(low, high + 1)))
+  number = words.number(int(rng.integers(low, high + 1)))
   noun, _ = from_file(rng, nouns_file)
-  plural = _WORDS.plural(noun)
+  plural = words.plural(noun)
   return f"{number} {plural}", {
       "questions": [f"How many {plural} are there in this image?",
                     "What animal is in this image?"],
@@ -122,7 +121,7 @@ PROMPT_FUNCTIONS = {f.__name__: f for f in (
 @functools.cache
 def load_lines(path: str) -> list[str]:
   """The lines of a local file, or of one in this package, without the blank ones."""
-  file = pathlib.Path(path).expanduser()
+  file: pathlib.Path | Traversable = pathlib.Path(path).expanduser()
   if not file.is_file():
     asset = _ASSETS / path
     if pathlib.PurePath(path).name != path or not asset.is_file():

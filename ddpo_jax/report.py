@@ -122,7 +122,7 @@ def _grids(run: pathlib.Path) -> list[str]:
 def _picture(path: pathlib.Path) -> str:
   number = int(path.stem.removeprefix("eval_"))
   caption = "before training" if number == 0 else f"after {number} epochs"
-  image = Image.open(path)
+  image: Image.Image = Image.open(path)
   if image.width > _GRID_WIDTH:
     image = image.resize((_GRID_WIDTH, round(image.height * _GRID_WIDTH / image.width)))
   buffer = io.BytesIO()

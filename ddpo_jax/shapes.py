@@ -173,7 +173,8 @@ def _places(count: int, rng: np.random.Generator) -> list[tuple[np.ndarray, floa
   layouts, jitter = _LAYOUTS[count - 1], _JITTER[count - 1]
   centers = np.array(layouts[rng.integers(len(layouts))])
   centers = centers + rng.uniform(-jitter, jitter, centers.shape)
-  return list(zip(centers, rng.uniform(*_RADII[count - 1], count)))
+  smallest, largest = _RADII[count - 1]
+  return list(zip(centers, rng.uniform(smallest, largest, count)))
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, center: np.ndarray,

@@ -177,9 +177,10 @@ def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
   """
   zoom = max(1, math.ceil(_TILE / images.shape[2]))
   width, height = images.shape[2] * zoom, images.shape[1] * zoom
-  font = ImageFont.load_default(size=max(12, width // 16))
+  font_size = max(12, width // 16)
+  font = ImageFont.load_default(size=font_size)
   letters = int(width / font.getlength("n")) - 1
-  line_height = math.ceil(font.size * 1.25)
+  line_height = math.ceil(font_size * 1.25)
   tile_height = height + _CAPTION_LINES * line_height + 8
   columns = min(_GRID_COLUMNS, len(images))
   rows = math.ceil(len(images) / columns)

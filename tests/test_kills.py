@@ -53,11 +53,11 @@ def test_killed_run_is_the_run_never_killed(tmp_path, begin):
   wait(processes)
   for count in range(KILLS):
     processes = begin(tmp_path, "killed")
-    if count % 5 == 4:  # as an epoch is logged and saved
+    if count % 4 == 3:  # as an epoch is logged and saved
       wait_for_line(processes, tmp_path / "killed")
       time.sleep(seconds.uniform(0, 0.5))
     else:
-      time.sleep(seconds.uniform(0, 1.2 * first_epoch))
+      time.sleep(seconds.uniform(0, 0.9 * first_epoch))
     kill(processes)
     saved = sorted(path.name for path in (tmp_path / "killed").glob("checkpoints/*"))
     print(f"kill {count + 1}: {len(metrics_of(tmp_path / 'killed'))} epochs logged, "

@@ -19,7 +19,7 @@ from runs import (
 
 from ddpo_jax import distributed
 
-EPOCHS = 3
+EPOCHS = 2
 
 
 def arguments(logdir, name, *more):

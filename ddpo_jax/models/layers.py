@@ -83,9 +83,9 @@ class Conv1x1(Conv):
                rngs: nnx.Rngs):
     super().__init__(in_channels, out_channels, 1, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return x.astype(self.dtype) @ self.kernel[0, 0].astype(self.dtype) + self.bias[
-        ...].astype(self.dtype)
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    kernel, bias = (w[...].astype(self.dtype) for w in (self.kernel, self.bias))
+    return inputs.astype(self.dtype) @ kernel[0, 0] + bias
 
 
 class Linear(nnx.Linear):
@@ -95,15 +95,15 @@ class Linear(nnx.Linear):
                dtype: jnp.dtype, rngs: nnx.Rngs):
     super().__init__(in_features, out_features, use_bias=use_bias, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
-    self.lora_down = nnx.data(None)  # [in, rank]
-    self.lora_up = nnx.data(None)  # [rank, out]
+    self.lora_down: nnx.LoRAParam | None = nnx.data(None)  # [in, rank]
+    self.lora_up: nnx.LoRAParam | None = nnx.data(None)  # [rank, out]
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = super().__call__(x)
-    if self.lora_down is None:
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    y = super().__call__(inputs)
+    if self.lora_down is None or self.lora_up is None:
       return y
     down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
-    return y + (x.astype(self.dtype) @ down) @ up
+    return y + (inputs.astype(self.dtype) @ down) @ up
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -218,7 +218,7 @@ class ResnetBlock(nnx.Module):
   def __init__(self, in_channels: int, out_channels: int, *, time_dim: int | None,
                num_groups: int, epsilon: float, act_fn: str, dtype: jnp.dtype,
                rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     self.act = ACTIVATIONS[act_fn]
     self.norm1 = GroupNorm(in_channels, num_groups, epsilon=epsilon, **common)
     self.conv1 = Conv(in_channels, out_channels, **common)
@@ -231,7 +231,7 @@ class ResnetBlock(nnx.Module):
 
   def __call__(self, x: jax.Array, time_embedding: jax.Array | None = None) -> jax.Array:
     h = self.conv1(self.act(self.norm1(x)))
-    if self.time_emb_proj is not None:
+    if self.time_emb_proj is not None and time_embedding is not None:
       h += self.time_emb_proj(self.act(time_embedding))[:, None, None]
     h = self.conv2(self.act(self.norm2(h)))
     return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))

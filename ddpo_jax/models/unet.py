@@ -152,7 +152,7 @@ class BasicTransformerBlock(nnx.Module):
 
   def __init__(self, features: int, num_heads: int, context_dim: int, *,
                dtype: jnp.dtype, rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     self.norm1 = layers.LayerNorm(features, **common)
     self.attn1 = layers.Attention(features, num_heads, **common)
     self.norm2 = layers.LayerNorm(features, **common)
@@ -171,7 +171,7 @@ class Transformer2D(nnx.Module):
 
   def __init__(self, config: UNetConfig, channels: int, num_heads: int, *,
                dtype: jnp.dtype, rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     projection = layers.Linear if config.use_linear_projection else layers.Conv1x1
     self.norm = layers.GroupNorm(channels, config.norm_num_groups, epsilon=1e-6, **common)
     self.proj_in = projection(channels, channels, **common)
@@ -215,7 +215,7 @@ class DownBlock(nnx.Module):
 
   def __init__(self, config: UNetConfig, level: int, *, dtype: jnp.dtype,
                rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels
     in_channels, out_channels = channels[max(level - 1, 0)], channels[level]
     count = config.resnets_per_level[level]
@@ -247,7 +247,7 @@ class MidBlock(nnx.Module):
   """The innermost level: resnet, attention, resnet."""
 
   def __init__(self, config: UNetConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels[-1]
     self.attentions = nnx.List([
         Transformer2D(config, channels, config.heads[-1], **common)])
@@ -266,7 +266,7 @@ class UpBlock(nnx.Module):
 
   def __init__(self, config: UNetConfig, index: int, *, dtype: jnp.dtype,
                rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels[::-1]
     level = len(channels) - 1 - index
     below, here = channels[max(index - 1, 0)], channels[index]
@@ -313,7 +313,7 @@ class UNet2DConditionModel(nnx.Module):
     """
     if gradient_checkpointing not in GRADIENT_CHECKPOINTING:
       raise ValueError(f"{gradient_checkpointing=} must be in {GRADIENT_CHECKPOINTING}")
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels
     self.config = config
     self.gradient_checkpointing = gradient_checkpointing

@@ -141,7 +141,7 @@ class _UpBlock(nnx.Module):
 class _Encoder(nnx.Module):
 
   def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels
     self.conv_in = layers.Conv(config.in_channels, channels[0], **common)
     self.down_blocks = nnx.List([
@@ -163,7 +163,7 @@ class _Encoder(nnx.Module):
 class _Decoder(nnx.Module):
 
   def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-    common = dict(dtype=dtype, rngs=rngs)
+    common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels[::-1]
     self.conv_in = layers.Conv(config.latent_channels, channels[0], **common)
     self.mid_block = _MidBlock(config, channels[0], **common)

@@ -173,7 +173,7 @@ def _read_pickle(data: bytes) -> Mapping[str, _Tensor]:
     if opcode.name not in _OPCODES:
       raise _Refused(f"its pickle uses {opcode.name}, which tensors do not need")
     # The memo is an array: one huge index would fill the memory.
-    if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > len(data):
+    if opcode.name in ("BINPUT", "LONG_BINPUT") and (argument or 0) > len(data):
       raise _Refused(f"its pickle has a memo index of {argument}")
   content = _Unpickler(io.BytesIO(data)).load()
   if not isinstance(content, dict):
@@ -247,7 +247,7 @@ def _head_from(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> Aesthet
   if unknown:
     raise UserError(f"{file} holds {unknown[0]!r:.50}; must hold layers.N.weight and "
                     "layers.N.bias only")
-  numbers = sorted({int(match[1]) for match in matches.values()})
+  numbers = sorted({int(match[1]) for match in matches.values() if match})
   layers = [(f"layers.{n}.weight", f"layers.{n}.bias") for n in numbers]
   missing = [name for layer in layers for name in layer if name not in tensors]
   if missing or not layers:

@@ -143,7 +143,7 @@ def read_reply(reply: bytes) -> Any:
       if opcode.name not in _OPCODES:
         raise remote.ReplyError(f"its pickle has the opcode {opcode.name}, and {_ADVICE}")
       # A large index makes the reader allocate a table up to it.
-      if opcode.name.endswith("PUT") and argument > len(reply):
+      if opcode.name.endswith("PUT") and (argument or 0) > len(reply):
         raise remote.ReplyError(f"its pickle has a memo index of {argument}")
     return _Reader(io.BytesIO(reply)).load()
   except remote.ReplyError:

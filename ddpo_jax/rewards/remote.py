@@ -270,8 +270,8 @@ def status_error(status: int, retry_after: str | None, body: str) -> AttemptErro
 
 def root_cause(error: BaseException) -> str:
   """What lies under the layers that libraries wrap around an error of the network."""
-  while error.__cause__ or error.__context__:
-    error = error.__cause__ or error.__context__
+  while (below := error.__cause__ or error.__context__) is not None:
+    error = below
   return f"{type(error).__name__}: {' '.join(str(error).split())[:_EXCERPT]}"
 
 

@@ -11,9 +11,9 @@ import re
 import time
 from typing import Any
 
-import inflect
 import numpy as np
 
+from ddpo_jax import words
 from ddpo_jax.rewards import remote
 from ddpo_jax.types import RewardFn, UserError
 
@@ -23,7 +23,6 @@ _ANSWER_TOKENS = 64  # of a reply to a question in mode "strict"
 _NO_KEY = "none"  # servers of one's own take any; the client insists on one
 _LOWEST_LOGPROB = -1e4  # e to this is 0; servers have even lower ones, as for -inf
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2")
-_WORDS = inflect.engine()
 
 
 def make_vlm_score(
@@ -137,10 +136,10 @@ def has_answer(reply: str, answer: str) -> bool:
 
   Numbers from 0 to 99 in digits count as words too.
   """
-  # No larger ones: the two threads that score share `_WORDS`, which keeps the place of the
+  # No larger ones: the two threads that score share inflect, which keeps the place of the
   # digits in itself.
-  in_words = re.sub(r"\b[0-9]{1,2}\b", lambda m: _WORDS.number_to_words(m[0]), reply)
-  forms = "|".join(re.escape(form) for form in (answer, _WORDS.plural(answer)))
+  in_words = re.sub(r"\b[0-9]{1,2}\b", lambda m: words.number(m[0]), reply)
+  forms = "|".join(re.escape(form) for form in (answer, words.plural(answer)))
   return any(re.search(rf"(?<!\w)(?:{forms})(?!\w)", text, re.IGNORECASE)
              for text in (reply, in_words))
 
