@@ -27,4 +27,5 @@ lint: setup
 
 test: setup
 	$(BIN)/python -m ruff check --quiet
+	$(BIN)/python -m mypy --no-error-summary
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

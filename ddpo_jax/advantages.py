@@ -6,14 +6,15 @@ import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtyping import Float, Float32
 import numpy as np
 
 _TRACKED_EPSILON = 1e-6  # ddpo-pytorch's, added to a standard deviation
 _UNTRACKED_EPSILON = 1e-8
 
 
-def normalize(rewards: np.ndarray) -> np.ndarray:
-  """(r − mean) / (std + 1e-8) over the whole batch: [N] -> [N] float32."""
+def normalize(rewards: Float[np.ndarray, " N"]) -> Float32[np.ndarray, " N"]:
+  """(r − mean) / (std + 1e-8) over the whole batch."""
   rewards = _checked(rewards)
   return ((rewards - rewards.mean()) / (rewards.std() + _UNTRACKED_EPSILON)
           ).astype(np.float32)
@@ -28,15 +29,16 @@ class PerPromptStatTracker:
     self._min_count = min_count
     self._buffers: dict[str, collections.deque[float]] = {}
 
-  def update(self, prompts: Sequence[str], rewards: np.ndarray) -> np.ndarray:
+  def update(self, prompts: Sequence[str], rewards: Float[np.ndarray, " N"]
+             ) -> Float32[np.ndarray, " N"]:
     """Remembers the rewards, then standardises them.
 
     Args:
       prompts: N prompts, whole: what the tokenizer would cut off counts.
-      rewards: [N], finite.
+      rewards: finite.
 
     Returns:
-      Advantages [N] float32: (r − mean) / (std + 1e-6), with the batch's mean and std for
+      Advantages: (r − mean) / (std + 1e-6), with the batch's mean and std for
       prompts that have fewer than `min_count` rewards.
     """
     rewards = _checked(rewards)
@@ -71,7 +73,7 @@ class PerPromptStatTracker:
     return values.mean(), values.std() + _TRACKED_EPSILON
 
 
-def _checked(rewards: np.ndarray) -> np.ndarray:
+def _checked(rewards: np.ndarray) -> Float[np.ndarray, " N"]:
   rewards = np.asarray(rewards, np.float64)
   if rewards.ndim != 1 or not np.isfinite(rewards).all():
     raise ValueError(f"rewards of shape {rewards.shape} must be a vector of finite "

@@ -7,6 +7,7 @@ import contextlib
 import errno
 from typing import Any
 
+from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
@@ -22,11 +23,8 @@ _RELATIVE_STD = 1e-5  # of the reward's size
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def diversity(images: np.ndarray) -> float:
+def diversity(images: UInt8[np.ndarray, "N H W 3"]) -> float:
   """How far images are from each other, whatever the details.
-
-  Args:
-    images: [N, H, W, 3] uint8.
 
   Returns:
     The root of the mean squared difference of two images' pixels at 16 × 16, averaged over

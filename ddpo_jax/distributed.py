@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import contextlib
 import importlib.util
 import os
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,7 +36,7 @@ def initialize(cfg: DistributedConfig) -> None:
   """
   # It would hold back SIGTERM from the start; the loop has its own way to stop.
   jax.config.update("jax_enable_preemption_service", False)
-  explicit = {}
+  explicit: dict[str, Any] = {}
   if cfg.coordinator_address:
     explicit = {"coordinator_address": cfg.coordinator_address,
                 "num_processes": cfg.num_processes, "process_id": cfg.process_id}

@@ -138,6 +138,8 @@ def sample_to_files(run: str | None, model: str | None, prompts: Sequence[str],
   prompts = [*prompts, *(load_lines(prompts_file) if prompts_file else [])]
   if not prompts:
     raise UserError("--prompts is empty; give prompts there or with --prompts_file")
+  if run is None and model is None:
+    raise UserError("--run or --model is missing: what to draw with")
   if compare and run is None:
     raise UserError("--compare needs --run: a fine-tuned model to put beside the base")
   _check_range("--eta", eta, 0, 1)
@@ -157,6 +159,7 @@ def sample_to_files(run: str | None, model: str | None, prompts: Sequence[str],
   if tuned is None or compare:
     name, revision = (model, None) if tuned is None else (
         tuned.cfg.pretrained.model, tuned.cfg.pretrained.revision)
+    assert name is not None  # checked above
     columns.append(generate_images(load_pretrained(name, revision, dtype), prompts, options,
                                    "Base model"))
   if tuned is not None:

@@ -43,8 +43,9 @@ class WandbLogger:
   def __init__(self, run: pathlib.Path, cfg: Config):
     import wandb
     self._wandb = wandb
+    mode: Any = cfg.wandb.mode
     wandb.init(project=cfg.wandb.project, name=run.name, config=cfg.to_dict(),
-               mode=cfg.wandb.mode, dir=str(run), id=_wandb_id(run), resume="allow")
+               mode=mode, dir=str(run), id=_wandb_id(run), resume="allow")
 
   def log_epoch(self, epoch: int, metrics: Mapping[str, Any], rewards: np.ndarray,
                 grid: pathlib.Path) -> None:

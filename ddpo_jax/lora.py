@@ -83,7 +83,8 @@ def partition(unet: nnx.Module, use_lora: bool = True
     ValueError: if there is nothing to train.
   """
   trained_type = nnx.LoRAParam if use_lora else nnx.Param
-  graphdef, trained, frozen = nnx.split(unet, trained_type, ...)
+  graphdef, *states = nnx.split(unet, trained_type, ...)
+  trained, frozen = states
   if not jax.tree.leaves(trained):
     raise ValueError("nothing to train: attach LoRA first (inject_lora)")
   return graphdef, trained, frozen
@@ -111,9 +112,9 @@ def export_lora(unet: nnx.Module, path: str | os.PathLike,
     raise ValueError(f"{file_format=} must be one of {', '.join(FORMATS)}")
   kohya = file_format == "kohya"
   suffixes = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
-  tensors = {}
+  tensors: dict[str, np.ndarray] = {}
   for name, linear in attention_projections(unet):
-    if linear.lora_down is None:
+    if linear.lora_down is None or linear.lora_up is None:
       raise ValueError(f"{name} has no LoRA weights to export")
     prefix = _kohya_name(name) if kohya else f"unet.{name}"
     for suffix, weight in zip(suffixes, (linear.lora_down, linear.lora_up)):

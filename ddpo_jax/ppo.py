@@ -6,31 +6,33 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PPOInfo:
-  """What to watch while the loss goes down; float32 scalars."""
+  """What to watch while the loss goes down."""
 
-  approx_kl: jax.Array  # mean of ½ (log_prob − old)²
-  clipfrac: jax.Array  # fraction of ratios outside 1 ± clip_range
-  ratio_drift: jax.Array  # largest |ratio − 1|
+  approx_kl: Float32[Array, ""]  # mean of ½ (log_prob − old)²
+  clipfrac: Float32[Array, ""]  # fraction of ratios outside 1 ± clip_range
+  ratio_drift: Float32[Array, ""]  # largest |ratio − 1|
 
 
-def ppo_loss(log_prob: jax.Array, old_log_prob: jax.Array, advantages: jax.Array,
-             clip_range: float, adv_clip_max: float) -> tuple[jax.Array, PPOInfo]:
+def ppo_loss(log_prob: Float[Array, " B"], old_log_prob: Float[Array, " B"],
+             advantages: Float[Array, " B"], clip_range: float, adv_clip_max: float
+             ) -> tuple[Float[Array, ""], PPOInfo]:
   """Mean of max(−A·r, −A·clip(r, 1 ± clip_range)) with r = exp(log_prob − old_log_prob).
 
   Args:
-    log_prob: [B] float32, of the taken steps under the policy being trained.
-    old_log_prob: [B] float32, under the policy that took them.
-    advantages: [B] float32, A before clipping to ±`adv_clip_max`.
+    log_prob: float32, of the taken steps under the policy being trained.
+    old_log_prob: float32, under the policy that took them.
+    advantages: float32, A before clipping to ±`adv_clip_max`.
     clip_range: how far the ratio may move before its gradient stops, above 0.
     adv_clip_max: above 0.
 
   Returns:
-    The loss, a float32 scalar, and what to watch.
+    The loss, and what to watch.
 
   Raises:
     ValueError: if the arguments' shapes differ or one is not float32.

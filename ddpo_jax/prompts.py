@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import functools
 import importlib
 import importlib.resources
@@ -35,7 +35,7 @@ def get_prompt_fn(name: str, **kwargs: Any) -> PromptFn:
   return functools.partial(function, **kwargs)
 
 
-def draw_prompts(prompt_fn: PromptFn, seed: int, epoch: int, indices: Sequence[int]
+def draw_prompts(prompt_fn: PromptFn, seed: int, epoch: int, indices: Iterable[int]
                  ) -> tuple[list[str], list[dict[str, Any]]]:
   """The prompts of an epoch's samples: a pure function of (seed, epoch, sample index)."""
   drawn = [prompt_fn(np.random.default_rng([seed, epoch, int(i)])) for i in indices]

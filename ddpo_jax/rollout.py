@@ -12,6 +12,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 import numpy as np
 from tqdm import tqdm
 
@@ -45,8 +46,8 @@ class Generation:
   """What the device program makes of one batch of prompts, sharded over samples."""
 
   trajectory: Trajectory
-  text_embeddings: jax.Array  # [B, L, D]
-  images: jax.Array  # [B, H, W, 3] uint8
+  text_embeddings: Float[Array, "B L D"]
+  images: UInt8[Array, "B H W 3"]
 
 
 @jax.tree_util.register_dataclass
@@ -64,11 +65,11 @@ class Rollout:
   """One epoch's samples. Device arrays are [batches, samples of all devices, …]."""
 
   trajectory: Trajectory
-  text_embeddings: jax.Array
+  text_embeddings: Float[Array, "batches samples L D"]
   prompts: list[str]  # of every sample of every process, in order of the sample index
-  rewards: dict[str, np.ndarray]  # of each reward function: [samples] float32, likewise
-  images: np.ndarray  # [samples of this process, H, W, 3] uint8
-  local_indices: np.ndarray  # the sample index of each of `images`
+  rewards: dict[str, Float32[np.ndarray, " N"]]  # of each reward function, likewise
+  images: UInt8[np.ndarray, "local H W 3"]  # of this process's samples
+  local_indices: Int[np.ndarray, " local"]  # the sample index of each of `images`
   reward_info: list[dict[str, dict[str, Any]]]  # of each batch and reward function
   sampling_seconds: float
   reward_seconds: float  # waited for rewards after the last image was there
@@ -88,9 +89,9 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
                                  (models.text_encoder, models.vae))
   scaling_factor = models.vae.config.scaling_factor
 
-  def generate(params: nnx.State, frozen: FrozenModels, negative_embedding: jax.Array,
-               token_ids: jax.Array, sample_indices: jax.Array,
-               key: jax.Array) -> Generation:
+  def generate(params: nnx.State, frozen: FrozenModels,
+               negative_embedding: Float[Array, "1 L D"], token_ids: Int[Array, "B L"],
+               sample_indices: Int[Array, " B"], key: Key[Array, ""]) -> Generation:
     unet = nnx.merge(unet_graphdef, params, frozen.unet)
     vae = nnx.merge(vae_graphdef, frozen.vae)
     embeddings = nnx.merge(text_graphdef, frozen.text_encoder)(token_ids)
@@ -147,7 +148,8 @@ class RolloutWorker:
     """
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
-    generations, pending = [], []
+    generations: list[Generation] = []
+    pending: list[futures.Future] = []
     bar = functools.partial(tqdm, total=self._config.num_batches, leave=False,
                             dynamic_ncols=True, disable=hide_bars(), unit="batch")
     with futures.ThreadPoolExecutor(max_workers=2) as pool:
@@ -182,8 +184,9 @@ class RolloutWorker:
         reward_info=list(info), sampling_seconds=sampled - start,
         reward_seconds=scored - sampled)
 
-  def draw(self, params: nnx.State, epoch: int) -> tuple[np.ndarray, list[str]]:
-    """One batch without rewards: this process's images [B, H, W, 3] uint8, and prompts.
+  def draw(self, params: nnx.State, epoch: int
+           ) -> tuple[UInt8[np.ndarray, "B H W 3"], list[str]]:
+    """One batch without rewards: this process's images, and prompts.
 
     With the same `epoch` (any number that is none of the run's) always the same prompts
     from the same noise.
@@ -192,13 +195,14 @@ class RolloutWorker:
     generation, prompts, _ = self._launch(params, epoch, 0, key)
     return _to_host(generation.images), prompts
 
-  def _local_indices(self, batch: int) -> np.ndarray:
+  def _local_indices(self, batch: int) -> Int[np.ndarray, " local"]:
     """Indices of this process's samples of a batch, among the epoch's."""
     share = self._global_batch // jax.process_count()
     first = batch * self._global_batch + jax.process_index() * share
     return np.arange(first, first + share)
 
-  def _launch(self, params: nnx.State, epoch: int, batch: int, key: jax.Array):
+  def _launch(self, params: nnx.State, epoch: int, batch: int, key: Key[Array, ""]
+              ) -> tuple[Generation, list[str], list[dict[str, Any]]]:
     """Starts sampling a batch; returns without waiting for it."""
     indices = self._local_indices(batch)
     prompts, metadata = draw_prompts(self._prompt_fn, self._seed, epoch, indices)
@@ -208,10 +212,11 @@ class RolloutWorker:
         put(indices.astype(np.int32)), key)
     return generation, prompts, metadata
 
-  def _score(self, images: jax.Array, prompts: list[str], metadata: list[dict]
+  def _score(self, on_device: UInt8[Array, "B H W 3"], prompts: list[str],
+             metadata: list[dict[str, Any]]
              ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     """Runs in a thread: waits for the images, then for their rewards."""
-    images = _to_host(images)
+    images = _to_host(on_device)
     rewards, info = {}, {}
     for name, function in self._reward_fns.items():
       rewards[name], info[name] = call_reward(name, function, images, prompts, metadata)
@@ -226,7 +231,7 @@ class RolloutWorker:
     return np.concatenate(list(everyone), axis=1).reshape(-1)
 
 
-def _to_host(images: jax.Array) -> np.ndarray:
+def _to_host(images: UInt8[Array, "B H W 3"]) -> UInt8[np.ndarray, "local H W 3"]:
   """This process's share of an array that is sharded over its first axis."""
   shards = sorted(images.addressable_shards, key=lambda s: s.index[0].start or 0)
   return np.concatenate([np.asarray(shard.data) for shard in shards])

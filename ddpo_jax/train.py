@@ -238,8 +238,8 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   batch = make_batch(trainer, rollout, rewards)
   training_started = time.perf_counter()
   steps = []
-  for metrics in optimizer_steps(trainer, batch, epoch, stop):
-    steps.append(jax.device_get(metrics))
+  for step_metrics in optimizer_steps(trainer, batch, epoch, stop):
+    steps.append(jax.device_get(step_metrics))
     check_finite(trainer, steps[-1], epoch)
     if first and len(steps) == 1:
       say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
@@ -354,7 +354,7 @@ def peak_memory_bytes() -> int | None:
 class Stop:
   """Whether a signal has asked the run to stop."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.signum: int | None = None
 
   def check(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from flax import nnx
 import jax
+from jaxtyping import Array, Float, Float32, Int, UInt8
 import numpy as np
 import optax
 
@@ -27,18 +28,20 @@ class Interrupted(Exception):
     self.signum = signum
 
 
+@runtime_checkable
 class RewardFn(Protocol):
   """Scores images."""
 
   def __call__(
       self,
-      images: np.ndarray,  # [B, H, W, 3] uint8
+      images: UInt8[np.ndarray, "B H W 3"],
       prompts: list[str],
       metadata: list[dict[str, Any]],
-  ) -> tuple[np.ndarray, dict[str, Any]]:  # [B] float32, and what else to log
+  ) -> tuple[Float[np.ndarray, " B"], dict[str, Any]]:  # and what else to log
     ...
 
 
+@runtime_checkable
 class PromptFn(Protocol):
   """Draws one prompt, and what a reward may want to know about it."""
 
@@ -46,15 +49,25 @@ class PromptFn(Protocol):
     ...
 
 
+@runtime_checkable
 class Denoiser(Protocol):
   """The policy's network: predicts noise (or velocity, or the clean sample)."""
 
   def __call__(
       self,
-      latents: jax.Array,  # [B, h, w, C]
-      timesteps: jax.Array,  # [B] int32, in the model's own 0..999
-      text_embeddings: jax.Array,  # [B, L, D]
-  ) -> jax.Array:  # [B, h, w, C]
+      latents: Float[Array, "B h w C"],
+      timesteps: Int[Array, " B"],  # in the model's own 0..999
+      text_embeddings: Float[Array, "B L D"],
+  ) -> Float[Array, "B h w C"]:
+    ...
+
+
+@runtime_checkable
+class Policy(Denoiser, Protocol):
+  """A denoiser that knows the shape of its latents."""
+
+  @property
+  def config(self) -> Any:  # with `sample_size` (int, (h, w) or None) and `in_channels`
     ...
 
 
@@ -63,8 +76,8 @@ class Denoiser(Protocol):
 class Trajectory:
   """What the sampler saw and how likely it was."""
 
-  latents: jax.Array  # [B, T+1, h, w, C] float32; 0 is the initial noise
-  log_probs: jax.Array  # [B, T] float32, of latents[:, t+1] given latents[:, t]
+  latents: Float32[Array, "B visited h w C"]  # T + 1 of them; 0 is the initial noise
+  log_probs: Float32[Array, "B T"]  # of latents[:, t+1] given latents[:, t]
 
   def __post_init__(self):
     shape = getattr(self.latents, "shape", None)  # None while JAX rebuilds the tree
@@ -74,8 +87,8 @@ class Trajectory:
                          "disagree on [B, T]")
 
   @property
-  def images_latents(self) -> jax.Array:
-    """The last, clean latents, [B, h, w, C]."""
+  def images_latents(self) -> Float32[Array, "B h w C"]:
+    """The last, clean latents."""
     return self.latents[:, -1]
 
 
@@ -85,9 +98,9 @@ class Batch:
   """One epoch's samples, as the update reads them; every leading axis is sharded."""
 
   trajectory: Trajectory  # of N samples
-  text_embeddings: jax.Array  # [N, L, D] of each sample's prompt
-  negative_embedding: jax.Array  # [1, L, D] of the empty prompt, replicated
-  advantages: jax.Array  # [N] float32
+  text_embeddings: Float[Array, "N L D"]  # of each sample's prompt
+  negative_embedding: Float[Array, "1 L D"]  # of the empty prompt, replicated
+  advantages: Float32[Array, " N"]
 
 
 @jax.tree_util.register_dataclass
@@ -95,8 +108,8 @@ class Batch:
 class LossScale:
   """Dynamic loss scaling for fp16, where small gradients would round to zero."""
 
-  scale: jax.Array  # [] float32
-  good_steps: jax.Array  # [] int32, finite steps since the scale last changed
+  scale: Float32[Array, ""]
+  good_steps: Int[Array, ""]  # finite steps since the scale last changed
 
 
 @jax.tree_util.register_dataclass
@@ -106,5 +119,5 @@ class TrainState:
 
   params: nnx.State  # the trained weights only: LoRA's, or the whole UNet's
   opt_state: optax.OptState
-  step: jax.Array  # [] int32, optimizer steps taken
+  step: Int[Array, ""]  # optimizer steps taken
   loss_scale: LossScale

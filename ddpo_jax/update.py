@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int, Key
 import optax
 
 from ddpo_jax import ppo
@@ -24,7 +26,7 @@ P = jax.sharding.PartitionSpec
 AXIS = "data"
 
 Update = Callable[..., tuple[TrainState, "UpdateMetrics"]]  # see `make_update`
-Program = Callable[..., tuple[TrainState, jax.Array, "UpdateMetrics"]]
+Program = Callable[..., tuple[TrainState, Float32[Array, "batches samples T"], "UpdateMetrics"]]
 
 _INITIAL_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
@@ -50,14 +52,14 @@ class UpdateConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UpdateMetrics:
-  """Float32 scalars over all microbatches of one optimizer step, on all devices."""
+  """Over all microbatches of one optimizer step, on all devices."""
 
-  loss: jax.Array
-  approx_kl: jax.Array
-  clipfrac: jax.Array
-  ratio_drift: jax.Array  # largest |ratio − 1|
-  grad_norm: jax.Array  # before clipping
-  skipped: jax.Array  # 1 if loss or gradient was not finite and nothing was applied
+  loss: Float32[Array, ""]
+  approx_kl: Float32[Array, ""]
+  clipfrac: Float32[Array, ""]
+  ratio_drift: Float32[Array, ""]  # largest |ratio − 1|
+  grad_norm: Float32[Array, ""]  # before clipping
+  skipped: Float32[Array, ""]  # 1 if loss or gradient was not finite and nothing was applied
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +67,8 @@ class UpdateMetrics:
 class Microbatches:
   """Which (sample, step) pairs each microbatch trains on."""
 
-  sample: jax.Array  # [M, b] int32, index into this device's samples
-  step: jax.Array  # [M, b] int32, index into the sample's T steps
+  sample: Int[Array, "M b"]  # index into this device's samples
+  step: Int[Array, "M b"]  # index into the sample's T steps
 
 
 @jax.tree_util.register_dataclass
@@ -75,10 +77,10 @@ class _Sums:
   """The scan's carry: added up over microbatches."""
 
   grads: nnx.State
-  loss: jax.Array
-  approx_kl: jax.Array
-  clipfrac: jax.Array
-  ratio_drift: jax.Array  # a maximum
+  loss: Float32[Array, ""]
+  approx_kl: Float32[Array, ""]
+  clipfrac: Float32[Array, ""]
+  ratio_drift: Float32[Array, ""]  # a maximum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +95,13 @@ class RescoringUpdate:
 
   program: Program  # (state, frozen, batch, key, index, train [] bool)
 
-  def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array,
-               index: jax.Array) -> tuple[TrainState, UpdateMetrics]:
+  def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
+               key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, UpdateMetrics]:
     state, _, metrics = self.program(state, frozen, batch, key, index, jnp.bool_(True))
     return state, metrics
 
-  def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch, key: jax.Array,
-              index: jax.Array) -> tuple[TrainState, Batch]:
+  def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
+              key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, Batch]:
     """Replaces the log-probabilities that the update with these arguments will read.
 
     Returns:
@@ -147,9 +149,9 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
     `config.recompute_log_probs` it is a `RescoringUpdate`.
   """
   local = functools.partial(_update, config, graphdef, schedule, optimizer)
-  sharded = Batch(trajectory=P(None, AXIS), text_embeddings=P(None, AXIS),
-                  negative_embedding=P(), advantages=P(None, AXIS))
-  in_specs = (P(), P(), sharded, P(), P())
+  specs: Any = {"trajectory": P(None, AXIS), "text_embeddings": P(None, AXIS),
+                "negative_embedding": P(), "advantages": P(None, AXIS)}
+  in_specs = (P(), P(), Batch(**specs), P(), P())
   if config.recompute_log_probs:
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(*in_specs, P()),
                            out_specs=(P(), P(None, AXIS), P()))
@@ -159,23 +161,24 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
     state, _, metrics = local(*args)
     return state, metrics
 
-  mapped = jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()))
-  return jax.jit(mapped, donate_argnums=0)
+  return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=in_specs,
+                               out_specs=(P(), P())), donate_argnums=0)
 
 
 def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
             optimizer: optax.GradientTransformation, state: TrainState,
-            frozen: nnx.State, batch: Batch, key: jax.Array, index: jax.Array,
-            train: jax.Array | None = None
-            ) -> tuple[TrainState, jax.Array, UpdateMetrics]:
+            frozen: nnx.State, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
+            train: Bool[Array, ""] | None = None
+            ) -> tuple[TrainState, Float32[Array, "batches samples T"], UpdateMetrics]:
   """The program of one device; where `train` is false, it leaves the state as it is.
 
   Returns:
-    The state; the log-probabilities [batches, samples, T], those of the microbatches
-    computed anew; the metrics.
+    The state; the log-probabilities, those of the microbatches computed anew; the
+    metrics.
   """
   shape = batch.trajectory.log_probs.shape
-  microbatches = choose_microbatches(config, schedule.num_steps, batch.advantages.shape, key, index)
+  microbatches = choose_microbatches(config, schedule.num_steps, shape[0], shape[1],
+                                     key, index)
   batch = flatten_samples(batch)
   grads, metrics, log_probs = accumulate_gradients(
       config, graphdef, schedule, state, frozen, batch, microbatches, train)
@@ -199,8 +202,8 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   return state, log_probs, dataclasses.replace(metrics, skipped=skipped)
 
 
-def choose_microbatches(config: UpdateConfig, num_steps: int, shape: tuple[int, int],
-            key: jax.Array, index: jax.Array) -> Microbatches:
+def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samples: int,
+                        key: Key[Array, ""], index: Int[Array, ""]) -> Microbatches:
   """Draws the microbatches of optimizer step `index` from the inner epoch's shuffle.
 
   Samples never leave the device that drew them. So the epoch is laid out as a matrix:
@@ -208,7 +211,6 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, shape: tuple[int, 
   shuffled by itself. Devices own columns; the layout, and with it the samples of each
   optimizer step, is the same however many devices share the columns.
   """
-  batches, samples = shape
   per_slot = config.sample_batch_size // config.batch_size  # samples of a batch in a column
   first_column = jax.lax.axis_index(AXIS) * config.batch_size
   sample_key, time_key = jax.random.split(key)
@@ -249,8 +251,8 @@ def flatten_samples(batch: Batch) -> Batch:
 def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
                          batch: Batch, microbatches: Microbatches,
-                         train: jax.Array | None = None
-                         ) -> tuple[nnx.State, UpdateMetrics, jax.Array]:
+                         train: Bool[Array, ""] | None = None
+                         ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "M b"]]:
   """The gradient of the mean loss over all microbatches of all devices.
 
   Args:
@@ -261,10 +263,10 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     frozen: the UNet's other weights.
     batch: this device's samples, flat.
     microbatches: this device's.
-    train: [] bool; where it is false there is no backward pass, and the gradient is 0.
+    train: where it is false there is no backward pass, and the gradient is 0.
 
   Returns:
-    The gradient, the metrics, and this device's log-probabilities [M, b].
+    The gradient, the metrics, and this device's log-probabilities.
   """
   scale = state.loss_scale.scale
   # Marked as differing between devices, so that the backward pass does not sum each

@@ -14,7 +14,6 @@ from ddpo_jax import checkpoint, lora, train
 from ddpo_jax.config import resolve
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = ROOT / "tests" / "golden" / "tiny-sd"
 
 
 def command(logdir, name, *options):

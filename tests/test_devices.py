@@ -1,13 +1,13 @@
 """The same seed on 1, 2, 4 and 8 devices: the same samples, gradients and weights."""
 
 import math
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small_model
 
 from configs import base
 from ddpo_jax import train
@@ -16,14 +16,13 @@ from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import Batch, Trajectory
 
-TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 IMAGES = 16
 
 
 def make_config(devices):
   """16 images in 2 batches, 2 optimizer steps of 2 accumulated batches, whatever the devices."""
   config = base.get_config()
-  config.pretrained.model = str(TINY)
+  config.pretrained.model = str(small_model())
   config.mixed_precision = "no"
   config.prompt_fn = "simple_animals"
   # As many steps as users take. With few, the stride to t = 1 spans most of the noise, and

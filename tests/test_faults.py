@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import errno
 import os
-import pathlib
 import signal
 
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from runs import metrics_of, without_times
 import servers
+from small_model import small_model
 
 from configs import base
 from ddpo_jax import checkpoint, cli, diagnostics, tracking, train
@@ -26,7 +26,6 @@ from ddpo_jax.rewards.llava import make_llava_bertscore
 from ddpo_jax.rewards.remote import RewardError
 from ddpo_jax.types import Interrupted, UserError
 
-TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 EPOCHS = 3
 
 
@@ -228,7 +227,7 @@ def folder(tmp_path_factory):
 
 def make_config(folder, name):
   config = base.get_config()
-  config.pretrained.model, config.mixed_precision = str(TINY), "no"
+  config.pretrained.model, config.mixed_precision = str(small_model()), "no"
   config.logdir, config.run_name, config.resume_from = str(folder), name, "auto"
   config.compilation_cache = ""
   config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:scored"

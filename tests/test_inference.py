@@ -1,13 +1,13 @@
 """From a run's folder to images and files, as scripts/sample.py and export_lora.py do."""
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 from safetensors import safe_open
+from small_model import small_model
 
 from configs import base
 from ddpo_jax import checkpoint, inference, lora, train
@@ -15,7 +15,6 @@ from ddpo_jax.config import resolve
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.types import UserError
 
-TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 PROMPTS = ["a cat", "a dog", "a cow"]
 
 
@@ -25,7 +24,7 @@ def brightness(images, prompts, metadata):
 
 def make_run(folder, **changes):
   config = base.get_config()
-  config.pretrained.model = str(TINY)
+  config.pretrained.model = str(small_model())
   config.mixed_precision = "no"
   config.logdir, config.run_name = str(folder), "run"
   config.compilation_cache = ""
@@ -69,7 +68,7 @@ def test_load_run_has_the_checkpoints_weights(run):
 
 def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path):
   sample(tmp_path / "both", run=str(run), compare=True)
-  sample(tmp_path / "base", model=str(TINY), batch_size=3)
+  sample(tmp_path / "base", model=str(small_model()), batch_size=3)
   sample(tmp_path / "tuned", run=str(run), batch_size=1)
   both, before, after = (pictures(tmp_path / n) for n in ("both", "base", "tuned"))
   assert len(both) == 6 and len(before) == len(after) == 3
@@ -96,7 +95,7 @@ def test_eta_zero_and_a_grid(run, tmp_path):
     ({"prompts_file": "none.txt"}, "none.txt")])
 def test_bad_arguments_are_one_line(changes, message, tmp_path):
   with pytest.raises(UserError, match=message) as error:
-    sample(tmp_path / "out", **{"model": str(TINY), **changes})
+    sample(tmp_path / "out", **{"model": str(small_model()), **changes})
   assert "\n" not in str(error.value)
 
 
@@ -105,22 +104,25 @@ def test_export_says_what_it_was_made_from(run, file_format, tmp_path):
   inference.export(str(run), tmp_path / "new" / "lora.safetensors", file_format)
   with safe_open(tmp_path / "new" / "lora.safetensors", framework="numpy") as tensors:
     metadata = tensors.metadata()
-    assert len(tensors.keys()) == 112 * (1.5 if file_format == "kohya" else 1)
-  assert metadata["base_model"] == str(TINY) and metadata["lora_rank"] == "3"
+    assert len(tensors.keys()) == 48 * (1.5 if file_format == "kohya" else 1)
+  assert metadata["base_model"] == str(small_model()) and metadata["lora_rank"] == "3"
   assert metadata["epoch"] == "1"
 
 
-def test_export_of_full_finetuning_is_a_unet_folder(tmp_path):
+def test_full_finetuning_trains_every_weight_and_exports_a_unet_folder(tmp_path):
   run = make_run(tmp_path, use_lora=False, num_epochs=1)
   inference.export(str(run), tmp_path / "unet")
   assert json.loads((tmp_path / "unet/config.json").read_text()) == json.loads(
-      (TINY / "unet/config.json").read_text())
+      (small_model() / "unet/config.json").read_text())
   folder = tmp_path / "model"
   folder.mkdir()
-  for part in TINY.iterdir():
+  for part in small_model().iterdir():
     (folder / part.name).symlink_to(tmp_path / "unet" if part.name == "unet" else part)
   reloaded = load_pretrained(folder)
   trained = inference.load_run(str(run)).models.unet
-  for a, b in zip(*(jax.tree.leaves(lora.partition(u, use_lora=False)[1])
-                    for u in (reloaded.unet, trained)), strict=True):
+  base = load_pretrained(small_model()).unet
+  weights = [lora.partition(unet, use_lora=False)[1]
+             for unet in (reloaded.unet, trained, base)]
+  for a, b, before in zip(*map(jax.tree.leaves, weights), strict=True):
     np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(b, before)

@@ -7,7 +7,6 @@ import socket
 import numpy as np
 import pytest
 from runs import (
-    TINY,
     command,
     finish,
     metrics_of,
@@ -16,6 +15,7 @@ from runs import (
     weights_of,
     without_times,
 )
+from small_model import small_model
 
 from ddpo_jax import distributed
 
@@ -25,9 +25,10 @@ EPOCHS = 2
 def arguments(logdir, name, *more):
   """An epoch of 16 images, 8 at a time on 4 devices, in 2 optimizer steps."""
   return command(
-      logdir, name, f"--config.pretrained.model={TINY}", "--config.sample.num_steps=20",
+      logdir, name, f"--config.pretrained.model={small_model()}", "--config.sample.num_steps=20",
       "--config.train.timestep_fraction=0.1", "--config.sample.batch_size=2",
-      "--config.train.batch_size=2", "--config.sample.guidance_scale=1.0",
+      "--config.train.batch_size=2", "--config.train.learning_rate=3e-4",
+      "--config.sample.guidance_scale=1.0",
       "--config.reward_fn=tests.runs:brightness",
       f"--config.num_epochs={EPOCHS}", "--config.save_freq=100", *more)
 

@@ -4,7 +4,6 @@ import signal
 
 import numpy as np
 from runs import (
-    TINY,
     command,
     finish,
     metrics_of,
@@ -13,11 +12,12 @@ from runs import (
     weights_of,
     without_times,
 )
+from small_model import small_model
 
 from ddpo_jax import checkpoint
 
 EPOCHS = 12
-OPTIONS = (f"--config.pretrained.model={TINY}", "--config.sample.num_steps=2",
+OPTIONS = (f"--config.pretrained.model={small_model()}", "--config.sample.num_steps=2",
            "--config.sample.batch_size=2", "--config.train.batch_size=1",
            "--config.sample.guidance_scale=1.0", "--config.resume_from=auto",
            f"--config.num_epochs={EPOCHS}")

@@ -11,13 +11,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from small_model import small_model
 
 from configs import base
 from ddpo_jax import train
 from ddpo_jax.config import resolve
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = ROOT / "tests" / "golden" / "tiny-sd"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 SETTLED = 20  # epochs after which memory must stay
 
@@ -56,7 +56,7 @@ def soak(tmp_path, monkeypatch, epochs):
   probe = Probe()
   monkeypatch.setattr("jax.device_count", lambda: 1)
   config = base.get_config()
-  config.pretrained.model, config.mixed_precision = str(TINY), "no"
+  config.pretrained.model, config.mixed_precision = str(small_model()), "no"
   config.logdir, config.run_name, config.compilation_cache = str(tmp_path), "run", ""
   config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:measured"
   config.num_epochs, config.save_freq, config.eval_freq = epochs, 10, 50

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small_model
 
 from ddpo_jax import lora, update
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
+from ddpo_jax.models import load_pretrained
 from ddpo_jax.types import Batch, Trajectory
 
 CASES = {"onpolicy": "lora_old", "tight": "lora_new", "mid": "lora_new",
@@ -159,7 +161,7 @@ def test_microbatches_cover_every_sample_and_timestep_once():
                          axis_types=(jax.sharding.AxisType.Auto,))
 
     def choose(index):
-      local = update.choose_microbatches(config, 6, (3, 8 // devices), jax.random.key(5),
+      local = update.choose_microbatches(config, 6, 3, 8 // devices, jax.random.key(5),
                                          index)
       batch, place = local.sample // (8 // devices), local.sample % (8 // devices)
       everywhere = batch * 8 + jax.lax.axis_index("data") * (8 // devices) + place
@@ -175,9 +177,10 @@ def test_microbatches_cover_every_sample_and_timestep_once():
   assert groups[1] == groups[2] == groups[4]
 
 
-def test_memory_does_not_grow_with_the_microbatches(tiny_sd, schedule, batch):
+def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
   """The reference keeps each microbatch's graph alive through what it logs."""
-  graphdef, params, frozen = lora.partition(nnx.clone(tiny_sd.unet), use_lora=False)
+  graphdef, params, frozen = lora.partition(load_pretrained(small_model()).unet,
+                                            use_lora=False)
   config = update.UpdateConfig(
       batch_size=1, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=1,
       timesteps_per_batch=1, guidance_scale=1.0, eta=1.0, clip_range=1e-4,

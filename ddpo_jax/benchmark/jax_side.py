@@ -14,6 +14,7 @@ import flax
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import jaxlib
 import numpy as np
 from PIL import Image
@@ -24,10 +25,7 @@ from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import BatchPlan, Config
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from ddpo_jax.models.pretrained import ConstantRngs
-from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
-from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
+from ddpo_jax.models.pretrained import PARTS, ConstantRngs
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
 
@@ -124,12 +122,10 @@ def random_models(cfg: Config) -> StableDiffusion:
   shapes are Stable Diffusion 1.5's.)
   """
   configs = model_configs(cfg.pretrained.model)
-  parts = {"unet": (UNet2DConditionModel, UNetConfig), "vae": (AutoencoderKL, VAEConfig),
-           "text_encoder": (CLIPTextModel, CLIPTextConfig)}
   dtype = train.DTYPES[cfg.mixed_precision]
-  modules = {name: _random_module(functools.partial(
+  modules: dict[str, Any] = {name: _random_module(functools.partial(
       module, config.from_dict(configs[name]), dtype=dtype))
-      for name, (module, config) in parts.items()}
+      for name, (module, config) in PARTS.items()}
   return StableDiffusion(
       tokenizer=load_pretrained("tiny").tokenizer,  # as long a row of tokens as any
       noise_schedule=NoiseSchedule.from_config(configs["scheduler"]), **modules)
@@ -153,5 +149,5 @@ def _random_module(build: Callable[..., nnx.Module]) -> nnx.Module:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
   return (jax.random.normal(key, shape) / max(1, math.prod(shape[:-1]))**0.5).astype(dtype)

@@ -70,6 +70,8 @@ class Side:
     self._process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, _STARTED: str(time.time())})
+    assert self._process.stdin and self._process.stdout  # both are pipes
+    self._calls, self._replies = self._process.stdin, self._process.stdout
 
   def call(self, method: str) -> dict[str, Any]:
     """Lets the side do something.
@@ -79,14 +81,14 @@ class Side:
     """
     print(f"{self.name}: {method}", file=sys.stderr, flush=True)
     try:
-      self._process.stdin.write(method + "\n")
-      self._process.stdin.flush()
-      return json.loads(self._process.stdout.readline())
+      self._calls.write(method + "\n")
+      self._calls.flush()
+      return json.loads(self._replies.readline())
     except (BrokenPipeError, json.JSONDecodeError):
       raise RuntimeError(f"{self.name} ended with status {self._process.wait()}") from None
 
   def close(self) -> None:
-    self._process.stdin.close()
+    self._calls.close()
     self._process.wait()
 
 

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from ddpo_jax.diffusion.schedule import DDIMSchedule
 from ddpo_jax.types import Denoiser, UserError
@@ -20,21 +21,19 @@ def uses_guidance(guidance_scale: float) -> bool:
   return guidance_scale > 1.0
 
 
-def guided_prediction(unet: Denoiser, latents: jax.Array, timesteps: jax.Array,
-                      text_embeddings: jax.Array, negative_embeddings: jax.Array,
-                      guidance_scale: float) -> jax.Array:
+def guided_prediction(unet: Denoiser, latents: Float[Array, "B h w C"],
+                      timesteps: Int[Array, " B"], text_embeddings: Float[Array, "B L D"],
+                      negative_embeddings: Float[Array, "#B L D"],
+                      guidance_scale: float) -> Float32[Array, "B h w C"]:
   """Classifier-free guidance (arXiv:2207.12598), both branches in one batch.
 
   Args:
     unet: the network.
-    latents: [B, h, w, C].
-    timesteps: [B] int32.
-    text_embeddings: [B, L, D].
-    negative_embeddings: [B, L, D] or [1, L, D], of the empty prompt.
+    latents: x_t.
+    timesteps: what the network is told, in its own 0..999.
+    text_embeddings: of the prompts.
+    negative_embeddings: of the empty prompt, [B, L, D] or [1, L, D].
     guidance_scale: n + s·(p − n); see `uses_guidance`.
-
-  Returns:
-    [B, h, w, C] float32.
   """
   if not uses_guidance(guidance_scale):
     return unet(latents, timesteps, text_embeddings).astype(jnp.float32)
@@ -46,13 +45,15 @@ def guided_prediction(unet: Denoiser, latents: jax.Array, timesteps: jax.Array,
   return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def predict_clean(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
-                  latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+def predict_clean(
+    schedule: DDIMSchedule, model_output: Float[Array, "B h w C"], step: Int[Array, " B"],
+    latents: Float[Array, "B h w C"]
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
   """The clean latents and the noise that the network's output stands for.
 
   Returns:
     x̂_0 (clipped or thresholded as the model's scheduler config says) and ε̂ (from
-    before the clipping), each [B, h, w, C] float32.
+    before the clipping).
   """
   config = schedule.noise_schedule
   alpha_root, beta_root = (jnp.sqrt(_per_sample(x, step, latents))
@@ -73,12 +74,14 @@ def predict_clean(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Arr
   return clean, noise
 
 
-def ddim_mean_and_std(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
-                      latents: jax.Array, eta: float) -> tuple[jax.Array, jax.Array]:
+def ddim_mean_and_std(
+    schedule: DDIMSchedule, model_output: Float[Array, "B h w C"], step: Int[Array, " B"],
+    latents: Float[Array, "B h w C"], eta: float
+) -> tuple[Float32[Array, "B h w C"], Float32[Array, "B 1 1 1"]]:
   """μ and σ of the next latents: formulas 12 and 16 of arXiv:2010.02502.
 
   Returns:
-    μ [B, h, w, C] and σ [B, 1, 1, 1], float32; σ is 0 at `eta` 0.
+    μ and σ; σ is 0 at `eta` 0.
   """
   model_output, latents = (x.astype(jnp.float32) for x in (model_output, latents))
   clean, noise = predict_clean(schedule, model_output, step, latents)
@@ -89,30 +92,34 @@ def ddim_mean_and_std(schedule: DDIMSchedule, model_output: jax.Array, step: jax
   return jnp.sqrt(previous_alpha) * clean + direction * noise, jnp.sqrt(variance)
 
 
-def gaussian_log_prob(x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-  """log N(x; mean, std²), averaged over all axes but the first: -> [B] float32."""
+def gaussian_log_prob(x: Float[Array, B *rest], mean: Float[Array, B *rest],
+                      std: Float[Array, "B *#rest"]) -> Float[Array, " B"]:
+  """log N(x; mean, std²), averaged over all axes but the first."""
   density = (-jnp.square(x - mean) / (2 * jnp.square(std)) - jnp.log(std)
              - 0.5 * math.log(2 * math.pi))
   return density.mean(axis=tuple(range(1, density.ndim)))
 
 
-def ddim_step(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
-              latents: jax.Array, eta: float = 1.0, *, noise: jax.Array | None = None,
-              prev_latents: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def ddim_step(
+    schedule: DDIMSchedule, model_output: Float[Array, "B h w C"], step: Int[Array, " B"],
+    latents: Float[Array, "B h w C"], eta: float = 1.0, *,
+    noise: Float[Array, "B h w C"] | None = None,
+    prev_latents: Float[Array, "B h w C"] | None = None
+) -> tuple[Float32[Array, "B h w C"], Float32[Array, " B"]]:
   """Takes one step, or scores one that was taken.
 
   Args:
     schedule: with T steps.
-    model_output: [B, h, w, C], the network's (guided) prediction.
-    step: [B] int32, 0 for the first denoising step, T − 1 for the last.
-    latents: [B, h, w, C], x_t.
+    model_output: the network's (guided) prediction.
+    step: 0 for the first denoising step, T − 1 for the last.
+    latents: x_t.
     eta: in (0, 1]; 1 is DDPM's variance.
-    noise: [B, h, w, C] standard normal: the step to take. Or else
-    prev_latents: [B, h, w, C]: the step that was taken; no gradient flows into it.
+    noise: standard normal: the step to take. Or else
+    prev_latents: the step that was taken; no gradient flows into it.
 
   Returns:
-    The next latents [B, h, w, C] and their log-probability [B], the Gaussian log density
-    averaged (not summed) over the elements; both float32.
+    The next latents and their log-probability, the Gaussian log density averaged (not
+    summed) over the elements.
 
   Raises:
     ValueError: if not exactly one of `noise` and `prev_latents` is given, or if `eta`
@@ -123,9 +130,9 @@ def ddim_step(schedule: DDIMSchedule, model_output: jax.Array, step: jax.Array,
   if (noise is None) == (prev_latents is None):
     raise ValueError("give either noise (to sample) or prev_latents (to score)")
   mean, std = ddim_mean_and_std(schedule, model_output, step, latents, eta)
-  if prev_latents is None:
+  if noise is not None:
     prev_latents = mean + std * noise.astype(jnp.float32)
-  prev_latents = jax.lax.stop_gradient(prev_latents.astype(jnp.float32))
+  prev_latents = jax.lax.stop_gradient(jnp.asarray(prev_latents, jnp.float32))
   return prev_latents, gaussian_log_prob(prev_latents, mean, std)
 
 
@@ -140,11 +147,13 @@ def check_density(schedule: DDIMSchedule, eta: float) -> None:
                     "'leading' with a steps_offset of 1, or 'trailing'")
 
 
-def policy_step(unet: Denoiser, schedule: DDIMSchedule, step: jax.Array,
-                latents: jax.Array, text_embeddings: jax.Array,
-                negative_embeddings: jax.Array, *, guidance_scale: float, eta: float,
-                noise: jax.Array | None = None,
-                prev_latents: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def policy_step(
+    unet: Denoiser, schedule: DDIMSchedule, step: Int[Array, " B"],
+    latents: Float[Array, "B h w C"], text_embeddings: Float[Array, "B L D"],
+    negative_embeddings: Float[Array, "#B L D"], *, guidance_scale: float, eta: float,
+    noise: Float[Array, "B h w C"] | None = None,
+    prev_latents: Float[Array, "B h w C"] | None = None
+) -> tuple[Float32[Array, "B h w C"], Float32[Array, " B"]]:
   """Runs the network and then `ddim_step`: arguments and results as there."""
   prediction = guided_prediction(unet, latents, schedule.timesteps[step], text_embeddings,
                                  negative_embeddings, guidance_scale)
@@ -152,12 +161,14 @@ def policy_step(unet: Denoiser, schedule: DDIMSchedule, step: jax.Array,
                    prev_latents=prev_latents)
 
 
-def _per_sample(values: jax.Array, step: jax.Array, latents: jax.Array) -> jax.Array:
+def _per_sample(values: Float[Array, " T"], step: Int[Array, " B"],
+                latents: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 1"]:
   """Each sample's entry of a [T] table, shaped to broadcast against its latents."""
   return values[step].reshape(-1, *(1,) * (latents.ndim - 1))
 
 
-def _threshold(clean: jax.Array, ratio: float, max_value: float) -> jax.Array:
+def _threshold(clean: Float[Array, "B h w C"], ratio: float, max_value: float
+               ) -> Float[Array, "B h w C"]:
   """Dynamic thresholding (arXiv:2205.11487, section 2.3), per sample."""
   flat = jnp.abs(clean).reshape(clean.shape[0], -1)
   bound = jnp.clip(jnp.quantile(flat, ratio, axis=1), 1.0, max_value)

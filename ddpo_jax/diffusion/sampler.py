@@ -7,10 +7,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.schedule import DDIMSchedule
-from ddpo_jax.types import Denoiser, Trajectory
+from ddpo_jax.types import Policy, Trajectory
 
 
 @jax.tree_util.register_dataclass
@@ -23,12 +24,12 @@ class _Step:
 
 
 @functools.partial(jax.jit, static_argnames=("guidance_scale", "eta", "latent_size"))
-def sample(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
-           negative_embeddings: jax.Array, *, guidance_scale: float = 5.0,
-           eta: float = 1.0, key: jax.Array | None = None,
+def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "B L D"],
+           negative_embeddings: Float[Array, "#B L D"], *, guidance_scale: float = 5.0,
+           eta: float = 1.0, key: Key[Array, "*B"] | None = None,
            latent_size: tuple[int, int] | None = None,
-           initial_latents: jax.Array | None = None,
-           step_noise: jax.Array | None = None) -> Trajectory:
+           initial_latents: Float[Array, "B h w C"] | None = None,
+           step_noise: Float[Array, "T B h w C"] | None = None) -> Trajectory:
   """Samples one trajectory for each prompt.
 
   A sample's draw depends on its own key alone, not on the batch that it is in.
@@ -37,15 +38,15 @@ def sample(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
     unet: the policy: an NNX module, or another callable pytree
       (`jax.tree_util.Partial`).
     schedule: with T steps.
-    text_embeddings: [B, L, D].
-    negative_embeddings: [B, L, D] or [1, L, D], of the empty prompt.
+    text_embeddings: of the prompts.
+    negative_embeddings: of the empty prompt, [B, L, D] or [1, L, D].
     guidance_scale: classifier-free guidance; up to 1 means none.
     eta: in (0, 1], the noise of each step relative to DDPM's.
     key: one key, of which sample i gets `fold_in(key, i)`; or one key a sample, [B]. Not
       needed where `initial_latents` and `step_noise` are both given.
     latent_size: (h, w); the UNet's own `sample_size` where absent.
-    initial_latents: [B, h, w, C], standard normal: replays another draw.
-    step_noise: [T, B, h, w, C], standard normal: likewise.
+    initial_latents: standard normal: replays another draw.
+    step_noise: standard normal: likewise.
 
   Returns:
     The trajectory: latents [B, T+1, h, w, C] from pure noise to clean (not yet divided
@@ -57,19 +58,16 @@ def sample(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
   """
   ddim.check_density(schedule, eta)
   batch = text_embeddings.shape[0]
-  if key is not None:
-    key = _sample_keys(key, batch)
-  elif initial_latents is None or step_noise is None:
-    raise ValueError("give a key, or initial_latents and step_noise")
+  keys = None if key is None else _sample_keys(key, batch)
   if initial_latents is None:
     shape = (*(latent_size or _native_size(unet)), unet.config.in_channels)
-    initial_latents = _normal(key, 0, shape)
+    initial_latents = _normal(keys, 0, shape)
   latents = initial_latents.astype(jnp.float32)
 
-  def body(latents: jax.Array, step: _Step) -> tuple[jax.Array, Trajectory]:
+  def body(latents: jax.Array, step: _Step) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     noise = step.noise
     if noise is None:
-      noise = _normal(key, step.index + 1, latents.shape[1:])
+      noise = _normal(keys, step.index + 1, latents.shape[1:])
     latents, log_probs = ddim.policy_step(
         unet, schedule, jnp.full(batch, step.index), latents, text_embeddings,
         negative_embeddings, guidance_scale=guidance_scale, eta=eta, noise=noise)
@@ -82,10 +80,10 @@ def sample(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
 
 
 @functools.partial(jax.jit, static_argnames=("guidance_scale", "eta"))
-def denoise(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
-            negative_embeddings: jax.Array, *, guidance_scale: float = 5.0,
-            eta: float = 1.0, key: jax.Array) -> jax.Array:
-  """`sample` for those who only want the images: the clean latents, [B, h, w, C].
+def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "B L D"],
+            negative_embeddings: Float[Array, "#B L D"], *, guidance_scale: float = 5.0,
+            eta: float = 1.0, key: Key[Array, "*B"]) -> Float32[Array, "B h w C"]:
+  """`sample` for those who only want the images: the clean latents.
 
   Draws what `sample` draws from the same key, and takes an `eta` of 0 as well, where each
   step is deterministic.
@@ -109,20 +107,23 @@ def denoise(unet: Denoiser, schedule: DDIMSchedule, text_embeddings: jax.Array,
   return jax.lax.scan(body, latents, jnp.arange(schedule.num_steps))[0]
 
 
-def _sample_keys(key: jax.Array, batch: int) -> jax.Array:
-  """One key a sample, [B]."""
+def _sample_keys(key: Key[Array, "*B"], batch: int) -> Key[Array, " B"]:
+  """One key a sample."""
   if key.ndim:
     return key
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
 
 
-def _normal(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-  """Each sample's noise number `index` (0 is the initial latents): [B, *shape] float32."""
+def _normal(keys: Key[Array, " B"] | None, index: Int[Array, ""] | int,
+            shape: tuple[int, ...]) -> Float32[Array, "B h w C"]:
+  """Each sample's noise number `index`; 0 is the initial latents."""
+  if keys is None:
+    raise ValueError("give a key, or initial_latents and step_noise")
   draw = lambda key: jax.random.normal(jax.random.fold_in(key, index), shape)
   return jax.vmap(draw)(keys)
 
 
-def _native_size(unet: Denoiser) -> tuple[int, int]:
+def _native_size(unet: Policy) -> tuple[int, int]:
   size = unet.config.sample_size
   if size is None:
     raise ValueError("the UNet's config has no sample_size: give latent_size")

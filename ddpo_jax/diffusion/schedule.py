@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int
 import numpy as np
 
 from ddpo_jax.types import UserError
@@ -73,12 +74,13 @@ class NoiseSchedule:
       UserError: for a prediction type, beta schedule or spacing that is not known.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v
-                  for k, v in values.items() if k in fields})
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                             for k, v in values.items() if k in fields}
+    return cls(**known)
 
   @functools.cached_property
-  def alphas_cumprod(self) -> np.ndarray:
-    """ᾱ_t, [num_train_timesteps] float32.
+  def alphas_cumprod(self) -> Float32[np.ndarray, " num_train_timesteps"]:
+    """ᾱ_t.
 
     Rounded where torch rounds: betas in float32, the product accumulated in float64.
     """
@@ -120,12 +122,12 @@ class DDIMSchedule:
   loses nothing in the last steps.
   """
 
-  timesteps: jax.Array  # [T] int32, what the model is told
-  alphas: jax.Array  # [T] float32, ᾱ_t
-  previous_alphas: jax.Array  # [T] float32, ᾱ of the step that follows in time
-  betas: jax.Array  # [T] float32, 1 − ᾱ_t
-  previous_betas: jax.Array  # [T] float32
-  variances: jax.Array  # [T] float32, σ_t² of formula 16 at eta 1
+  timesteps: Int[Array, " T"]  # what the model is told
+  alphas: Float32[Array, " T"]  # ᾱ_t
+  previous_alphas: Float32[Array, " T"]  # ᾱ of the step that follows in time
+  betas: Float32[Array, " T"]  # 1 − ᾱ_t
+  previous_betas: Float32[Array, " T"]
+  variances: Float32[Array, " T"]  # σ_t² of formula 16 at eta 1
   noise_schedule: NoiseSchedule
   has_density: bool  # whether every variance is above 0
 
@@ -168,7 +170,8 @@ class DDIMSchedule:
                noise_schedule=noise_schedule, has_density=bool((variance > 0).all()))
 
 
-def _timesteps(noise_schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
+def _timesteps(noise_schedule: NoiseSchedule, num_steps: int
+               ) -> Int[np.ndarray, " num_steps"]:
   """Table 2 of arXiv:2305.08891, last timestep of the diffusion first."""
   trained = noise_schedule.num_train_timesteps
   if noise_schedule.timestep_spacing == "linspace":
@@ -177,5 +180,5 @@ def _timesteps(noise_schedule: NoiseSchedule, num_steps: int) -> np.ndarray:
     steps = np.arange(num_steps) * (trained // num_steps)
     return steps[::-1] + noise_schedule.steps_offset
   # Rounding can give `arange` a step too many: its end would be timestep -1.
-  steps = np.arange(trained, 0, -trained / num_steps)[:num_steps]
-  return np.round(steps).astype(np.int64) - 1
+  exact = np.arange(trained, 0, -trained / num_steps)[:num_steps]
+  return np.round(exact).astype(np.int64) - 1

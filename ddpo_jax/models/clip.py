@@ -13,6 +13,8 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from ddpo_jax.models import layers
 from ddpo_jax.types import UserError
@@ -197,7 +199,7 @@ def _check_tower(kind: str, config: CLIPTextConfig | CLIPVisionConfig) -> None:
 
 class _Embeddings(nnx.Module):
 
-  def __init__(self, config: CLIPTextConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     embed = lambda n: nnx.Embed(n, config.hidden_size, dtype=dtype, param_dtype=dtype,
                                 rngs=rngs)
     self.token_embedding = embed(config.vocab_size)
@@ -210,7 +212,7 @@ class _Embeddings(nnx.Module):
 
 class _VisionEmbeddings(nnx.Module):
 
-  def __init__(self, config: CLIPVisionConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     patches = (config.image_size // config.patch_size)**2
     self.class_embedding = nnx.Param(
         jax.random.normal(rngs.params(), (config.hidden_size,), dtype))
@@ -232,7 +234,7 @@ class _VisionEmbeddings(nnx.Module):
 
 class _SelfAttention(nnx.Module):
 
-  def __init__(self, config: _TowerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     linear = lambda: layers.Linear(config.hidden_size, config.hidden_size, dtype=dtype,
                                    rngs=rngs)
     self.num_heads = config.num_attention_heads
@@ -247,7 +249,7 @@ class _SelfAttention(nnx.Module):
 
 class _MLP(nnx.Module):
 
-  def __init__(self, config: _TowerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.act = layers.ACTIVATIONS[config.hidden_act]
     self.fc1 = layers.Linear(config.hidden_size, config.intermediate_size, dtype=dtype,
                              rngs=rngs)
@@ -260,7 +262,7 @@ class _MLP(nnx.Module):
 
 class _EncoderLayer(nnx.Module):
 
-  def __init__(self, config: _TowerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
                                     dtype=dtype, rngs=rngs)
     self.self_attn = _SelfAttention(config, dtype=dtype, rngs=rngs)
@@ -274,7 +276,7 @@ class _EncoderLayer(nnx.Module):
 
 class _Encoder(nnx.Module):
 
-  def __init__(self, config: _TowerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.layers = nnx.List([_EncoderLayer(config, dtype=dtype, rngs=rngs)
                             for _ in range(config.num_hidden_layers)])
 
@@ -287,7 +289,7 @@ class _Encoder(nnx.Module):
 class CLIPTextModel(nnx.Module):
   """Token ids to one embedding per token; paths begin inside `text_model`."""
 
-  def __init__(self, config: CLIPTextConfig, *, dtype: jnp.dtype = jnp.float32,
+  def __init__(self, config: CLIPTextConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs):
     self.config = config
     self.embeddings = _Embeddings(config, dtype=dtype, rngs=rngs)
@@ -295,19 +297,20 @@ class CLIPTextModel(nnx.Module):
     self.final_layer_norm = layers.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
-  def __call__(self, token_ids: jax.Array) -> jax.Array:
+  def __call__(self, token_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
     """Embeds prompts.
 
     Args:
-      token_ids: [B, L] int32, L at most `max_position_embeddings`.
+      token_ids: L at most `max_position_embeddings`.
 
     Returns:
-      [B, L, D], the last layer's states after the final norm.
+      The last layer's states after the final norm.
     """
     return self.final_layer_norm(self.encoder(self.embeddings(token_ids), is_causal=True))
 
-  def pool(self, states: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """The states at the end of each text: [B, L, D] and [B, L] -> [B, D]."""
+  def pool(self, states: Float[Array, "B L D"], token_ids: Int[Array, "B L"]
+           ) -> Float[Array, "B D"]:
+    """The states at the end of each text."""
     if self.config.eos_token_id == 2:
       # Configs of before 2023 say so wrongly: there the end is the largest id.
       end = jnp.argmax(token_ids, axis=1)
@@ -319,7 +322,7 @@ class CLIPTextModel(nnx.Module):
 class CLIPVisionModel(nnx.Module):
   """Images to one embedding per patch; paths begin inside `vision_model`."""
 
-  def __init__(self, config: CLIPVisionConfig, *, dtype: jnp.dtype = jnp.float32,
+  def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs):
     norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
                                     dtype=dtype, rngs=rngs)
@@ -329,14 +332,14 @@ class CLIPVisionModel(nnx.Module):
     self.encoder = _Encoder(config, dtype=dtype, rngs=rngs)
     self.post_layernorm = norm()
 
-  def __call__(self, images: jax.Array) -> jax.Array:
+  def __call__(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B L D"]:
     """Embeds images.
 
     Args:
-      images: [B, S, S, 3] with S the config's `image_size`, normalised.
+      images: S is the config's `image_size`; normalised.
 
     Returns:
-      [B, 1 + patches, D], the last layer's states, of the whole image first.
+      The last layer's states: of the whole image, then of each patch.
     """
     size = self.config.image_size
     if images.shape[1:] != (size, size, 3):
@@ -344,15 +347,15 @@ class CLIPVisionModel(nnx.Module):
     x = self.pre_layrnorm(self.embeddings(images))
     return self.encoder(x, is_causal=False)
 
-  def pool(self, states: jax.Array) -> jax.Array:
-    """The whole image's embedding: [B, 1 + patches, D] -> [B, D]."""
+  def pool(self, states: Float[Array, "B L D"]) -> Float[Array, "B D"]:
+    """The whole image's embedding."""
     return self.post_layernorm(states[:, 0])
 
 
 class CLIPModel(nnx.Module):
   """Both towers, and their projections to the space that images and texts share."""
 
-  def __init__(self, config: CLIPConfig, *, dtype: jnp.dtype = jnp.float32,
+  def __init__(self, config: CLIPConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs):
     projection = lambda tower: layers.Linear(tower.hidden_size, config.projection_dim,
                                              use_bias=False, dtype=dtype, rngs=rngs)
@@ -364,11 +367,11 @@ class CLIPModel(nnx.Module):
     # float32 whatever the rest is: bfloat16 would move its exponential by a percent.
     self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init_value))
 
-  def embed_texts(self, token_ids: jax.Array) -> jax.Array:
-    """[B, L] int32 -> [B, P], not normalised."""
+  def embed_texts(self, token_ids: Int[Array, "B L"]) -> Float[Array, "B P"]:
+    """The texts' projections, not normalised."""
     states = self.text_model(token_ids)
     return self.text_projection(self.text_model.pool(states, token_ids))
 
-  def embed_images(self, images: jax.Array) -> jax.Array:
-    """[B, S, S, 3] normalised -> [B, P], not normalised."""
+  def embed_images(self, images: Float[Array, "B S S 3"]) -> Float[Array, "B P"]:
+    """The projections of normalised images, themselves not normalised."""
     return self.visual_projection(self.vision_model.pool(self.vision_model(images)))

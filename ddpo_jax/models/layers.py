@@ -14,6 +14,8 @@ from flax import nnx
 import jax
 from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from ddpo_jax.types import UserError
 
@@ -68,7 +70,7 @@ class Conv(nnx.Conv):
   """A convolution with a square kernel and torch's symmetric padding."""
 
   def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *,
-               stride: int = 1, padding: int | None = None, dtype: jnp.dtype,
+               stride: int = 1, padding: int | None = None, dtype: DTypeLike,
                rngs: nnx.Rngs):
     padding = kernel_size // 2 if padding is None else padding
     super().__init__(in_channels, out_channels, (kernel_size, kernel_size),
@@ -79,20 +81,20 @@ class Conv(nnx.Conv):
 class Conv1x1(Conv):
   """A 1×1 convolution, computed as the matrix product that it is."""
 
-  def __init__(self, in_channels: int, out_channels: int, *, dtype: jnp.dtype,
+  def __init__(self, in_channels: int, out_channels: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
     super().__init__(in_channels, out_channels, 1, dtype=dtype, rngs=rngs)
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    kernel, bias = (w[...].astype(self.dtype) for w in (self.kernel, self.bias))
-    return inputs.astype(self.dtype) @ kernel[0, 0] + bias
+    y = inputs.astype(self.dtype) @ self.kernel[0, 0].astype(self.dtype)
+    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Linear(nnx.Linear):
   """A linear layer that LoRA can be attached to (`lora.py` does)."""
 
   def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True,
-               dtype: jnp.dtype, rngs: nnx.Rngs):
+               dtype: DTypeLike, rngs: nnx.Rngs):
     super().__init__(in_features, out_features, use_bias=use_bias, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
     self.lora_down: nnx.LoRAParam | None = nnx.data(None)  # [in, rank]
@@ -110,7 +112,7 @@ class GroupNorm(nnx.GroupNorm):
   """Group normalisation with statistics in float32, computed in two passes as torch does."""
 
   def __init__(self, channels: int, num_groups: int, *, epsilon: float,
-               dtype: jnp.dtype, rngs: nnx.Rngs):
+               dtype: DTypeLike, rngs: nnx.Rngs):
     super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
                      param_dtype=dtype, use_fast_variance=False, rngs=rngs)
 
@@ -118,14 +120,14 @@ class GroupNorm(nnx.GroupNorm):
 class LayerNorm(nnx.LayerNorm):
   """Layer normalisation with torch's epsilon."""
 
-  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: jnp.dtype,
+  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike,
                rngs: nnx.Rngs):
     super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
                      use_fast_variance=False, rngs=rngs)
 
 
-def attention_implementation(query: jax.Array) -> str:
-  """Which implementation of `jax.nn.dot_product_attention` serves queries [B, T, N, H].
+def attention_implementation(query: Float[Array, "B T N H"]) -> str:
+  """Which implementation of `jax.nn.dot_product_attention` serves these queries.
 
   cuDNN's flash attention needs a GPU and half precision; its backward refuses odd
   numbers of queries and, before Hopper, head sizes over 128. Those cases are small, and
@@ -137,9 +139,10 @@ def attention_implementation(query: jax.Array) -> str:
   return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
 
 
-def multi_head_attention(query: jax.Array, key: jax.Array, value: jax.Array,
-                         num_heads: int, *, is_causal: bool = False) -> jax.Array:
-  """Scaled dot-product attention: [B, T, N·H], [B, S, N·H], [B, S, N·H] -> [B, T, N·H].
+def multi_head_attention(query: Float[Array, "B T N*H"], key: Float[Array, "B S N*H"],
+                         value: Float[Array, "B S N*H"], num_heads: int, *,
+                         is_causal: bool = False) -> Float[Array, "B T N*H"]:
+  """Scaled dot-product attention of N heads with H features each.
 
   No buffer grows with T·S, except where flash attention is not to be had and that
   product is small.
@@ -162,8 +165,9 @@ def multi_head_attention(query: jax.Array, key: jax.Array, value: jax.Array,
   return out.reshape(*out.shape[:2], -1).astype(dtype)
 
 
-def attend_to_even(attend: Callable[..., jax.Array], query: jax.Array, key: jax.Array,
-                   value: jax.Array) -> jax.Array:
+def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+                   key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]
+                   ) -> Float[Array, "B T N H"]:
   """Attention to an odd number of keys (the 77 tokens of a prompt) by a kernel that refuses it.
 
   Keys and values are padded to a multiple of 8, and the padding is masked.
@@ -176,8 +180,9 @@ def attend_to_even(attend: Callable[..., jax.Array], query: jax.Array, key: jax.
                 key_value_seq_lengths=jnp.full(batch, length, jnp.int32))
 
 
-def attend_in_chunks(attend: Callable[..., jax.Array], query: jax.Array, key: jax.Array,
-                     value: jax.Array, max_scores: int) -> jax.Array:
+def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+                     key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
+                     max_scores: int) -> Float[Array, "B T N H"]:
   """Attention of a few queries at a time, so that T·S scores are never held at once.
 
   The backward pass computes the scores again. The largest equal chunks are taken that
@@ -196,7 +201,7 @@ class Attention(nnx.Module):
   """Self-attention, or cross-attention where `context_dim` is given."""
 
   def __init__(self, features: int, num_heads: int, *, context_dim: int | None = None,
-               dtype: jnp.dtype, rngs: nnx.Rngs):
+               dtype: DTypeLike, rngs: nnx.Rngs):
     context_dim = features if context_dim is None else context_dim
     linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
     self.num_heads = num_heads
@@ -216,7 +221,7 @@ class ResnetBlock(nnx.Module):
   """Two convolutions around a residual; the time embedding is added between them."""
 
   def __init__(self, in_channels: int, out_channels: int, *, time_dim: int | None,
-               num_groups: int, epsilon: float, act_fn: str, dtype: jnp.dtype,
+               num_groups: int, epsilon: float, act_fn: str, dtype: DTypeLike,
                rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     self.act = ACTIVATIONS[act_fn]
@@ -240,7 +245,7 @@ class ResnetBlock(nnx.Module):
 class Downsample(nnx.Module):
   """Halves height and width; the VAE pads only below and to the right."""
 
-  def __init__(self, channels: int, *, asymmetric: bool = False, dtype: jnp.dtype,
+  def __init__(self, channels: int, *, asymmetric: bool = False, dtype: DTypeLike,
                rngs: nnx.Rngs):
     self.asymmetric = asymmetric
     self.conv = Conv(channels, channels, stride=2, padding=0 if asymmetric else 1,
@@ -255,7 +260,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
   """Doubles height and width by repetition; `size` crops where a skip was odd."""
 
-  def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
@@ -268,9 +273,9 @@ class Upsample(nnx.Module):
     return self.conv(x)
 
 
-def timestep_embedding(timesteps: jax.Array, dim: int, *, flip_sin_to_cos: bool,
-                       freq_shift: float) -> jax.Array:
-  """Sinusoidal embedding of timesteps: [B] -> [B, dim] float32."""
+def timestep_embedding(timesteps: Int[Array, " B"], dim: int, *, flip_sin_to_cos: bool,
+                       freq_shift: float) -> Float[Array, "B dim"]:
+  """Sinusoidal embedding of timesteps."""
   half = dim // 2
   exponent = -jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32)
   angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponent / (half - freq_shift))
@@ -282,7 +287,7 @@ def timestep_embedding(timesteps: jax.Array, dim: int, *, flip_sin_to_cos: bool,
 class TimestepEmbedding(nnx.Module):
   """The two-layer network behind the sinusoidal embedding."""
 
-  def __init__(self, in_features: int, features: int, *, act_fn: str, dtype: jnp.dtype,
+  def __init__(self, in_features: int, features: int, *, act_fn: str, dtype: DTypeLike,
                rngs: nnx.Rngs):
     self.act = ACTIVATIONS[act_fn]
     self.linear_1 = Linear(in_features, features, dtype=dtype, rngs=rngs)
@@ -292,7 +297,7 @@ class TimestepEmbedding(nnx.Module):
     return self.linear_2(self.act(self.linear_1(x)))
 
 
-def set_compute_dtype(module: nnx.Module, dtype: jnp.dtype) -> None:
+def set_compute_dtype(module: nnx.Module, dtype: DTypeLike) -> None:
   """Makes every layer of `module` compute in `dtype`, whatever its weights are kept in."""
   for _, layer in nnx.iter_graph(module):
     if isinstance(layer, (nnx.Conv, nnx.Linear, nnx.GroupNorm, nnx.LayerNorm)):
@@ -313,7 +318,8 @@ def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
     output_first: whether to reorder; on GPUs if None.
   """
   if output_first is None:
-    output_first = all(device.platform == "gpu" for device in sharding.device_set)
+    devices: Any = sharding.device_set
+    output_first = all(device.platform == "gpu" for device in devices)
 
   def place(weight: jax.Array) -> jax.Array:
     is_convolution = weight.ndim == 4 and weight.shape[:2] != (1, 1)  # those are matrices

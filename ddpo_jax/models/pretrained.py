@@ -21,6 +21,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -57,6 +58,11 @@ _WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_mo
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                     "special_tokens_map.json", "added_tokens.json")
+# A pipeline's networks, by their folders: the module and its config.
+PARTS: dict[str, tuple[Any, Any]] = {
+    "unet": (UNet2DConditionModel, UNetConfig), "vae": (AutoencoderKL, VAEConfig),
+    "text_encoder": (CLIPTextModel, CLIPTextConfig)}
+
 _LISTED = 8  # names shown in a message before "and N more"
 
 
@@ -84,7 +90,7 @@ class StableDiffusion:
 
 
 def load_pretrained(path: str | os.PathLike, revision: str | None = None,
-                    dtype: jnp.dtype = jnp.float32) -> StableDiffusion:
+                    dtype: DTypeLike = jnp.float32) -> StableDiffusion:
   """Loads a Stable Diffusion 1.x or 2.x checkpoint.
 
   Args:
@@ -99,20 +105,17 @@ def load_pretrained(path: str | os.PathLike, revision: str | None = None,
   """
   folder = resolve(path, revision)
   _check_pipeline(folder)
-  parts = {"unet": (UNet2DConditionModel, UNetConfig),
-           "vae": (AutoencoderKL, VAEConfig),
-           "text_encoder": (CLIPTextModel, CLIPTextConfig)}
   configs = {name: _read_config(folder / name / "config.json", config_cls.from_dict)
-             for name, (_, config_cls) in parts.items()}
+             for name, (_, config_cls) in PARTS.items()}
   noise_schedule = _read_config(folder / "scheduler" / "scheduler_config.json",
                                 NoiseSchedule.from_config)
   files = {name: find_weights(folder / name, stem)
            for name, stem in _WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")
   _check_parts_fit(folder, **configs, tokens=len(tokenizer))
-  modules = {
+  modules: dict[str, Any] = {
       name: load_module(functools.partial(cls, configs[name], dtype=dtype), files[name])
-      for name, (cls, _) in parts.items()}
+      for name, (cls, _) in PARTS.items()}
   return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
 
 
@@ -126,7 +129,7 @@ class CLIP:
 
 
 def load_clip(path: str | os.PathLike, revision: str | None = None,
-              dtype: jnp.dtype = jnp.float32) -> CLIP:
+              dtype: DTypeLike = jnp.float32) -> CLIP:
   """Loads a CLIP checkpoint: both towers and their projections.
 
   Args:
@@ -142,7 +145,7 @@ def load_clip(path: str | os.PathLike, revision: str | None = None,
   config = _read_config(folder / "config.json", CLIPConfig.from_dict)
   images = _read_image_config(folder, config.vision_config.image_size)
   # The rules for the names of Stable Diffusion's parts would take a prefix away.
-  model = load_module(functools.partial(CLIPModel, config, dtype=dtype),
+  model: Any = load_module(functools.partial(CLIPModel, config, dtype=dtype),
                       find_weights(folder, "model", CLIP_REPOSITORY.weights_class),
                       renames=())
   return CLIP(model, images, folder)
@@ -261,7 +264,7 @@ def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
           continue
         missing.remove(key)
         path, variable = paths[key]
-        axes = _axes(path[-1], tensors.get_slice(name).get_shape(), variable.shape)
+        axes = _axes(str(path[-1]), tensors.get_slice(name).get_shape(), variable.shape)
         if axes is None:
           misshapen.append(f"{name} {tensors.get_slice(name).get_shape()}, which does "
                            f"not fit {list(variable.shape)}")
@@ -274,7 +277,7 @@ def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
 
 
 def save_module(module: nnx.Module, path: str | os.PathLike, *,
-                dtype: jnp.dtype | None = None) -> None:
+                dtype: DTypeLike | None = None) -> None:
   """Writes a module as one safetensors file that diffusers and transformers read.
 
   Args:

@@ -10,6 +10,8 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from ddpo_jax.models import layers
 from ddpo_jax.types import UserError
@@ -66,8 +68,9 @@ class UNetConfig:
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     layers.check_supported("UNet", values, fields, _SUPPORTED)
-    config = cls(**{k: tuple(v) if isinstance(v, list) else v
-                    for k, v in values.items() if k in fields})
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                             for k, v in values.items() if k in fields}
+    config = cls(**known)
     layers.check_activation("UNet", "act_fn", config.act_fn)
     config._check()
     return config
@@ -127,7 +130,7 @@ def _per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
 class GEGLU(nnx.Module):
   """A linear layer gated by the GELU of its other half (arXiv:2002.05202)."""
 
-  def __init__(self, features: int, hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, features: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.proj = layers.Linear(features, 2 * hidden, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -138,7 +141,7 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
   """The transformer's MLP. The checkpoint's `net.1` is a dropout without weights."""
 
-  def __init__(self, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
     self.net = nnx.Dict({
         "0": GEGLU(features, 4 * features, dtype=dtype, rngs=rngs),
         "2": layers.Linear(4 * features, features, dtype=dtype, rngs=rngs)})
@@ -151,7 +154,7 @@ class BasicTransformerBlock(nnx.Module):
   """Self-attention, attention to the prompt, MLP; each behind a norm, with a residual."""
 
   def __init__(self, features: int, num_heads: int, context_dim: int, *,
-               dtype: jnp.dtype, rngs: nnx.Rngs):
+               dtype: DTypeLike, rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     self.norm1 = layers.LayerNorm(features, **common)
     self.attn1 = layers.Attention(features, num_heads, **common)
@@ -170,7 +173,7 @@ class Transformer2D(nnx.Module):
   """A transformer block over the pixels of a feature map."""
 
   def __init__(self, config: UNetConfig, channels: int, num_heads: int, *,
-               dtype: jnp.dtype, rngs: nnx.Rngs):
+               dtype: DTypeLike, rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     projection = layers.Linear if config.use_linear_projection else layers.Conv1x1
     self.norm = layers.GroupNorm(channels, config.norm_num_groups, epsilon=1e-6, **common)
@@ -188,7 +191,7 @@ class Transformer2D(nnx.Module):
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int, *,
-            dtype: jnp.dtype, rngs: nnx.Rngs) -> layers.ResnetBlock:
+            dtype: DTypeLike, rngs: nnx.Rngs) -> layers.ResnetBlock:
   return layers.ResnetBlock(in_channels, out_channels,
                             time_dim=4 * config.block_out_channels[0],
                             num_groups=config.norm_num_groups, epsilon=config.norm_eps,
@@ -213,7 +216,7 @@ def _remat(module: nnx.Module, enabled: bool,
 class DownBlock(nnx.Module):
   """One level on the way down; returns every state that the way up will read."""
 
-  def __init__(self, config: UNetConfig, level: int, *, dtype: jnp.dtype,
+  def __init__(self, config: UNetConfig, level: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels
@@ -246,7 +249,7 @@ class DownBlock(nnx.Module):
 class MidBlock(nnx.Module):
   """The innermost level: resnet, attention, resnet."""
 
-  def __init__(self, config: UNetConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: UNetConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels[-1]
     self.attentions = nnx.List([
@@ -264,7 +267,7 @@ class MidBlock(nnx.Module):
 class UpBlock(nnx.Module):
   """One level on the way up; each resnet also reads one state of the way down."""
 
-  def __init__(self, config: UNetConfig, index: int, *, dtype: jnp.dtype,
+  def __init__(self, config: UNetConfig, index: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels[::-1]
@@ -300,7 +303,7 @@ class UpBlock(nnx.Module):
 class UNet2DConditionModel(nnx.Module):
   """Predicts the noise in latents, given the timestep and the prompt's embedding."""
 
-  def __init__(self, config: UNetConfig, *, dtype: jnp.dtype = jnp.float32,
+  def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs, gradient_checkpointing: str = "none"):
     """Builds the network.
 
@@ -330,18 +333,18 @@ class UNet2DConditionModel(nnx.Module):
                                           epsilon=config.norm_eps, **common)
     self.conv_out = layers.Conv(channels[0], config.out_channels, **common)
 
-  def __call__(self, latents: jax.Array, timesteps: jax.Array,
-               text_embeddings: jax.Array) -> jax.Array:
+  def __call__(self, latents: Float[Array, "B h w C"], timesteps: Int[Array, " B"],
+               text_embeddings: Float[Array, "B L D"]) -> Float[Array, "B h w C"]:
     """Denoises one step.
 
     Args:
-      latents: [B, h, w, C].
-      timesteps: [B] int32, 0 to 999.
-      text_embeddings: [B, L, D], D = `config.cross_attention_dim`.
+      latents: of any float dtype.
+      timesteps: 0 to 999.
+      text_embeddings: D = `config.cross_attention_dim`.
 
     Returns:
-      [B, h, w, C] in the network's dtype: noise, velocity or sample, as the
-      checkpoint's scheduler config says.
+      In the network's dtype: noise, velocity or sample, as the checkpoint's scheduler
+      config says.
     """
     if latents.shape[-1] != self.config.in_channels:
       raise ValueError(f"{latents.shape=} must end in {self.config.in_channels} channels")
@@ -359,11 +362,11 @@ class UNet2DConditionModel(nnx.Module):
       skips += states
     if self.mid_block is not None:
       x = self.mid_block(x, embedding, context, remat)
-    for block in self.up_blocks:
-      taken = len(block.resnets)
+    for up_block in self.up_blocks:
+      taken = len(up_block.resnets)
       here, skips = skips[-taken:], skips[:-taken]
-      size = skips[-1].shape[1:3] if skips else None
-      x = block(x, here, embedding, context, size, remat)
+      size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+      x = up_block(x, here, embedding, context, size, remat)
     return self.conv_out(self.act(self.conv_norm_out(x)))
 
   def _embed_time(self, timesteps: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
 
 from ddpo_jax.models import layers
 from ddpo_jax.types import UserError
@@ -55,8 +57,9 @@ class VAEConfig:
         if block_type != supported:
           raise UserError(f"VAE config: {field} has {block_type!r}, which is not "
                           f"supported; must be {supported!r}")
-    config = cls(**{k: tuple(v) if isinstance(v, list) else v
-                    for k, v in values.items() if k in fields})
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                             for k, v in values.items() if k in fields}
+    config = cls(**known)
     layers.check_activation("VAE", "act_fn", config.act_fn)
     if not config.scaling_factor > 0:
       raise UserError(f"VAE config: scaling_factor={config.scaling_factor} must be above 0")
@@ -71,7 +74,7 @@ class VAEConfig:
 class _Attention(nnx.Module):
   """Single-head self-attention over all pixels, with its own norm and residual."""
 
-  def __init__(self, channels: int, num_groups: int, *, dtype: jnp.dtype,
+  def __init__(self, channels: int, num_groups: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
     linear = lambda: layers.Linear(channels, channels, dtype=dtype, rngs=rngs)
     self.group_norm = layers.GroupNorm(channels, num_groups, epsilon=_EPSILON,
@@ -85,7 +88,7 @@ class _Attention(nnx.Module):
     return x + self.to_out[0](h).reshape(x.shape)
 
 
-def _resnet(config: VAEConfig, in_channels: int, out_channels: int, *, dtype: jnp.dtype,
+def _resnet(config: VAEConfig, in_channels: int, out_channels: int, *, dtype: DTypeLike,
             rngs: nnx.Rngs) -> layers.ResnetBlock:
   return layers.ResnetBlock(in_channels, out_channels, time_dim=None,
                             num_groups=config.norm_num_groups, epsilon=_EPSILON,
@@ -94,7 +97,7 @@ def _resnet(config: VAEConfig, in_channels: int, out_channels: int, *, dtype: jn
 
 class _MidBlock(nnx.Module):
 
-  def __init__(self, config: VAEConfig, channels: int, *, dtype: jnp.dtype,
+  def __init__(self, config: VAEConfig, channels: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
     self.attentions = nnx.List([_Attention(channels, config.norm_num_groups, dtype=dtype,
                                            rngs=rngs)])
@@ -108,7 +111,7 @@ class _MidBlock(nnx.Module):
 class _DownBlock(nnx.Module):
 
   def __init__(self, config: VAEConfig, in_channels: int, out_channels: int, *,
-               downsample: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+               downsample: bool, dtype: DTypeLike, rngs: nnx.Rngs):
     self.resnets = nnx.List([
         _resnet(config, in_channels if i == 0 else out_channels, out_channels,
                 dtype=dtype, rngs=rngs) for i in range(config.layers_per_block)])
@@ -125,7 +128,7 @@ class _DownBlock(nnx.Module):
 class _UpBlock(nnx.Module):
 
   def __init__(self, config: VAEConfig, in_channels: int, out_channels: int, *,
-               upsample: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+               upsample: bool, dtype: DTypeLike, rngs: nnx.Rngs):
     self.resnets = nnx.List([
         _resnet(config, in_channels if i == 0 else out_channels, out_channels,
                 dtype=dtype, rngs=rngs) for i in range(config.layers_per_block + 1)])
@@ -140,7 +143,7 @@ class _UpBlock(nnx.Module):
 
 class _Encoder(nnx.Module):
 
-  def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels
     self.conv_in = layers.Conv(config.in_channels, channels[0], **common)
@@ -162,7 +165,7 @@ class _Encoder(nnx.Module):
 
 class _Decoder(nnx.Module):
 
-  def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+  def __init__(self, config: VAEConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     channels = config.block_out_channels[::-1]
     self.conv_in = layers.Conv(config.latent_channels, channels[0], **common)
@@ -185,7 +188,7 @@ class _Decoder(nnx.Module):
 class AutoencoderKL(nnx.Module):
   """Encoder and decoder of Stable Diffusion's latents."""
 
-  def __init__(self, config: VAEConfig, *, dtype: jnp.dtype = jnp.float32,
+  def __init__(self, config: VAEConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs):
     latent = config.latent_channels
     self.config = config
@@ -194,25 +197,26 @@ class AutoencoderKL(nnx.Module):
     self.quant_conv = layers.Conv1x1(2 * latent, 2 * latent, dtype=dtype, rngs=rngs)
     self.post_quant_conv = layers.Conv1x1(latent, latent, dtype=dtype, rngs=rngs)
 
-  def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def encode(self, images: Float[Array, "B H W 3"]
+             ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
     """The posterior of an image's latents.
 
     Args:
-      images: [B, H, W, 3] in [-1, 1].
+      images: in [-1, 1].
 
     Returns:
-      Mean and log variance, each [B, h, w, C], before multiplication by
+      Mean and log variance, before multiplication by
       `config.scaling_factor`; log variance is kept in [-30, 20].
     """
     mean, log_variance = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-  def decode(self, latents: jax.Array) -> jax.Array:
-    """Latents [B, h, w, C], already divided by `scaling_factor`, -> [B, H, W, 3] in [-1, 1]."""
+  def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+    """Latents, already divided by `scaling_factor`, to images in [-1, 1]."""
     return self.decoder(self.post_quant_conv(latents))
 
 
-def to_uint8(images: jax.Array) -> jax.Array:
+def to_uint8(images: Float[Array, "*B H W C"]) -> UInt8[Array, "*B H W C"]:
   """[-1, 1] floats to 0..255, rounded half to even as torch does."""
   unit = jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
   return jnp.round(unit * 255).astype(jnp.uint8)

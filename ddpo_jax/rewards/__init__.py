@@ -8,6 +8,7 @@ import functools
 import inspect
 from typing import Any
 
+from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax.config import masked
@@ -71,8 +72,9 @@ def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
   return {name: get_reward(name, **kwargs.get(name, {})) for name in spec}
 
 
-def call_reward(name: str, function: RewardFn, images: np.ndarray, prompts: list[str],
-                metadata: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
+def call_reward(name: str, function: RewardFn, images: UInt8[np.ndarray, "B H W 3"],
+                prompts: list[str], metadata: list[dict[str, Any]]
+                ) -> tuple[Float32[np.ndarray, " B"], dict[str, Any]]:
   """Calls a reward function, awaits it if it is async, and checks what it returns.
 
   Raises:
@@ -98,8 +100,9 @@ def _kind(result: Any) -> str:
   return f"a {type(result).__name__}"
 
 
-def check_rewards(name: str, rewards: Any, prompts: list[str]) -> np.ndarray:
-  """What a reward function returned, as float32 [B].
+def check_rewards(name: str, rewards: Any, prompts: list[str]
+                  ) -> Float32[np.ndarray, " B"]:
+  """What a reward function returned, as numbers of one type.
 
   Raises:
     UserError: if it is not one finite number for each image; names the function, the

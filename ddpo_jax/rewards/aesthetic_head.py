@@ -135,12 +135,12 @@ def _read_archive(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, np.nda
   members = archive.infolist()
   if len(members) > _MAX_MEMBERS:
     raise _Refused(f"it has {len(members)} members; must be at most {_MAX_MEMBERS}")
-  for member in members:
-    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
-      raise _Refused(f"member {member.filename!r} is compressed or encrypted")
-    if member.file_size > file_bytes:
-      raise _Refused(f"member {member.filename!r} is larger than the file")
-  sizes = {member.filename: member.file_size for member in members}
+  for entry in members:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+      raise _Refused(f"member {entry.filename!r} is compressed or encrypted")
+    if entry.file_size > file_bytes:
+      raise _Refused(f"member {entry.filename!r} is larger than the file")
+  sizes = {entry.filename: entry.file_size for entry in members}
   if len(sizes) != len(members):
     raise _Refused("two members have the same name")
   pickles = [name for name in sizes if re.fullmatch(r"[^/]+/data\.pkl", name)]

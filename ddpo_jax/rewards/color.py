@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax import shapes
@@ -19,8 +20,9 @@ _LEAST_RIM = 0.1  # of the rim's pixels have the background's own colour
 _LEAST_BACKGROUND = 0.3  # of all pixels
 
 
-def color_alignment(images: np.ndarray, prompts: list[str],
-                    metadata: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
+def color_alignment(images: UInt8[np.ndarray, "B H W 3"], prompts: list[str],
+                    metadata: list[dict[str, Any]]
+                    ) -> tuple[Float32[np.ndarray, " B"], dict[str, Any]]:
   """How much of what stands before the background has the colour that the prompt names.
 
   A pixel counts for the colour of the palette that it is nearest to. Left out are those
@@ -31,12 +33,12 @@ def color_alignment(images: np.ndarray, prompts: list[str],
   with the shape's colour, or drawing another background, does not pay.
 
   Args:
-    images: [B, H, W, 3] uint8.
+    images: of any size.
     prompts: not used.
     metadata: of each image, "color" and "background", as `tiny_shapes` gives them.
 
   Returns:
-    [B] float32 in 0..1 and an empty dict.
+    Scores in 0..1, and an empty dict.
 
   Raises:
     UserError: if the metadata does not name two colours.

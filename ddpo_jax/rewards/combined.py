@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import Float, Float32
 import numpy as np
 
 _EPSILON = 1e-8  # added to a standard deviation
@@ -23,15 +24,9 @@ class RewardCombiner:
     self._weights = dict(weights)
     self._moments = {name: (0, 0.0, 0.0) for name in weights}  # count, mean, Σ(r − mean)²
 
-  def combine(self, rewards: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Remembers an epoch's rewards, then standardises, weights and adds them.
-
-    Args:
-      rewards: of each function, [N] finite.
-
-    Returns:
-      [N] float32.
-    """
+  def combine(self, rewards: Mapping[str, Float[np.ndarray, " N"]]
+              ) -> Float32[np.ndarray, " N"]:
+    """Remembers an epoch's rewards (finite), then standardises, weights and adds them."""
     total = 0.0
     for name, weight in self._weights.items():
       values = np.asarray(rewards[name], np.float64)

@@ -300,7 +300,7 @@ def questions_and_answers(reward: str, metadata: Sequence[dict[str, Any]]
   """
   found = []
   for i, entry in enumerate(metadata):
-    questions, answers = entry.get("questions"), entry.get("answers")
+    questions, answers = entry.get("questions", ()), entry.get("answers", ())
     if not (_are_texts(questions) and _are_texts(answers)
             and len(questions) == len(answers)):
       raise UserError(

@@ -244,7 +244,7 @@ def _get(value: Any, kind: type | tuple[type, ...], *path: str | int) -> Any:
     except (KeyError, IndexError, TypeError):
       value = None
   if not isinstance(value, kind) or isinstance(value, bool):
-    name = "number" if kind == (int, float) else kind.__name__
+    name = "number" if isinstance(kind, tuple) else kind.__name__
     raise remote.ReplyError(f"its {'.'.join(map(str, path))} is missing or not a {name}; must "
                             "be as in an OpenAI-compatible server's")
   return value
