@@ -33,7 +33,7 @@ def compilation_cache(tmp_path_factory):
   if "PYTEST_XDIST_WORKER" in os.environ:
     folder = folder.parent
   jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     config.mixed_precision = "no"
     config.compilation_cache = ""
     config.logdir, config.run_name = str(tmp_path), "run"
-    config.num_epochs, config.save_freq = 2, 1
+    config.num_epochs, config.save_freq, config.eval_freq = 2, 1, 0
     config.sample.num_steps, config.sample.guidance_scale = 2, 1.0
     config.sample.batch_size, config.sample.num_batches_per_epoch = 2, 2
     config.train.batch_size, config.train.gradient_accumulation_steps = 2, 2

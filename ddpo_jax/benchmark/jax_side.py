@@ -61,6 +61,7 @@ class JaxSide:
   def _run_epoch(self, first_step_only: bool) -> dict[str, Any]:
     trainer = self._trainer
     started = time.perf_counter()
+    train.return_freed_memory()
     rollout = trainer.worker.run(trainer.state.params, self._epoch)
     sampled = time.perf_counter()
     batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))

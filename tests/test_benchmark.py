@@ -1,0 +1,61 @@
+"""The benchmark runs on both sides, and counts what it says it counts."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from runs import ROOT
+from small_model import small_model
+
+from ddpo_jax.benchmark import compare, flops
+
+
+def test_both_sides_do_the_same_work(tmp_path):
+  """Small enough to be no measurement; the sides are processes of their own."""
+  command = [
+      sys.executable, str(ROOT / "scripts" / "benchmark.py"), "--config",
+      str(ROOT / "configs" / "demo.py"), "--reference", "torch", "--rounds", "1",
+      "--skip_start", "--output", str(tmp_path / "results.json"),
+      f"--config.pretrained.model={small_model()}", "--config.sample.num_steps=2",
+      "--config.sample.batch_size=4", "--config.train.batch_size=2",
+      f"--config.compilation_cache={tmp_path / 'cache'}"]
+  finished = subprocess.run(command, capture_output=True, text=True)
+  assert finished.returncode == 0, finished.stderr
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert set(results["rates"]) == {"ddpo_jax", "torch"}
+  (ours,), (theirs,) = results["epochs"]["ddpo_jax"], results["epochs"]["torch"]
+  assert ours["images"] == theirs["images"] > 0
+  for side in results["memory"].values():
+    assert side["peak_rss_bytes"] > 1e8
+  assert results["jpeg"]["images"] == 256
+  assert "times as fast" in finished.stdout
+
+
+def test_flops_are_counted_from_shapes():
+  """A convolution, and a matrix product in a loop that runs five times."""
+  x, kernel, matrix = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 16)), jnp.ones((16, 16))
+
+  def network(x):
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME",
+                                     dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.scan(lambda y, _: (y @ matrix, None), y, length=5)[0]
+
+  pixels = 2 * 8 * 8
+  assert flops.count(network, x) == 2 * pixels * (3 * 3 * 3 * 16 + 5 * 16 * 16)
+
+
+def test_rates():
+  epochs = [{"images": 8, "sampling_seconds": s, "reward_seconds": 1, "training_seconds": 4}
+            for s in (2, 4, 8)]
+  rates = compare.rates(epochs, timesteps=10)
+  assert rates["images_per_second"] == [2, 1, 4]  # median, least, largest
+  assert rates["sample_timesteps_per_second"] == [20, 20, 20]
+  assert rates["epoch_seconds"] == [9, 7, 13]
+
+
+@pytest.mark.parametrize("key,expected", (("epoch_seconds", 2.0), ("images_per_second", 0.5)))
+def test_ratio_is_ours_over_theirs_in_speed(key, expected):
+  assert compare._ratio(key, {key: [1.0]}, {key: [2.0]}) == expected
