@@ -12,6 +12,7 @@ from small_model import small_model
 from ddpo_jax.benchmark import compare, flops
 
 
+@pytest.mark.slow  # a minute
 def test_both_sides_do_the_same_work(tmp_path):
   """Small enough to be no measurement; the sides are processes of their own."""
   process = start([
