@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from ddpo_jax.models import layers
+from ddpo_jax.models.pretrained import save_tensors
 from ddpo_jax.types import UserError
 
 FORMATS = ("diffusers", "kohya")
@@ -122,7 +123,7 @@ def export_lora(unet: nnx.Module, path: str | os.PathLike,
       tensors[f"{prefix}.{suffix}.weight"] = np.ascontiguousarray(array.T)
     if kohya:
       tensors[f"{prefix}.alpha"] = np.array(linear.lora_down.shape[1], np.float32)
-  save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+  save_tensors(tensors, path, metadata)
 
 
 def import_lora(unet: nnx.Module, path: str | os.PathLike) -> None:

@@ -77,6 +77,9 @@ def test_export_and_import(unet, tiny_sd, golden_lora, tmp_path):
   trained = golden_lora("lora_new")
   lora.export_lora(trained, tmp_path / "lora.safetensors", {"base_model": "tiny"})
   names = load_file(tmp_path / "lora.safetensors")
+  (tmp_path / "as_ever").touch()
+  assert (tmp_path / "lora.safetensors").stat().st_mode == (
+      tmp_path / "as_ever").stat().st_mode
   assert len(names) == 112 and all(n.startswith("unet.") for n in names)
   lora.import_lora(unet, tmp_path / "lora.safetensors")
   np.testing.assert_array_equal(noise_of(unet), noise_of(trained))

@@ -291,7 +291,16 @@ def save_module(module: nnx.Module, path: str | os.PathLike, *,
     if variable_path[-1] == "kernel":
       array = array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
     tensors[_file_name(variable_path)] = np.asarray(array, order="C")
-  save_file(tensors, path, metadata={"format": "pt"})
+  save_tensors(tensors, path)
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: str | os.PathLike,
+                 metadata: Mapping[str, str] | None = None) -> None:
+  """Writes a safetensors file that torch's libraries read, and others than its owner may."""
+  save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+  mask = os.umask(0)
+  os.umask(mask)
+  os.chmod(path, 0o666 & ~mask)  # the library leaves it to the owner alone
 
 
 def _file_name(path: tuple[Any, ...]) -> str:
