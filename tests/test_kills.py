@@ -44,13 +44,14 @@ def wait_for_line(processes, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begin", (start_demo, start_processes))
+@pytest.mark.parametrize("begin", (start_processes, start_demo))
 def test_killed_run_is_the_run_never_killed(tmp_path, begin):
   seconds = random.Random(0)
-  started, processes = time.monotonic(), begin(tmp_path, "whole")
-  wait_for_line(processes, tmp_path / "whole")
+  wait(begin(tmp_path, "whole"))
+  started, processes = time.monotonic(), begin(tmp_path, "timed")  # nothing to compile
+  wait_for_line(processes, tmp_path / "timed")
   first_epoch = time.monotonic() - started
-  wait(processes)
+  kill(processes)
   for count in range(KILLS):
     processes = begin(tmp_path, "killed")
     if count % 4 == 3:  # as an epoch is logged and saved
