@@ -44,7 +44,7 @@ def wait_for_line(processes, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begin", (start_processes, start_demo))
+@pytest.mark.parametrize("begin", (start_demo, start_processes))
 def test_killed_run_is_the_run_never_killed(tmp_path, begin):
   seconds = random.Random(0)
   wait(begin(tmp_path, "whole"))
@@ -56,7 +56,7 @@ def test_killed_run_is_the_run_never_killed(tmp_path, begin):
     processes = begin(tmp_path, "killed")
     if count % 4 == 3:  # as an epoch is logged and saved
       wait_for_line(processes, tmp_path / "killed")
-      time.sleep(seconds.uniform(0, 0.5))
+      time.sleep(seconds.uniform(0, 0.12 * first_epoch))
     else:
       time.sleep(seconds.uniform(0, 0.9 * first_epoch))
     kill(processes)
