@@ -80,9 +80,9 @@ def check_steady(seen, since):
           f"{files[epoch]} files, {compiled[epoch]} programs compiled")
   # The first epoch samples and updates; all programs are there when the second scores.
   assert compiled[0] > 0 and compiled[-1] == compiled[since]
-  # Checkpoints are written in threads of their own, which come and go.
-  assert threads[since:].max() <= threads[:since].max() + 2
-  assert files[since:].max() <= files[:since].max() + 4
+  # A checkpoint is written in threads and files of its own, which come and go: what stays counts.
+  assert np.median(threads[since:]) <= np.median(threads[:since]) + 1
+  assert np.median(files[since:]) <= np.median(files[:since]) + 1
 
 
 def test_nothing_grows(tmp_path, monkeypatch):
