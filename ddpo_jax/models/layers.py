@@ -83,10 +83,13 @@ class Conv(nnx.Conv):
     self._centred = (kernel_size, stride, padding) == (3, 1, 1)
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    few = inputs.shape[1] * inputs.shape[2] <= _FEW_PIXELS
-    if few and self._centred and jax.default_backend() == "cpu":
+    if not self._centred or jax.default_backend() != "cpu":
+      return super().__call__(inputs, out_sharding)
+    if inputs.shape[1] * inputs.shape[2] <= _FEW_PIXELS:
       return self._as_product(inputs)
-    return super().__call__(inputs, out_sharding)
+    kernel = self.kernel[...].astype(self.dtype)
+    y = _centred_convolution(inputs.astype(self.dtype), kernel)
+    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
   def _as_product(self, inputs: jax.Array) -> jax.Array:
     """The same as one matrix product, of each pixel's neighbourhood with the kernel."""
@@ -97,6 +100,38 @@ class Conv(nnx.Conv):
     kernel = self.kernel[...].astype(self.dtype)
     y = around @ kernel.reshape(-1, kernel.shape[-1])
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """A 3×3 convolution, padded by 1."""
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@jax.custom_vjp
+def _centred_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`_convolve` with a backward pass that is quick on processors as well.
+
+  XLA has one order of a kernel's axes for them, and takes five times as long for the order
+  in which JAX's own backward pass hands it over inside of a loop.
+  """
+  return _convolve(x, kernel)
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array
+                      ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _convolve(x, kernel), (x, kernel)
+
+
+def _convolve_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array
+                       ) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+  (kernel_grad,) = jax.linear_transpose(functools.partial(_convolve, x), kernel)(grad)
+  return _convolve(grad, turned), kernel_grad
+
+
+_centred_convolution.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv1x1(Conv):
@@ -130,12 +165,30 @@ class Linear(nnx.Linear):
 
 
 class GroupNorm(nnx.GroupNorm):
-  """Group normalisation with statistics in float32, computed in two passes as torch does."""
+  """Group normalisation with statistics in float32, computed in two passes as torch does.
+
+  A group's sum is taken over pixels first and then over its channels. Those lie next to
+  each other, and taken together the sum is up to nine times slower on processors and ten
+  times less exact.
+  """
 
   def __init__(self, channels: int, num_groups: int, *, epsilon: float,
                dtype: DTypeLike, rngs: nnx.Rngs):
     super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
-                     param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+                     param_dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array, *, mask: None = None) -> jax.Array:
+    x = x.astype(jnp.float32)
+    centred = x - self._means(x)
+    scale = jax.lax.rsqrt(self._means(jnp.square(centred)) + self.epsilon) * self.scale[...]
+    return (centred * scale + self.bias[...]).astype(self.dtype)
+
+  def _means(self, x: Float[Array, "B *pixels C"]) -> Float[Array, "B *ones C"]:
+    """Each group's mean, given to each of its channels."""
+    axes = tuple(range(1, x.ndim - 1))
+    groups = x.mean(axes, keepdims=True).reshape(-1, self.num_groups, self.group_size)
+    means = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
+    return means.reshape(x.shape[0], *(1,) * len(axes), x.shape[-1])
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -175,8 +228,10 @@ def multi_head_attention(query: Float[Array, "B T N*H"], key: Float[Array, "B S 
     # XLA has no float16 product with float32 accumulation there.
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
   implementation = "xla" if is_causal else attention_implementation(query)
-  attend = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal,
-                             implementation=implementation)
+  attend: Callable[..., jax.Array] = functools.partial(
+      jax.nn.dot_product_attention, is_causal=is_causal, implementation=implementation)
+  if jax.default_backend() == "cpu" and not is_causal:
+    attend = attend_by_head
   if implementation == "cudnn":
     out = attend_to_even(attend, query, key, value)
   elif not is_causal and query.shape[1] * key.shape[1] > MAX_SCORES:
@@ -184,6 +239,20 @@ def multi_head_attention(query: Float[Array, "B T N*H"], key: Float[Array, "B S 
   else:
     out = attend(query, key, value)
   return out.reshape(*out.shape[:2], -1).astype(dtype)
+
+
+def attend_by_head(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
+                   value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
+  """Attention of one head after the other, which processors do twice as fast as of all.
+
+  Heads need not be brought in front of the tokens for that.
+  """
+  scale = query.shape[-1]**-0.5
+  heads = []
+  for head in range(query.shape[2]):
+    scores = jnp.einsum("bth,bsh->bts", query[:, :, head] * scale, key[:, :, head])
+    heads.append(jnp.einsum("bts,bsh->bth", jax.nn.softmax(scores), value[:, :, head]))
+  return jnp.stack(heads, axis=2)
 
 
 def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
