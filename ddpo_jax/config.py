@@ -515,6 +515,7 @@ class BatchPlan:
 
   num_epochs: int
   num_devices: int
+  parts: int  # so many devices share one batch of the config
   sample_batch_size: int  # per device
   train_batch_size: int  # per device
   gradient_accumulation_steps: int
@@ -525,13 +526,20 @@ class BatchPlan:
   num_train_timesteps: int
 
   @classmethod
-  def create(cls, cfg: Config, num_devices: int) -> BatchPlan:
-    """Does the arithmetic of a resolved config, whose sizes are known to divide."""
-    samples = cfg.sample.batch_size * cfg.sample.num_batches_per_epoch * num_devices
-    total = (cfg.train.batch_size * cfg.train.gradient_accumulation_steps * num_devices)
+  def create(cls, cfg: Config, num_devices: int, parts: int = 1) -> BatchPlan:
+    """Does the arithmetic of a resolved config, whose sizes are known to divide.
+
+    Args:
+      cfg: the config.
+      num_devices: in the mesh.
+      parts: so many devices share one batch of the config; divides both batch sizes.
+    """
+    sample_batch, train_batch = (cfg.sample.batch_size // parts, cfg.train.batch_size // parts)
+    samples = sample_batch * cfg.sample.num_batches_per_epoch * num_devices
+    total = train_batch * cfg.train.gradient_accumulation_steps * num_devices
     return cls(
-        num_epochs=cfg.num_epochs, num_devices=num_devices,
-        sample_batch_size=cfg.sample.batch_size, train_batch_size=cfg.train.batch_size,
+        num_epochs=cfg.num_epochs, num_devices=num_devices, parts=parts,
+        sample_batch_size=sample_batch, train_batch_size=train_batch,
         gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
         num_inner_epochs=cfg.train.num_inner_epochs, samples_per_epoch=samples,
         train_batch_size_total=total, steps_per_inner_epoch=samples // total,
@@ -543,9 +551,10 @@ class BatchPlan:
 
   def describe(self) -> str:
     """What is printed before training, as ddpo-pytorch does."""
+    shared = f" (cores, {self.parts} of which share a batch)" if self.parts > 1 else ""
     lines = {
         "Number of epochs": self.num_epochs,
-        "Number of devices": self.num_devices,
+        "Number of devices": f"{self.num_devices}{shared}",
         "Sample batch size per device": self.sample_batch_size,
         "Train batch size per device": self.train_batch_size,
         "Gradient accumulation steps": self.gradient_accumulation_steps,

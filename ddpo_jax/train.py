@@ -28,6 +28,7 @@ from ddpo_jax import (
 )
 from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
+from ddpo_jax.devices import plan_batches
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import place_weights, set_compute_dtype
@@ -74,12 +75,12 @@ def train(cfg: Config) -> pathlib.Path:
   """
   started = time.perf_counter()
   distributed.initialize(cfg.distributed)
+  plan = plan_batches(cfg)
   run_name = distributed.agreed(tracking.choose_run_name(cfg))
   with distributed.failing_together():
     prepared = validation.prepare(cfg, run_name)
     configure_jax(cfg)
   run = prepared.run
-  plan = BatchPlan.create(cfg, jax.device_count())
   say(plan.describe())
   trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns)
   first_epoch = resume(trainer, run) if cfg.resume_from else 0
@@ -145,7 +146,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   update_config = make_update_config(cfg, plan)
   state = update.init_state(params, optimizer, update_config.loss_scaling)
   worker = RolloutWorker(
-      SamplingConfig(cfg.sample.batch_size, cfg.sample.num_batches_per_epoch,
+      SamplingConfig(plan.sample_batch_size, cfg.sample.num_batches_per_epoch,
                      cfg.sample.guidance_scale, cfg.sample.eta,
                      cfg.sample.decode_batch_size),
       models, graphdef, frozen, schedule, prompt_fn, reward_fns, cfg.seed, mesh)
@@ -181,7 +182,7 @@ def load_models(cfg: Config, models: StableDiffusion | None = None) -> StableDif
 
 def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
   return update.UpdateConfig(
-      batch_size=cfg.train.batch_size, sample_batch_size=cfg.sample.batch_size,
+      batch_size=plan.train_batch_size, sample_batch_size=plan.sample_batch_size,
       accumulation_steps=cfg.train.gradient_accumulation_steps,
       num_train_timesteps=plan.num_train_timesteps,
       timesteps_per_batch=cfg.train.timesteps_per_batch,

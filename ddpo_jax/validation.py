@@ -16,12 +16,12 @@ import re
 import shutil
 from typing import Any, TypeVar
 
-import jax
 from safetensors import SafetensorError, safe_open
 
 from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
+from ddpo_jax.devices import plan_batches
 from ddpo_jax.models import pretrained
 from ddpo_jax.prompts import draw_prompts, get_prompt_fn
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
@@ -294,8 +294,8 @@ def dry_run(cfg: Config) -> None:
     UserError: a line for each problem.
   """
   distributed.initialize(cfg.distributed)
+  plan = plan_batches(cfg)
   prepared = prepare(cfg)
-  plan = BatchPlan.create(cfg, jax.device_count())
   say(plan.describe())
   say(describe_memory(cfg, plan))
   say(f"Would write to {prepared.run}. Nothing was found that is wrong.")

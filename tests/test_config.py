@@ -40,6 +40,15 @@ def test_one_gpu_does_the_work_of_the_references_eight(name, images, steps):
   assert (one.samples_per_epoch, one.steps_per_inner_epoch) == (images, steps)
 
 
+def test_cores_share_the_batches_of_one_device():
+  cfg = resolve(demo.get_config())
+  one, two = BatchPlan.create(cfg, 1), BatchPlan.create(cfg, 2, parts=2)
+  assert (two.sample_batch_size, two.train_batch_size) == (64, 32)
+  same = dict(num_devices=1, parts=1, sample_batch_size=128, train_batch_size=64)
+  assert dataclasses.replace(two, **same) == one
+  assert "2 of which share a batch" in two.describe()
+
+
 def test_the_batch_arithmetic_is_shown():
   plan = BatchPlan.create(resolve(dgx.get_config("compressibility")), 8)
   for number in ("256", "= 4", "= 8"):

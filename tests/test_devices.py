@@ -1,7 +1,11 @@
 """The same seed on 1, 2, 4 and 8 devices: the same samples, gradients and weights."""
 
 import math
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import Batch, Trajectory
 
+ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = 16
 
 
@@ -97,3 +102,23 @@ def test_devices_exchange_one_gradient_per_optimizer_step():
                  for result in collectives)
   trained = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert sizes == [1, trained + 3]  # loss, KL and clip fraction ride along
+
+
+@pytest.mark.parametrize("batch_size,forced,expected", [
+    (64, "", "cores"), (12, "", "1 1"), (64, "--xla_force_host_platform_device_count=3", "3 1")])
+def test_without_a_gpu_each_core_is_a_device(batch_size, forced, expected):
+  """Unless the batch is too small to share, or the user says how many devices there are."""
+  program = ("from configs import base; from ddpo_jax.config import resolve\n"
+             "from ddpo_jax.devices import plan_batches\n"
+             "config = base.get_config()\n"
+             f"config.sample.batch_size = config.train.batch_size = {batch_size}\n"
+             "for _ in range(2):\n"  # a second run in the same process has the same plan
+             "  plan = plan_batches(resolve(config))\n"
+             "  print(plan.num_devices, plan.parts)")
+  environment = {**os.environ, "XLA_FLAGS": forced, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  run = subprocess.run([sys.executable, "-c", program], env=environment, check=True,
+                       capture_output=True, text=True)
+  cores = max(n for n in range(1, len(os.sched_getaffinity(0)) + 1)
+              if batch_size % n == 0 and batch_size // n >= 8 or n == 1)
+  expected = f"{cores} {cores}" if expected == "cores" else expected
+  assert run.stdout.splitlines() == [expected] * 2

@@ -14,7 +14,6 @@ import flax
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 import jaxlib
 import numpy as np
 from PIL import Image
@@ -22,7 +21,8 @@ from PIL import Image
 from ddpo_jax import train
 from ddpo_jax.benchmark import flops
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
-from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.config import Config
+from ddpo_jax.devices import plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.pretrained import PARTS, ConstantRngs
@@ -36,7 +36,7 @@ class JaxSide:
   def __init__(self, cfg: Config):
     train.configure_jax(cfg)
     self._cfg = cfg
-    self._plan = BatchPlan.create(cfg, jax.device_count())
+    self._plan = plan_batches(cfg)
     self._models = random_models(cfg)
     self._trainer = train.build(
         cfg, self._plan, get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs),
@@ -136,19 +136,14 @@ def _random_module(build: Callable[..., nnx.Module]) -> nnx.Module:
   """Weights of the size that a trained network's have: normal, of variance 1/fan-in."""
   module = nnx.eval_shape(lambda: build(rngs=ConstantRngs()))
   graphdef, state = nnx.split(module)
-  leaves, treedef = jax.tree.flatten_with_path(state)
-  values = []
-  for i, (path, leaf) in enumerate(leaves):
+  # A prime number of them, repeated, so that no two rows of a matrix are the same.
+  normal = np.random.default_rng(0).standard_normal(1_048_573, np.float32)
+
+  def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    if "scale" in name:
-      values.append(jnp.ones(leaf.shape, leaf.dtype))
-    elif "bias" in name:
-      values.append(jnp.zeros(leaf.shape, leaf.dtype))
-    else:
-      values.append(_normal(jax.random.key(i), leaf.shape, leaf.dtype))
-  return nnx.merge(graphdef, jax.tree.unflatten(treedef, values))
+    if "scale" in name or "bias" in name:
+      return jnp.asarray(np.full(leaf.shape, float("scale" in name)), leaf.dtype)
+    fan_in = max(1, math.prod(leaf.shape[:-1]))
+    return jnp.asarray(np.resize(normal, leaf.shape) * fan_in**-0.5, leaf.dtype)
 
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-  return (jax.random.normal(key, shape) / max(1, math.prod(shape[:-1]))**0.5).astype(dtype)
+  return nnx.merge(graphdef, jax.tree.map_with_path(draw, state))

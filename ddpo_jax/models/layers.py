@@ -177,7 +177,8 @@ class GroupNorm(nnx.GroupNorm):
     super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, mask: None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    assert mask is None and self.scale is not None and self.bias is not None
     x = x.astype(jnp.float32)
     centred = x - self._means(x)
     scale = jax.lax.rsqrt(self._means(jnp.square(centred)) + self.epsilon) * self.scale[...]

@@ -1,0 +1,48 @@
+"""Which devices a run uses, and how large a part of a batch each of them takes."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import jax
+
+from ddpo_jax.config import BatchPlan, Config
+
+# With fewer samples of a microbatch a core does not gain what its copy of the weights takes.
+_LEAST_SAMPLES = 8
+
+
+def plan_batches(cfg: Config) -> BatchPlan:
+  """The batch arithmetic of a run on the devices there are.
+
+  Without a GPU the processor is one device to the config. XLA uses one core for much of a
+  program, so each core becomes a device and takes an equal part of the batches; the results
+  are the same to rounding. Not so where there are several processes, or where XLA_FLAGS or
+  JAX_NUM_CPU_DEVICES say how many devices the processor is.
+  """
+  cores = _cores_as_devices()
+  smallest = math.gcd(cfg.sample.batch_size, cfg.train.batch_size)
+  parts = max(n for n in range(1, cores + 1)
+              if n == 1 or (smallest % n == 0 and smallest // n >= _LEAST_SAMPLES))
+  return BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
+
+
+def _cores_as_devices() -> int:
+  """Makes each core a device, if this comes before JAX's first use; returns how many."""
+  forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if forced or "JAX_NUM_CPU_DEVICES" in os.environ or jax.distributed.is_initialized():
+    return 1
+  try:
+    jax.config.update("jax_num_cpu_devices", _cores())
+  except RuntimeError:  # the number of devices has been settled
+    if jax.config.values["jax_num_cpu_devices"] != _cores():
+      return 1
+  return jax.device_count() if jax.default_backend() == "cpu" else 1
+
+
+def _cores() -> int:
+  """Those that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
