@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 
@@ -26,6 +27,17 @@ def plan_batches(cfg: Config) -> BatchPlan:
   parts = max(n for n in range(1, cores + 1)
               if n == 1 or (smallest % n == 0 and smallest // n >= _LEAST_SAMPLES))
   return BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
+
+
+def host_memory() -> contextlib.AbstractContextManager:
+  """A context in which new arrays are in host memory, if JAX is allowed to use the processor.
+
+  Weights that are read so and then placed are on the device once, and not twice for a while.
+  """
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # JAX_PLATFORMS leaves it out
+    return contextlib.nullcontext()
 
 
 def _cores_as_devices() -> int:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ddpo_jax import distributed
 from ddpo_jax.console import hide_bars
 from ddpo_jax.diffusion import DDIMSchedule, sample
+from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import draw_prompts
@@ -46,7 +47,6 @@ class Generation:
   """What the device program makes of one batch of prompts, sharded over samples."""
 
   trajectory: Trajectory
-  text_embeddings: Float[Array, "B L D"]
   images: UInt8[Array, "B H W 3"]
 
 
@@ -56,7 +56,6 @@ class FrozenModels:
   """The weights that sampling reads and training never changes."""
 
   unet: nnx.State  # all but the trained ones
-  text_encoder: nnx.State
   vae: nnx.State
 
 
@@ -81,27 +80,26 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
   """Builds the jitted sampling program.
 
   Returns:
-    `generate(params, frozen, negative_embedding, token_ids, sample_indices, key)`:
-    token_ids [B, 77] and sample_indices [B] int32 sharded over devices, all else
+    `generate(params, frozen, negative_embedding, text_embeddings, sample_indices, key)`:
+    text_embeddings [B, L, D] and sample_indices [B] int32 sharded over devices, all else
     replicated; `key` is the epoch's.
   """
-  text_graphdef, vae_graphdef = (nnx.graphdef(m) for m in
-                                 (models.text_encoder, models.vae))
+  vae_graphdef = nnx.graphdef(models.vae)
   scaling_factor = models.vae.config.scaling_factor
 
   def generate(params: nnx.State, frozen: FrozenModels,
-               negative_embedding: Float[Array, "1 L D"], token_ids: Int[Array, "B L"],
-               sample_indices: Int[Array, " B"], key: Key[Array, ""]) -> Generation:
+               negative_embedding: Float[Array, "1 L D"],
+               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
+               key: Key[Array, ""]) -> Generation:
     unet = nnx.merge(unet_graphdef, params, frozen.unet)
     vae = nnx.merge(vae_graphdef, frozen.vae)
-    embeddings = nnx.merge(text_graphdef, frozen.text_encoder)(token_ids)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
-    trajectory = sample(unet, schedule, embeddings, negative_embedding,
+    trajectory = sample(unet, schedule, text_embeddings, negative_embedding,
                         guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
     decode = lambda latents: to_uint8(vae.decode(latents[None] / scaling_factor))[0]
     images = jax.lax.map(decode, trajectory.images_latents,
                          batch_size=config.decode_batch_size)
-    return Generation(trajectory, embeddings, images)
+    return Generation(trajectory, images)
 
   mapped = jax.shard_map(generate, mesh=mesh,
                          in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
@@ -117,7 +115,7 @@ class RolloutWorker:
                schedule: DDIMSchedule, prompt_fn: PromptFn,
                reward_fns: Mapping[str, RewardFn], seed: int, mesh: jax.sharding.Mesh):
     self._config = config
-    self._tokenize = models.tokenize
+    self._encode = PromptEncoder(models)
     self._frozen = frozen
     self._prompt_fn = prompt_fn
     self._reward_fns = reward_fns
@@ -125,10 +123,9 @@ class RolloutWorker:
     self._sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
     self._global_batch = config.batch_size * mesh.size
     self._generate = make_generate(config, models, unet_graphdef, schedule, mesh)
-    encoder = nnx.merge(nnx.graphdef(models.text_encoder), frozen.text_encoder)
-    replicated = jax.sharding.NamedSharding(mesh, P())
-    self.negative_embedding = jax.jit(lambda encoder, ids: encoder(ids))(  # [1, L, D]
-        encoder, jax.device_put(models.tokenize([""]), replicated))
+    negative = self._encode([""])
+    self.negative_embedding = jax.make_array_from_callback(  # [1, L, D]
+        negative.shape, jax.sharding.NamedSharding(mesh, P()), lambda index: negative[index])
 
   @property
   def samples_per_epoch(self) -> int:
@@ -148,6 +145,10 @@ class RolloutWorker:
     """
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
+    drawn = [draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(batch))
+             for batch in range(self._config.num_batches)]
+    # Before the device begins to sample: it would have to finish a batch first.
+    embeddings = [self._put(self._encode(prompts)) for prompts, _ in drawn]
     generations: list[Generation] = []
     pending: list[futures.Future] = []
     bar = functools.partial(tqdm, total=self._config.num_batches, leave=False,
@@ -156,8 +157,8 @@ class RolloutWorker:
       with bar(desc=f"Epoch {epoch}: sampling") as progress:
         for batch in range(self._config.num_batches):
           before_batch()
-          generation, prompts, metadata = self._launch(params, epoch, batch, key)
-          pending.append(pool.submit(self._score, generation.images, prompts, metadata))
+          generation = self._launch(params, embeddings[batch], batch, key)
+          pending.append(pool.submit(self._score, generation.images, *drawn[batch]))
           # One batch ahead of the device at most.
           if generations:
             jax.block_until_ready(generations[-1].images)
@@ -173,7 +174,7 @@ class RolloutWorker:
     images, rewards, info = zip(*results)
     return Rollout(
         trajectory=_stack([g.trajectory for g in generations]),
-        text_embeddings=_stack([g.text_embeddings for g in generations]),
+        text_embeddings=_stack(embeddings),
         prompts=draw_prompts(self._prompt_fn, self._seed, epoch,
                              range(self.samples_per_epoch))[0],
         rewards={name: self._gather(np.stack([batch[name] for batch in rewards]))
@@ -192,7 +193,8 @@ class RolloutWorker:
     from the same noise.
     """
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
-    generation, prompts, _ = self._launch(params, epoch, 0, key)
+    prompts, _ = draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(0))
+    generation = self._launch(params, self._put(self._encode(prompts)), 0, key)
     return _to_host(generation.images), prompts
 
   def _local_indices(self, batch: int) -> Int[np.ndarray, " local"]:
@@ -201,16 +203,16 @@ class RolloutWorker:
     first = batch * self._global_batch + jax.process_index() * share
     return np.arange(first, first + share)
 
-  def _launch(self, params: nnx.State, epoch: int, batch: int, key: Key[Array, ""]
-              ) -> tuple[Generation, list[str], list[dict[str, Any]]]:
+  def _launch(self, params: nnx.State, embeddings: Float[Array, "B L D"], batch: int,
+              key: Key[Array, ""]) -> Generation:
     """Starts sampling a batch; returns without waiting for it."""
-    indices = self._local_indices(batch)
-    prompts, metadata = draw_prompts(self._prompt_fn, self._seed, epoch, indices)
-    put = functools.partial(jax.make_array_from_process_local_data, self._sharding)
-    generation = self._generate(
-        params, self._frozen, self.negative_embedding, put(self._tokenize(prompts)),
-        put(indices.astype(np.int32)), key)
-    return generation, prompts, metadata
+    indices = self._local_indices(batch).astype(np.int32)
+    return self._generate(params, self._frozen, self.negative_embedding, embeddings,
+                          self._put(indices), key)
+
+  def _put(self, local: np.ndarray) -> jax.Array:
+    """This process's share of a batch -> the batch, sharded over its first axis."""
+    return jax.make_array_from_process_local_data(self._sharding, local)
 
   def _score(self, on_device: UInt8[Array, "B H W 3"], prompts: list[str],
              metadata: list[dict[str, Any]]

@@ -28,7 +28,7 @@ from ddpo_jax import (
 )
 from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
-from ddpo_jax.devices import plan_batches
+from ddpo_jax.devices import host_memory, plan_batches
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import place_weights, set_compute_dtype
@@ -134,12 +134,11 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (update.AXIS,))
   replicated = jax.sharding.NamedSharding(mesh, P())
-  models = load_models(cfg, models)
-  graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
+  with host_memory():
+    models = load_models(cfg, models)
+    graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
   schedule = DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps)
-  frozen = place_weights(FrozenModels(unet=frozen_unet, vae=nnx.state(models.vae),
-                                      text_encoder=nnx.state(models.text_encoder)),
-                         replicated)
+  frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
   optimizer = update.make_optimizer(
       cfg.train.learning_rate, cfg.train.adam_beta1, cfg.train.adam_beta2,
       cfg.train.adam_weight_decay, cfg.train.adam_epsilon, cfg.train.max_grad_norm)

@@ -53,7 +53,7 @@ class Prepared:
 class ModelSize:
   """What the headers of a model's files say."""
 
-  weights: int  # numbers in all parts
+  weights: int  # numbers in the UNet and the VAE, which stay on the device
   unet_weights: int
   lora_weights_per_rank: int
   latent_size: int  # numbers in one image's latent
@@ -220,7 +220,7 @@ def model_size(cfg: Config) -> ModelSize | None:
   count = lambda part: sum(math.prod(shape) for shape in shapes[part].values())
   projections = [shape for name, shape in shapes["unet"].items() if _PROJECTION.search(name)]
   return ModelSize(
-      weights=sum(map(count, _PARTS)), unet_weights=count("unet"),
+      weights=count("unet") + count("vae"), unet_weights=count("unet"),
       lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
       latent_size=side * side * channels,
       embedding_size=tokens * _number(text, "hidden_size", 768))

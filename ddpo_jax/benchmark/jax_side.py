@@ -22,7 +22,7 @@ from ddpo_jax import train
 from ddpo_jax.benchmark import flops
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
-from ddpo_jax.devices import plan_batches
+from ddpo_jax.devices import host_memory, plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.pretrained import PARTS, ConstantRngs
@@ -37,7 +37,8 @@ class JaxSide:
     train.configure_jax(cfg)
     self._cfg = cfg
     self._plan = plan_batches(cfg)
-    self._models = random_models(cfg)
+    with host_memory():
+      self._models = random_models(cfg)
     self._trainer = train.build(
         cfg, self._plan, get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs),
         get_rewards(cfg.reward_fn, cfg.reward_kwargs), self._models)
@@ -81,9 +82,11 @@ class JaxSide:
     count = min(self._cfg.sample.decode_batch_size, self._cfg.sample.batch_size)
     size = unet.config.sample_size
     latents = jnp.ones((count, size, size, unet.config.in_channels))
-    decode = nnx.jit(lambda vae, x: vae.decode(x))
+    graphdef, weights = nnx.split(vae)
+    weights = jax.device_put(weights, jax.devices()[0])
+    decode = jax.jit(lambda weights, x: nnx.merge(graphdef, weights).decode(x))
     return {"images": count, "seconds": median_seconds(
-        lambda: jax.block_until_ready(decode(vae, latents)))}
+        lambda: jax.block_until_ready(decode(weights, latents)))}
 
   def memory(self) -> dict[str, Any]:
     return {"peak_rss_bytes": peak_rss(),
@@ -117,7 +120,7 @@ class JaxSide:
 
 
 def random_models(cfg: Config) -> StableDiffusion:
-  """The model that the config names, with random weights, on the device: no file is read.
+  """The model that the config names, with random weights: no file is read.
 
   Time and memory do not depend on the weights' values. (Of a hub id, whatever it is, the
   shapes are Stable Diffusion 1.5's.)

@@ -83,10 +83,14 @@ class StableDiffusion:
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
     """Prompts -> int32 [B, L], padded or cut to the L tokens that the encoder takes."""
-    length = self.text_encoder.config.max_position_embeddings
-    encoded = self.tokenizer(list(prompts), padding="max_length", truncation=True,
-                             max_length=length, return_tensors="np")
-    return encoded.input_ids.astype(np.int32)
+    return tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
+  """Prompts -> int32 [B, length], padded or cut."""
+  encoded = tokenizer(list(prompts), padding="max_length", truncation=True,
+                      max_length=length, return_tensors="np")
+  return encoded.input_ids.astype(np.int32)
 
 
 def load_pretrained(path: str | os.PathLike, revision: str | None = None,

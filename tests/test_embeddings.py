@@ -1,0 +1,80 @@
+"""Prompts are embedded once, one by one, by an encoder that then leaves the device."""
+
+import gc
+import pathlib
+import weakref
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from ddpo_jax import embeddings, train
+from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.embeddings import PromptEncoder
+from ddpo_jax.models import load_pretrained
+from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.rewards import get_rewards
+
+GOLDEN_SD = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
+PROMPTS = ["a cat", "", "a dog on a very long leash", "a cat"]
+
+
+@pytest.fixture
+def encoder(tiny_sd, monkeypatch):
+  """An encoder that notes how many prompts it has embedded."""
+  encoder = PromptEncoder(tiny_sd)
+  encode, encoder.count = encoder._encode, 0
+
+  def counted(*args):
+    encoder.count += 1
+    return encode(*args)
+
+  encoder._encode = counted
+  return encoder
+
+
+def test_embeddings_are_the_text_encoders(tiny_sd, encoder):
+  expected = tiny_sd.text_encoder(tiny_sd.tokenize(PROMPTS))
+  np.testing.assert_allclose(encoder(PROMPTS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_distinct_prompt_is_embedded_once(encoder):
+  first = encoder(PROMPTS)
+  assert encoder.count == 3
+  np.testing.assert_array_equal(encoder(PROMPTS[::-1]), first[::-1])
+  assert encoder.count == 3
+
+
+def test_an_embedding_does_not_depend_on_the_others(tiny_sd, encoder):
+  together = encoder(PROMPTS)
+  for prompt, embedding in zip(PROMPTS, together):
+    np.testing.assert_array_equal(PromptEncoder(tiny_sd)([prompt])[0], embedding)
+
+
+def test_only_so_many_are_remembered(encoder, monkeypatch):
+  monkeypatch.setattr(embeddings, "_REMEMBERED", 2)
+  all_three = encoder(PROMPTS)
+  np.testing.assert_array_equal(encoder(PROMPTS[1:3]), all_three[1:3])
+  assert encoder.count == 3  # the two that were asked for last are known
+  np.testing.assert_array_equal(encoder(["a cat"]), all_three[:1])
+  assert encoder.count == 4
+
+
+def test_the_trainer_keeps_no_second_copy_of_the_weights():
+  """What was read from the files goes when the weights are where training needs them."""
+  config = base.get_config()
+  config.pretrained.model, config.mixed_precision = str(GOLDEN_SD), "no"
+  config.sample.batch_size = config.train.batch_size = 2
+  config.per_prompt_stat_tracking.min_count = 2
+  cfg = resolve(config)
+  models = load_pretrained(GOLDEN_SD)
+  table = jax.tree.leaves(models.text_encoder.embeddings.token_embedding)[0].shape
+  trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
+                        get_rewards(cfg.reward_fn, {}), models)
+  held = [weakref.ref(part) for part in (models, models.unet, models.vae, models.text_encoder)]
+  del models
+  gc.collect()
+  assert [part() for part in held] == [None] * 4
+  weights = jax.tree.leaves((trainer.frozen_unet, trainer.worker._frozen, trainer.state))
+  assert table not in [weight.shape for weight in weights]
