@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 import contextlib
 import ctypes
 import dataclasses
 import pathlib
 import signal
 import time
+from typing import Any
 
 from flax import nnx
 import jax
@@ -34,7 +36,7 @@ from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import place_weights, set_compute_dtype
 from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
-from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState
+from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState, Trajectory
 
 P = jax.sharding.PartitionSpec
 
@@ -58,6 +60,7 @@ class Trainer:
   stat_tracker: advantages.PerPromptStatTracker | None
   combiner: RewardCombiner | None  # of several reward functions
   watch: diagnostics.Watch
+  compiling: futures.Future | None = None  # of the update, see `compile_ahead`
   skipped_in_a_row: int = 0
 
 
@@ -89,6 +92,7 @@ def train(cfg: Config) -> pathlib.Path:
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
   checkpointer.drop_after(first_epoch - 1)
   say(f"Writing to {run}")
+  compile_ahead(trainer)
   try:
     with interruptible() as stop:
       if first_epoch == 0:
@@ -189,6 +193,40 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
       loss_scaling=cfg.mixed_precision == "fp16",
       recompute_log_probs=cfg.train.recompute_log_probs and cfg.mixed_precision != "no")
+
+
+def compile_ahead(trainer: Trainer) -> None:
+  """Begins to compile the update in a thread, while the first epoch is compiled and sampled.
+
+  It goes by way of the compilation cache: there the first optimizer step finds it.
+  """
+  if jax.process_count() > 1 or jax.config.values["jax_compilation_cache_dir"] is None:
+    return  # several processes must compile in the same order
+  pool = futures.ThreadPoolExecutor(max_workers=1)
+  trainer.compiling = pool.submit(_compile_update, trainer)
+  pool.shutdown(wait=False)
+
+
+def _compile_update(trainer: Trainer) -> None:
+  """Compiles the update for arrays of the shapes that an epoch will have."""
+  cfg, plan = trainer.cfg, trainer.plan
+  sharded = jax.sharding.NamedSharding(trainer.mesh, P(None, update.AXIS))
+  samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
+  abstract: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+      (*samples, *shape), dtype, sharding=sharded)
+  negative = trainer.worker.negative_embedding
+  batch = Batch(
+      trajectory=Trajectory(
+          latents=abstract(cfg.sample.num_steps + 1, *trainer.worker.latent_shape),
+          log_probs=abstract(cfg.sample.num_steps)),
+      text_embeddings=abstract(*negative.shape[1:], dtype=negative.dtype),
+      negative_embedding=negative, advantages=abstract())
+  program: Any = trainer.update
+  arguments: tuple[Any, ...] = (trainer.state, trainer.frozen_unet, batch, jax.random.key(0),
+                                jnp.int32(0))
+  if isinstance(trainer.update, update.RescoringUpdate):
+    program, arguments = trainer.update.program, (*arguments, jnp.bool_(False))
+  program.lower(*arguments).compile()
 
 
 def resume(trainer: Trainer, run: pathlib.Path) -> int:
@@ -301,6 +339,9 @@ def make_batch(trainer: Trainer, rollout: Rollout, rewards: np.ndarray) -> Batch
 def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
                     ) -> Iterator[update.UpdateMetrics]:
   """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
+  if trainer.compiling is not None:
+    trainer.compiling.result()
+    trainer.compiling = None
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), _SHUFFLE_STREAM)
   shuffle = jax.random.fold_in(shuffle, epoch)
   per_inner_epoch = trainer.plan.steps_per_inner_epoch

@@ -194,7 +194,7 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
     program = jax.jit(jax.shard_map(
         lambda *arguments: update.accumulate_gradients(
             config, graphdef, schedule, *arguments)[:2],
-        mesh=mesh, in_specs=(P(),) * 4, out_specs=P()))
+        mesh=mesh, in_specs=(P(), P(), P("data"), P()), out_specs=P()))
     compiled = program.lower(state, frozen, batch[0],
                              update.Microbatches(sample=zeros, step=zeros)).compile()
     return compiled.memory_analysis().temp_size_in_bytes

@@ -53,6 +53,7 @@ class JaxSide:
 
   def first_step(self) -> dict[str, Any]:
     """Start of the process to its first optimizer step, and the first images on the way."""
+    train.compile_ahead(self._trainer)
     return self._run_epoch(first_step_only=True)
 
   def epoch(self) -> dict[str, Any]:

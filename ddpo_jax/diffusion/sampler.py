@@ -60,7 +60,7 @@ def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "
   batch = text_embeddings.shape[0]
   keys = None if key is None else _sample_keys(key, batch)
   if initial_latents is None:
-    shape = (*(latent_size or _native_size(unet)), unet.config.in_channels)
+    shape = (*(latent_size or native_size(unet)), unet.config.in_channels)
     initial_latents = _normal(keys, 0, shape)
   latents = initial_latents.astype(jnp.float32)
 
@@ -94,7 +94,7 @@ def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, 
   if not 0.0 <= eta <= 1.0:
     raise ValueError(f"{eta=} must be in [0, 1]")
   keys = _sample_keys(key, text_embeddings.shape[0])
-  latents = _normal(keys, 0, (*_native_size(unet), unet.config.in_channels))
+  latents = _normal(keys, 0, (*native_size(unet), unet.config.in_channels))
 
   def body(latents: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
     step = jnp.full(latents.shape[0], index)
@@ -123,7 +123,8 @@ def _normal(keys: Key[Array, " B"] | None, index: Int[Array, ""] | int,
   return jax.vmap(draw)(keys)
 
 
-def _native_size(unet: Policy) -> tuple[int, int]:
+def native_size(unet: Policy) -> tuple[int, int]:
+  """Height and width of the latents that the network was trained for."""
   size = unet.config.sample_size
   if size is None:
     raise ValueError("the UNet's config has no sample_size: give latent_size")
