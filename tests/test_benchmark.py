@@ -3,6 +3,7 @@
 import json
 import subprocess
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,6 +11,7 @@ from runs import ROOT, start
 from small_model import small_model
 
 from ddpo_jax.benchmark import compare, flops
+from ddpo_jax.models import layers
 
 
 @pytest.mark.slow  # a minute
@@ -45,6 +47,14 @@ def test_flops_are_counted_from_shapes():
 
   pixels = 2 * 8 * 8
   assert flops.count(network, x) == 2 * pixels * (3 * 3 * 3 * 16 + 5 * 16 * 16)
+
+
+def test_flops_of_a_gradient_are_those_that_are_asked_for():
+  """A convolution's backward pass has two parts; of a frozen one only the first is needed."""
+  conv = layers.Conv(8, 16, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x = jnp.ones((2, 8, 8, 8))
+  forward = 2 * 2 * 8 * 8 * 9 * 8 * 16
+  assert flops.count(jax.value_and_grad(lambda x: conv(x).sum()), x) == 2 * forward
 
 
 def test_rates():

@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 from ddpo_jax import lora
@@ -16,11 +17,12 @@ _INNER = ("jaxpr", "call_jaxpr", "body_jaxpr")
 
 
 def count(function, *args) -> int:
-  """Twice the multiplications of every matrix product and convolution that it traces to.
+  """Twice the multiplications of every matrix product and convolution that its result needs.
 
   Both branches of a condition count; the body of a loop counts as often as it runs.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _count(jaxpr) -> int:
