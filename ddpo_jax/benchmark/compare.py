@@ -140,7 +140,7 @@ def share_of_peak(cfg: Config, results: Mapping[str, Any]) -> dict[str, float]:
   flops, rate = results["flops"], results["rates"][_JAX]
   peak = results["matmul_peak"]["flops_per_second"]
   of = lambda part: flops[part]["counted"]
-  image = cfg.sample.num_steps * of("denoising_step") + of("decode") + of("text_encoder")
+  image = cfg.sample.num_steps * of("denoising_step") + of("decode")  # prompts are known
   return {"sampling": image * rate["images_per_second"][0] / peak,
           "training": (of("training_timestep") * rate["sample_timesteps_per_second"][0]
                        / peak)}
