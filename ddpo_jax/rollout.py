@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import distributed
+from ddpo_jax import distributed, lora
 from ddpo_jax.console import hide_bars
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.sampler import native_size
@@ -92,7 +92,7 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
                key: Key[Array, ""]) -> Generation:
-    unet = nnx.merge(unet_graphdef, params, frozen.unet)
+    unet = nnx.merge(*lora.fold(unet_graphdef, params, frozen.unet))
     vae = nnx.merge(vae_graphdef, frozen.vae)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
     trajectory = sample(unet, schedule, text_embeddings, negative_embedding,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int, Key
 import optax
 
-from ddpo_jax import ppo
+from ddpo_jax import lora, ppo
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.types import Batch, LossScale, TrainState
 
@@ -271,30 +271,30 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   scale = state.loss_scale.scale
   # Marked as differing between devices, so that the backward pass does not sum each
   # microbatch's gradient over them: that is done once, below.
-  params = jax.lax.pcast(state.params, AXIS, to="varying")
+  params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
 
-  def loss_fn(params: nnx.State, sample: jax.Array, step: jax.Array):
-    unet = nnx.merge(graphdef, params, frozen)
-    latents = batch.trajectory.latents
-    _, log_prob = policy_step(
-        unet, schedule, step, latents[sample, step], batch.text_embeddings[sample],
-        batch.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
-        prev_latents=latents[sample, step + 1])
-    loss, info = ppo.ppo_loss(
-        log_prob, batch.trajectory.log_probs[sample, step], batch.advantages[sample],
-        config.clip_range, config.adv_clip_max)
+  def fold(params: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
+    graphdef_, weights, rest = lora.fold(graphdef, params, frozen)
+    return weights, (graphdef_, rest)
+
+  # Gradients are summed for the weights that the network computes with, and handed on to
+  # the trained ones once.
+  weights, hand_on, (folded, rest) = jax.vjp(fold, params, has_aux=True)
+
+  def loss_fn(weights: nnx.State, microbatch: Microbatches):
+    loss, info, log_prob = microbatch_loss(
+        config, nnx.merge(folded, weights, rest), schedule, batch, microbatch)
     return loss * scale, (loss, info, log_prob)
 
   def body(sums: _Sums, microbatch: Microbatches) -> tuple[_Sums, jax.Array]:
     scaled, backward, (loss, info, log_prob) = jax.vjp(
-        lambda params: loss_fn(params, microbatch.sample, microbatch.step), params,
-        has_aux=True)
+        lambda weights: loss_fn(weights, microbatch), weights, has_aux=True)
     one = jnp.ones_like(scaled)
     if train is None:
       (grads,) = backward(one)
     else:
       grads = jax.lax.cond(train, lambda backward: backward(one)[0],
-                           lambda _: jax.tree.map(jnp.zeros_like, params), backward)
+                           lambda _: jax.tree.map(jnp.zeros_like, weights), backward)
     return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
                  loss=sums.loss + loss,
                  approx_kl=sums.approx_kl + info.approx_kl,
@@ -302,18 +302,42 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                  ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
 
   zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
-  start = _Sums(grads=jax.tree.map(jnp.zeros_like, params), loss=zero, approx_kl=zero,
+  start = _Sums(grads=jax.tree.map(jnp.zeros_like, weights), loss=zero, approx_kl=zero,
                 clipfrac=zero, ratio_drift=zero)
   sums, log_probs = jax.lax.scan(body, start, microbatches)
-  count = microbatches.sample.shape[0] * jax.lax.axis_size(AXIS)
+  (grads,) = hand_on(sums.grads)
+  grads, metrics = _mean(dataclasses.replace(sums, grads=grads),
+                         microbatches.sample.shape[0], scale)
+  return grads, metrics, log_probs
+
+
+def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,
+                    batch: Batch, microbatch: Microbatches
+                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, " b"]]:
+  """PPO's loss of one microbatch [b], what it logs, and the log-probabilities."""
+  sample, step = microbatch.sample, microbatch.step
+  latents = batch.trajectory.latents
+  _, log_prob = policy_step(
+      unet, schedule, step, latents[sample, step], batch.text_embeddings[sample],
+      batch.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
+      prev_latents=latents[sample, step + 1])
+  loss, info = ppo.ppo_loss(
+      log_prob, batch.trajectory.log_probs[sample, step], batch.advantages[sample],
+      config.clip_range, config.adv_clip_max)
+  return loss, info, log_prob
+
+
+def _mean(sums: _Sums, microbatches: int, scale: Float32[Array, ""]
+          ) -> tuple[nnx.State, UpdateMetrics]:
+  """What each device added up -> the mean gradient, unscaled, and the metrics."""
+  count = microbatches * jax.lax.axis_size(AXIS)
   total = jax.lax.psum((sums.grads, sums.loss, sums.approx_kl, sums.clipfrac), AXIS)
   grads, loss, approx_kl, clipfrac = jax.tree.map(lambda x: x / count, total)
   grads = jax.tree.map(lambda x: x / scale, grads)
-  metrics = UpdateMetrics(
+  return grads, UpdateMetrics(
       loss=loss, approx_kl=approx_kl, clipfrac=clipfrac,
       ratio_drift=jax.lax.pmax(sums.ratio_drift, AXIS),
       grad_norm=optax.tree.norm(grads), skipped=jnp.float32(0))
-  return grads, metrics, log_probs
 
 
 def _adjust(loss_scale: LossScale, finite: jax.Array) -> LossScale:

@@ -157,39 +157,100 @@ class Linear(nnx.Linear):
     self.lora_up: nnx.LoRAParam | None = nnx.data(None)  # [rank, out]
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    y = super().__call__(inputs)
-    if self.lora_down is None or self.lora_up is None:
-      return y
-    down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
-    return y + (inputs.astype(self.dtype) @ down) @ up
+    # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    y = super().__call__(rows)
+    if self.lora_down is not None and self.lora_up is not None:
+      down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
+      y += (rows.astype(self.dtype) @ down) @ up
+    return y.reshape(*inputs.shape[:-1], -1)
 
 
-class GroupNorm(nnx.GroupNorm):
-  """Group normalisation with statistics in float32, computed in two passes as torch does.
+def _group_means(x: Float[Array, "B *pixels C"], num_groups: int
+                 ) -> Float[Array, "B *ones C"]:
+  """Each group's mean, given to each of its channels.
 
-  A group's sum is taken over pixels first and then over its channels. Those lie next to
+  The sum is taken over pixels first and then over a group's channels. Those lie next to
   each other, and taken together the sum is up to nine times slower on processors and ten
   times less exact.
   """
+  axes = tuple(range(1, x.ndim - 1))
+  channels = x.mean(axes, keepdims=True)
+  groups = channels.reshape(x.shape[0], num_groups, -1)
+  means = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
+  return means.reshape(channels.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _group_norm(num_groups: int, epsilon: float, act: Callable[[jax.Array], jax.Array],
+                dtype: DTypeLike, x: Float[Array, "B *pixels C"], scale: Float[Array, " C"],
+                bias: Float[Array, " C"]) -> Float[Array, "B *pixels C"]:
+  """act((x − mean) / deviation · scale + bias), with the backward pass written out.
+
+  That keeps x as it was given and one number for each channel. What JAX derives keeps x in
+  float32 once more, less its mean.
+  """
+  return _group_norm_forward(num_groups, epsilon, act, dtype, x, scale, bias)[0]
+
+
+def _affine(x: jax.Array, slope: jax.Array, mean: jax.Array, bias: jax.Array) -> jax.Array:
+  return x * slope + (bias - mean * slope)
+
+
+def _group_norm_forward(num_groups: int, epsilon: float,
+                        act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+                        x: jax.Array, scale: jax.Array, bias: jax.Array
+                        ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  exact = x.astype(jnp.float32)
+  mean = _group_means(exact, num_groups)
+  variance = _group_means(jnp.square(exact - mean), num_groups)
+  factor = jax.lax.rsqrt(variance + epsilon)
+  y = _affine(exact, factor * scale, mean, bias)
+  return act(y.astype(dtype)), (x, mean, factor, scale, bias)
+
+
+def _group_norm_backward(num_groups: int, epsilon: float,
+                         act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+                         saved: tuple[jax.Array, ...], grad: jax.Array
+                         ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  del epsilon
+  x, mean, factor, scale, bias = saved
+  exact = x.astype(jnp.float32)
+  y = _affine(exact, factor * scale, mean, bias)
+  _, through_act = jax.vjp(act, y.astype(dtype))
+  grad = through_act(grad)[0].astype(jnp.float32)
+  # With n = (x − mean)·factor and g = grad·scale: dx = factor·(g − means(g) − n·means(g·n)).
+  mean_grad = _group_means(grad * scale, num_groups)
+  mean_product = (_group_means(grad * scale * exact, num_groups) - mean_grad * mean) * factor
+  slope = mean_product * factor**2
+  grad_x = grad * (scale * factor) - exact * slope + (mean * slope - mean_grad * factor)
+  axes = tuple(range(x.ndim - 1))
+  grad_scale = (grad * (exact - mean) * factor).sum(axes)
+  return (grad_x.astype(x.dtype), grad_scale.astype(scale.dtype),
+          grad.sum(axes).astype(bias.dtype))
+
+
+_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def identity(x: jax.Array) -> jax.Array:
+  return x
+
+
+class GroupNorm(nnx.GroupNorm):
+  """Group normalisation with statistics in float32, computed in two passes as torch does."""
 
   def __init__(self, channels: int, num_groups: int, *, epsilon: float,
                dtype: DTypeLike, rngs: nnx.Rngs):
     super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
 
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
+               act: Callable[[jax.Array], jax.Array] = identity) -> jax.Array:
+    """[B, *pixels, C] -> the same shape; `act` is the activation that follows."""
     assert mask is None and self.scale is not None and self.bias is not None
-    x = x.astype(jnp.float32)
-    centred = x - self._means(x)
-    scale = jax.lax.rsqrt(self._means(jnp.square(centred)) + self.epsilon) * self.scale[...]
-    return (centred * scale + self.bias[...]).astype(self.dtype)
-
-  def _means(self, x: Float[Array, "B *pixels C"]) -> Float[Array, "B *ones C"]:
-    """Each group's mean, given to each of its channels."""
-    axes = tuple(range(1, x.ndim - 1))
-    groups = x.mean(axes, keepdims=True).reshape(-1, self.num_groups, self.group_size)
-    means = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
-    return means.reshape(x.shape[0], *(1,) * len(axes), x.shape[-1])
+    return _group_norm(self.num_groups, self.epsilon, act, self.dtype, x, self.scale[...],
+                       self.bias[...])
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -326,10 +387,10 @@ class ResnetBlock(nnx.Module):
                           Conv1x1(in_channels, out_channels, **common))
 
   def __call__(self, x: jax.Array, time_embedding: jax.Array | None = None) -> jax.Array:
-    h = self.conv1(self.act(self.norm1(x)))
+    h = self.conv1(self.norm1(x, act=self.act))
     if self.time_emb_proj is not None and time_embedding is not None:
       h += self.time_emb_proj(self.act(time_embedding))[:, None, None]
-    h = self.conv2(self.act(self.norm2(h)))
+    h = self.conv2(self.norm2(h, act=self.act))
     return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

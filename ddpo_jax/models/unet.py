@@ -367,7 +367,7 @@ class UNet2DConditionModel(nnx.Module):
       here, skips = skips[-taken:], skips[:-taken]
       size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
       x = up_block(x, here, embedding, context, size, remat)
-    return self.conv_out(self.act(self.conv_norm_out(x)))
+    return self.conv_out(self.conv_norm_out(x, act=self.act))
 
   def _embed_time(self, timesteps: jax.Array) -> jax.Array:
     config = self.config

@@ -160,7 +160,7 @@ class _Encoder(nnx.Module):
     x = self.conv_in(x)
     for block in self.down_blocks:
       x = block(x)
-    return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+    return self.conv_out(self.conv_norm_out(self.mid_block(x), act=jax.nn.silu))
 
 
 class _Decoder(nnx.Module):
@@ -182,7 +182,7 @@ class _Decoder(nnx.Module):
     x = self.mid_block(self.conv_in(x))
     for block in self.up_blocks:
       x = block(x)
-    return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+    return self.conv_out(self.conv_norm_out(x, act=jax.nn.silu))
 
 
 class AutoencoderKL(nnx.Module):

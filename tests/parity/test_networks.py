@@ -240,3 +240,27 @@ def test_convolution_of_few_pixels(size):
                                         torch.arange(6.0), padding=1)
   np.testing.assert_allclose(conv(jnp.asarray(x)), expected.numpy().transpose(0, 2, 3, 1),
                              rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_gradient_of_group_norm(dtype, tolerance):
+  """Its backward pass is written out by hand; against torch's in float64."""
+  norm = layers.GroupNorm(32, 8, epsilon=1e-5, dtype=dtype, rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  norm.scale[...], norm.bias[...] = (jnp.asarray(rng.normal(size=32), dtype) for _ in "ab")
+  x = jnp.asarray(rng.normal(3, 1, (2, 6, 5, 32)), dtype)
+  grad = jnp.asarray(rng.normal(size=x.shape), dtype)
+  graphdef, state = nnx.split(norm)
+  y, backward = jax.vjp(jax.jit(lambda state, x: nnx.merge(graphdef, state)(
+      x, act=jax.nn.silu)), state, x)
+  weights_grad, x_grad = backward(grad)
+
+  as_torch = lambda a: torch.tensor(np.asarray(a, np.float64), requires_grad=True)
+  inputs = [as_torch(a) for a in (x, norm.scale[...], norm.bias[...])]
+  normal = torch.nn.functional.group_norm(inputs[0].permute(0, 3, 1, 2), 8, *inputs[1:])
+  expected = torch.nn.functional.silu(normal).permute(0, 2, 3, 1)
+  expected.backward(as_torch(grad))
+  ours = (y, x_grad, weights_grad["scale"][...], weights_grad["bias"][...])
+  for a, b in zip(ours, (expected, *(tensor.grad for tensor in inputs))):
+    assert a.dtype == dtype
+    assert relative_error(a.astype(jnp.float32), b) < tolerance
