@@ -342,6 +342,7 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
   if trainer.compiling is not None:
     trainer.compiling.result()
     trainer.compiling = None
+    return_freed_memory()  # the compiler's, and what reading a compiled program took
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), _SHUFFLE_STREAM)
   shuffle = jax.random.fold_in(shuffle, epoch)
   per_inner_epoch = trainer.plan.steps_per_inner_epoch

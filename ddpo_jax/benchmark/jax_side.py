@@ -53,7 +53,6 @@ class JaxSide:
 
   def first_step(self) -> dict[str, Any]:
     """Start of the process to its first optimizer step, and the first images on the way."""
-    train.compile_ahead(self._trainer)
     return self._run_epoch(first_step_only=True)
 
   def epoch(self) -> dict[str, Any]:
@@ -63,6 +62,8 @@ class JaxSide:
   def _run_epoch(self, first_step_only: bool) -> dict[str, Any]:
     trainer = self._trainer
     started = time.perf_counter()
+    if self._epoch == 0:
+      train.compile_ahead(trainer)
     train.return_freed_memory()
     rollout = trainer.worker.run(trainer.state.params, self._epoch)
     sampled = time.perf_counter()
