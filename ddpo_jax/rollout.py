@@ -97,15 +97,27 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
     trajectory = sample(unet, schedule, text_embeddings, negative_embedding,
                         guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
-    decode = lambda latents: to_uint8(vae.decode(latents[None] / scaling_factor))[0]
-    images = jax.lax.map(decode, trajectory.images_latents,
-                         batch_size=config.decode_batch_size)
+    decode = lambda latents: to_uint8(vae.decode(latents / scaling_factor))
+    images = _map_in_parts(decode, trajectory.images_latents, config.decode_batch_size)
     return Generation(trajectory, images)
 
   mapped = jax.shard_map(generate, mesh=mesh,
                          in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
                          out_specs=P(AXIS))
   return jax.jit(mapped)
+
+
+def _map_in_parts(function: Callable[[jax.Array], jax.Array], x: Float[Array, "N ..."],
+                  largest: int) -> Float[Array, "N ..."]:
+  """function(x), by the largest equal parts of the first axis up to `largest`, in turn.
+
+  `jax.lax.map` with a batch_size would do it by `vmap`, which adds an axis to every product.
+  """
+  part = max(n for n in range(1, min(largest, len(x)) + 1) if len(x) % n == 0)
+  if part == len(x):
+    return function(x)
+  out = jax.lax.map(function, x.reshape(-1, part, *x.shape[1:]))
+  return out.reshape(len(x), *out.shape[2:])
 
 
 class RolloutWorker:

@@ -17,14 +17,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from ddpo_jax.models import processor
 from ddpo_jax.types import UserError
 
 # Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
 MAX_SCORES = 2**21
-
-# Up to so many pixels a processor's 3×3 convolution is ten times slower than the same as a
-# matrix product.
-_FEW_PIXELS = 4
 
 # The axes of an [H, W, I, O] kernel from the slowest in memory to the fastest.
 _OUTPUT_FIRST = (3, 0, 1, 2)
@@ -85,53 +82,8 @@ class Conv(nnx.Conv):
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     if not self._centred or jax.default_backend() != "cpu":
       return super().__call__(inputs, out_sharding)
-    if inputs.shape[1] * inputs.shape[2] <= _FEW_PIXELS:
-      return self._as_product(inputs)
-    kernel = self.kernel[...].astype(self.dtype)
-    y = _centred_convolution(inputs.astype(self.dtype), kernel)
+    y = processor.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype))
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-  def _as_product(self, inputs: jax.Array) -> jax.Array:
-    """The same as one matrix product, of each pixel's neighbourhood with the kernel."""
-    height, width = inputs.shape[1:3]
-    padded = jnp.pad(inputs.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-    around = jnp.concatenate([padded[:, i:i + height, j:j + width]
-                              for i in range(3) for j in range(3)], axis=-1)
-    kernel = self.kernel[...].astype(self.dtype)
-    y = around @ kernel.reshape(-1, kernel.shape[-1])
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-
-def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A 3×3 convolution, padded by 1."""
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
-                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-@jax.custom_vjp
-def _centred_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """`_convolve` with a backward pass that is quick on processors as well.
-
-  XLA has one order of a kernel's axes for them, and takes five times as long for the order
-  in which JAX's own backward pass hands it over inside of a loop.
-  """
-  return _convolve(x, kernel)
-
-
-def _convolve_forward(x: jax.Array, kernel: jax.Array
-                      ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return _convolve(x, kernel), (x, kernel)
-
-
-def _convolve_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array
-                       ) -> tuple[jax.Array, jax.Array]:
-  x, kernel = saved
-  turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-  (kernel_grad,) = jax.linear_transpose(functools.partial(_convolve, x), kernel)(grad)
-  return _convolve(grad, turned), kernel_grad
-
-
-_centred_convolution.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv1x1(Conv):
@@ -286,14 +238,15 @@ def multi_head_attention(query: Float[Array, "B T N*H"], key: Float[Array, "B S 
   dtype = query.dtype
   split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
   query, key, value = split(query), split(key), split(value)
-  if dtype == jnp.float16 and jax.default_backend() == "cpu":
-    # XLA has no float16 product with float32 accumulation there.
+  on_processor = jax.default_backend() == "cpu"
+  if dtype != jnp.float32 and on_processor:
+    # XLA has no half-precision product with float32 accumulation there.
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
   implementation = "xla" if is_causal else attention_implementation(query)
   attend: Callable[..., jax.Array] = functools.partial(
       jax.nn.dot_product_attention, is_causal=is_causal, implementation=implementation)
-  if jax.default_backend() == "cpu" and not is_causal:
-    attend = attend_by_head
+  if on_processor and not is_causal:
+    attend = processor.attend
   if implementation == "cudnn":
     out = attend_to_even(attend, query, key, value)
   elif not is_causal and query.shape[1] * key.shape[1] > MAX_SCORES:
@@ -301,20 +254,6 @@ def multi_head_attention(query: Float[Array, "B T N*H"], key: Float[Array, "B S 
   else:
     out = attend(query, key, value)
   return out.reshape(*out.shape[:2], -1).astype(dtype)
-
-
-def attend_by_head(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
-                   value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
-  """Attention of one head after the other, which processors do twice as fast as of all.
-
-  Heads need not be brought in front of the tokens for that.
-  """
-  scale = query.shape[-1]**-0.5
-  heads = []
-  for head in range(query.shape[2]):
-    scores = jnp.einsum("bth,bsh->bts", query[:, :, head] * scale, key[:, :, head])
-    heads.append(jnp.einsum("bts,bsh->bth", jax.nn.softmax(scores), value[:, :, head]))
-  return jnp.stack(heads, axis=2)
 
 
 def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],

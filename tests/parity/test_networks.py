@@ -229,19 +229,6 @@ def test_full_size_text_encoder(tmp_path):
   check_text(SD15_TEXT, tmp_path)
 
 
-@pytest.mark.parametrize("size", ((1, 1), (2, 2), (1, 3), (2, 3)))
-def test_convolution_of_few_pixels(size):
-  """On a processor it is computed as a matrix product."""
-  conv = layers.Conv(8, 6, dtype=jnp.float32, rngs=nnx.Rngs(0))
-  conv.bias[...] = jnp.arange(6.0)
-  x = np.random.default_rng(0).normal(size=(2, *size, 8)).astype(np.float32)
-  kernel = torch.from_numpy(np.array(conv.kernel[...]).transpose(3, 2, 0, 1))
-  expected = torch.nn.functional.conv2d(torch.from_numpy(x.transpose(0, 3, 1, 2)), kernel,
-                                        torch.arange(6.0), padding=1)
-  np.testing.assert_allclose(conv(jnp.asarray(x)), expected.numpy().transpose(0, 2, 3, 1),
-                             rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
 def test_gradient_of_group_norm(dtype, tolerance):
   """Its backward pass is written out by hand; against torch's in float64."""

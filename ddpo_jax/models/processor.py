@@ -1,0 +1,141 @@
+"""3×3 convolutions and attention in the form in which processors are quick at them.
+
+XLA hands matrix products to a tuned library there; other operations it compiles itself,
+several times slower. So both are written as few, large products, with backward passes of
+their own. On GPUs cuDNN has kernels for both, and nothing of this is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+# Winograd's transforms cost more than they save with fewer channels and with more pixels.
+_LEAST_CHANNELS, _MOST_PIXELS = 32, 16
+
+# Winograd's F(2×2, 3×3) (arXiv:1509.09308): along either axis, 2 outputs are _OUTPUT ·
+# ((_KERNEL · 3 weights) ∘ (_INPUT · 4 inputs)).
+_INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
+_KERNEL = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.float32) / 2
+_OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
+
+
+@jax.custom_vjp
+def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"]
+             ) -> Float[Array, "B h w O"]:
+  """A 3×3 convolution, padded by 1.
+
+  Its gradient in x is another one, of the kernel turned round. JAX's own hands XLA a kernel
+  whose axes are exchanged by name only, and inside of a loop that takes five times as long.
+  """
+  height, width = x.shape[1:3]
+  in_tiles = height % 2 == width % 2 == 0 and height * width <= _MOST_PIXELS
+  if in_tiles and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= _LEAST_CHANNELS:
+    return _winograd(x, kernel)
+  return _convolve_directly(x, kernel)
+
+
+def _convolve_directly(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Winograd's convolution: 4 multiplications where the definition has 9.
+
+  Each tile of 2×2 outputs comes from 4×4 inputs. For each of the 16 transformed positions
+  there is one matrix product, over all tiles. The transforms are products too, with the
+  gathering of tiles, padding included, and their laying out worked into the matrices.
+  """
+  # Each step is to be as it is written: what XLA fuses products with slows them down.
+  apart = jax.lax.optimization_barrier
+  x, kernel = apart((x, kernel))
+  batch, height, width, _ = x.shape
+  pixels_first = apart(x.transpose(1, 2, 0, 3).reshape(height * width, -1))
+  tiles = _to_tiles(height, width) @ pixels_first
+  weights = np.kron(_KERNEL, _KERNEL) @ kernel.reshape(9, -1)
+  tiles, weights = apart((tiles.reshape(16, -1, kernel.shape[2]),
+                          weights.reshape(16, *kernel.shape[2:])))
+  products = apart(jnp.einsum("tri,tio->tro", tiles, weights))
+  from_tiles = _from_tiles(height, width)
+  y = apart(from_tiles @ products.reshape(from_tiles.shape[1], -1))
+  return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)
+
+
+def _to_tiles(height: int, width: int) -> np.ndarray:
+  """[positions · tiles, pixels]: gathers the tiles of an image, and transforms them."""
+  of_axis = {n: np.zeros((4, n // 2, n + 2), np.float32) for n in (height, width)}
+  for n, matrix in of_axis.items():
+    for tile in range(n // 2):
+      matrix[:, tile, 2 * tile:2 * tile + 4] = _INPUT
+  rows, columns = (of_axis[n][:, :, 1:-1] for n in (height, width))  # the padding is zero
+  return np.einsum("apy,bqx->abpqyx", rows, columns).reshape(-1, height * width)
+
+
+def _from_tiles(height: int, width: int) -> np.ndarray:
+  """[pixels, positions · tiles]: transforms products, and lays out the outputs of tiles."""
+  of_axis = {n: np.zeros((n, 4, n // 2), np.float32) for n in (height, width)}
+  for n, matrix in of_axis.items():
+    for tile in range(n // 2):
+      matrix[2 * tile:2 * tile + 2, :, tile] = _OUTPUT
+  return np.einsum("yap,xbq->yxabpq", of_axis[height], of_axis[width]
+                   ).reshape(height * width, -1)
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array
+                      ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return convolve(x, kernel), (x, kernel)
+
+
+def _convolve_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array
+                       ) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+  of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
+  return convolve(grad, turned), of_kernel(grad)[0]
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+@jax.custom_vjp
+def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
+           value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
+  """Scaled dot-product attention, with flash attention's backward pass (arXiv:2205.14135).
+
+  That has the sum in softmax's derivative over a head's features instead of over all keys,
+  and XLA does not fuse it into the products beside it, which would slow them down tenfold.
+  """
+  return _attend_forward(query, key, value)[0]
+
+
+def _attend_forward(query: jax.Array, key: jax.Array, value: jax.Array
+                    ) -> tuple[jax.Array, tuple[Any, ...]]:
+  query, key, value = (x.swapaxes(1, 2) for x in (query * _scale(query), key, value))
+  weights = jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", query, key))
+  out = jnp.einsum("bnts,bnsh->bnth", weights, value)
+  return out.swapaxes(1, 2), (query, key, value, weights, out)
+
+
+def _attend_backward(saved: tuple[Any, ...], grad: jax.Array
+                     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  query, key, value, weights, out = saved
+  grad = grad.swapaxes(1, 2)
+  of_value = jnp.einsum("bnts,bnth->bnsh", weights, grad)
+  mean = (grad * out).sum(axis=-1, keepdims=True)
+  of_scores = weights * (jnp.einsum("bnth,bnsh->bnts", grad, value) - mean)
+  of_query = jnp.einsum("bnts,bnsh->bnth", of_scores, key) * _scale(query)
+  of_key = jnp.einsum("bnts,bnth->bnsh", of_scores, query)
+  return of_query.swapaxes(1, 2), of_key.swapaxes(1, 2), of_value.swapaxes(1, 2)
+
+
+def _scale(query: jax.Array) -> float:
+  return query.shape[-1]**-0.5
+
+
+attend.defvjp(_attend_forward, _attend_backward)

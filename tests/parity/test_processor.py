@@ -1,0 +1,76 @@
+"""Convolutions and attention as processors compute them, with their gradients, against torch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from ddpo_jax.models import layers, processor
+
+# float32 against float64: Winograd's sums and differences cost a digit.
+TOLERANCE = 5e-6
+
+
+def check(ours, theirs, *inputs, dtype=np.float32, tolerance=TOLERANCE):
+  """The same values, and the same gradients of a weighted sum of them."""
+  arrays = [jnp.asarray(x, dtype) for x in inputs]
+  tensors = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in arrays]
+  expected = theirs(*tensors)
+  grad = np.random.default_rng(1).normal(size=expected.shape)
+  expected.backward(torch.from_numpy(grad))
+  actual, backward = jax.vjp(jax.jit(ours), *arrays)
+  pairs = [(actual, expected), *zip(backward(jnp.asarray(grad, actual.dtype)),
+                                    (tensor.grad for tensor in tensors))]
+  for a, b in pairs:
+    assert a.shape == b.shape
+    b = b.detach().numpy()
+    assert np.abs(np.asarray(a, np.float64) - b).max() < tolerance * np.abs(b).max()
+
+
+def convolution(x, kernel):
+  return functional.conv2d(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1),
+                           padding=1).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("size,channels,transformed", [
+    ((2, 2), (32, 48), True), ((4, 4), (40, 32), True), ((2, 6), (32, 32), True),
+    ((4, 4), (4, 32), False), ((8, 8), (32, 32), False), ((1, 1), (32, 32), False),
+    ((3, 4), (32, 32), False)])
+def test_convolution(size, channels, transformed):
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(3, *size, channels[0])), rng.normal(size=(3, 3, *channels))
+  check(processor.convolve, convolution, x, kernel)
+  program = str(jax.make_jaxpr(processor.convolve)(jnp.float32(x), jnp.float32(kernel)))
+  assert ("conv_general_dilated" in program) != transformed
+
+
+def test_half_precision_is_not_transformed():
+  """It would lose digits that it does not have."""
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(3, 4, 4, 32)), rng.normal(size=(3, 3, 32, 32))
+  check(processor.convolve, convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
+
+
+def attention(query, key, value):
+  heads_first = lambda x: x.transpose(1, 2)
+  return heads_first(functional.scaled_dot_product_attention(
+      *map(heads_first, (query, key, value))))
+
+
+@pytest.mark.parametrize("query_length,key_length", ((16, 16), (64, 77), (4, 77), (1, 5)))
+def test_attention(query_length, key_length):
+  rng = np.random.default_rng(0)
+  draw = lambda length: rng.normal(size=(2, length, 4, 16))
+  check(processor.attend, attention, draw(query_length), draw(key_length), draw(key_length))
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_attention_in_half_precision(dtype):
+  rng = np.random.default_rng(0)
+  inputs = [rng.normal(size=(2, length, 32)) for length in (16, 7, 7)]
+  split = lambda x: x.reshape(*x.shape[:2], 4, 8)
+  check(lambda *x: layers.multi_head_attention(*x, num_heads=4),
+        lambda *x: attention(*map(split, x)).reshape(2, 16, 32), *inputs,
+        dtype=jnp.dtype(dtype), tolerance=1e-2)
