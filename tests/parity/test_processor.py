@@ -34,16 +34,17 @@ def convolution(x, kernel):
                            padding=1).permute(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize("size,channels,transformed", [
+@pytest.mark.parametrize("size,channels,as_products", [
     ((2, 2), (32, 48), True), ((4, 4), (40, 32), True), ((2, 6), (32, 32), True),
-    ((4, 4), (4, 32), False), ((8, 8), (32, 32), False), ((1, 1), (32, 32), False),
+    ((1, 1), (32, 32), True), ((2, 2), (8, 6), True), ((1, 3), (8, 6), True),
+    ((2, 3), (8, 6), False), ((4, 4), (4, 32), False), ((8, 8), (32, 32), False),
     ((3, 4), (32, 32), False)])
-def test_convolution(size, channels, transformed):
+def test_convolution(size, channels, as_products):
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, *size, channels[0])), rng.normal(size=(3, 3, *channels))
   check(processor.convolve, convolution, x, kernel)
   program = str(jax.make_jaxpr(processor.convolve)(jnp.float32(x), jnp.float32(kernel)))
-  assert ("conv_general_dilated" in program) != transformed
+  assert ("conv_general_dilated" in program) != as_products
 
 
 def test_half_precision_is_not_transformed():
