@@ -12,6 +12,8 @@ from ddpo_jax.config import BatchPlan, Config
 
 # With fewer samples of a microbatch a core does not gain what its copy of the weights takes.
 _LEAST_SAMPLES = 8
+# On a processor more samples at a time are no faster, and take more memory.
+_MOST_SAMPLES_AT_ONCE = 16
 
 
 def plan_batches(cfg: Config) -> BatchPlan:
@@ -38,6 +40,17 @@ def host_memory() -> contextlib.AbstractContextManager:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
   except RuntimeError:  # JAX_PLATFORMS leaves it out
     return contextlib.nullcontext()
+
+
+def samples_at_once(batch_size: int) -> int:
+  """How many samples of a batch a device of the default backend had best compute at a time."""
+  on_processor = jax.default_backend() == "cpu"
+  return largest_part(batch_size, _MOST_SAMPLES_AT_ONCE) if on_processor else batch_size
+
+
+def largest_part(size: int, limit: int) -> int:
+  """The largest size up to `limit` of which equal parts make up `size`."""
+  return max(n for n in range(1, min(limit, size) + 1) if size % n == 0)
 
 
 def _cores_as_devices() -> int:

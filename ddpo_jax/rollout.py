@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ddpo_jax import distributed, lora
 from ddpo_jax.console import hide_bars
+from ddpo_jax.devices import largest_part, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import PromptEncoder
@@ -95,10 +96,13 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
     unet = nnx.merge(*lora.fold(unet_graphdef, params, frozen.unet))
     vae = nnx.merge(vae_graphdef, frozen.vae)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
-    trajectory = sample(unet, schedule, text_embeddings, negative_embedding,
-                        guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
+    draw = lambda embeddings, keys: sample(
+        unet, schedule, embeddings, negative_embedding,
+        guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
     decode = lambda latents: to_uint8(vae.decode(latents / scaling_factor))
-    images = _map_in_parts(decode, trajectory.images_latents, config.decode_batch_size)
+    trajectory = _map_in_parts(draw, samples_at_once(config.batch_size),
+                               text_embeddings, keys)
+    images = _map_in_parts(decode, config.decode_batch_size, trajectory.images_latents)
     return Generation(trajectory, images)
 
   mapped = jax.shard_map(generate, mesh=mesh,
@@ -107,17 +111,18 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
   return jax.jit(mapped)
 
 
-def _map_in_parts(function: Callable[[jax.Array], jax.Array], x: Float[Array, "N ..."],
-                  largest: int) -> Float[Array, "N ..."]:
-  """function(x), by the largest equal parts of the first axis up to `largest`, in turn.
+def _map_in_parts(function: Callable[..., Any], largest: int, *arguments: jax.Array) -> Any:
+  """function(*arguments), by the largest equal parts of their first axis up to `largest`.
 
   `jax.lax.map` with a batch_size would do it by `vmap`, which adds an axis to every product.
   """
-  part = max(n for n in range(1, min(largest, len(x)) + 1) if len(x) % n == 0)
-  if part == len(x):
-    return function(x)
-  out = jax.lax.map(function, x.reshape(-1, part, *x.shape[1:]))
-  return out.reshape(len(x), *out.shape[2:])
+  size = len(arguments[0])
+  part = largest_part(size, largest)
+  if part == size:
+    return function(*arguments)
+  parts = [x.reshape(-1, part, *x.shape[1:]) for x in arguments]
+  out = jax.lax.map(lambda part: function(*part), parts)
+  return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), out)
 
 
 class RolloutWorker:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import ctypes
@@ -15,6 +15,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
 import numpy as np
 from tqdm import tqdm
 
@@ -44,6 +45,8 @@ DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 # Keys are folded from the seed by purpose, then by epoch: sampling takes the plain seed.
 _LORA_STREAM, _SHUFFLE_STREAM, _EVAL_STREAM = 1_000_001, 1_000_002, 1_000_003
 _EVAL_IMAGES = 8
+
+_Step = tuple[Key[Array, ""], Int[Array, ""]]  # an inner epoch's shuffle; the step's index
 
 
 @dataclasses.dataclass
@@ -198,17 +201,20 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
 def compile_ahead(trainer: Trainer) -> None:
   """Begins to compile the update in a thread, while the first epoch is compiled and sampled.
 
-  It goes by way of the compilation cache: there the first optimizer step finds it.
+  On a processor it waits for it: both would use the same cores, and hold the memory at once.
   """
-  if jax.process_count() > 1 or jax.config.values["jax_compilation_cache_dir"] is None:
+  if jax.process_count() > 1:
     return  # several processes must compile in the same order
   pool = futures.ThreadPoolExecutor(max_workers=1)
   trainer.compiling = pool.submit(_compile_update, trainer)
-  pool.shutdown(wait=False)
+  on_processor = jax.default_backend() == "cpu"
+  pool.shutdown(wait=on_processor)
+  if on_processor:
+    return_freed_memory()
 
 
-def _compile_update(trainer: Trainer) -> None:
-  """Compiles the update for arrays of the shapes that an epoch will have."""
+def _compile_update(trainer: Trainer) -> update.Update:
+  """The update, compiled for arrays of the shapes that an epoch will have."""
   cfg, plan = trainer.cfg, trainer.plan
   sharded = jax.sharding.NamedSharding(trainer.mesh, P(None, update.AXIS))
   samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
@@ -221,12 +227,8 @@ def _compile_update(trainer: Trainer) -> None:
           log_probs=abstract(cfg.sample.num_steps)),
       text_embeddings=abstract(*negative.shape[1:], dtype=negative.dtype),
       negative_embedding=negative, advantages=abstract())
-  program: Any = trainer.update
-  arguments: tuple[Any, ...] = (trainer.state, trainer.frozen_unet, batch, jax.random.key(0),
-                                jnp.int32(0))
-  if isinstance(trainer.update, update.RescoringUpdate):
-    program, arguments = trainer.update.program, (*arguments, jnp.bool_(False))
-  program.lower(*arguments).compile()
+  arguments = (trainer.state, trainer.frozen_unet, batch, jax.random.key(0), jnp.int32(0))
+  return update.compile_for(trainer.update, *arguments)
 
 
 def resume(trainer: Trainer, run: pathlib.Path) -> int:
@@ -340,27 +342,41 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
                     ) -> Iterator[update.UpdateMetrics]:
   """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
   if trainer.compiling is not None:
-    trainer.compiling.result()
+    trainer.update = trainer.compiling.result()
     trainer.compiling = None
     return_freed_memory()  # the compiler's, and what reading a compiled program took
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), _SHUFFLE_STREAM)
   shuffle = jax.random.fold_in(shuffle, epoch)
-  per_inner_epoch = trainer.plan.steps_per_inner_epoch
-  steps = [(inner, index) for inner in range(trainer.cfg.train.num_inner_epochs)
-           for index in range(per_inner_epoch)]
-  if isinstance(trainer.update, update.RescoringUpdate):
-    for inner, index in steps:
+  steps = [(jax.random.fold_in(shuffle, inner), jnp.int32(index))
+           for inner in range(trainer.cfg.train.num_inner_epochs)
+           for index in range(trainer.plan.steps_per_inner_epoch)]
+  rescoring = trainer.update if isinstance(trainer.update, update.RescoringUpdate) else None
+  if rescoring:
+    for step in _progress(_steps_to_rescore(trainer, steps),
+                          f"Epoch {epoch}: log-probabilities"):
       stop.check()
-      trainer.state, batch = trainer.update.rescore(
-          trainer.state, trainer.frozen_unet, batch, jax.random.fold_in(shuffle, inner),
-          jnp.int32(index))
-  for inner, index in tqdm(steps, desc=f"Epoch {epoch}: training", leave=False,
-                           dynamic_ncols=True, disable=hide_bars(), unit="step"):
+      trainer.state, batch = rescoring.rescore(trainer.state, trainer.frozen_unet, batch,
+                                               *step)
+  for step in _progress(steps, f"Epoch {epoch}: training"):
     stop.check()
-    trainer.state, metrics = trainer.update(
-        trainer.state, trainer.frozen_unet, batch, jax.random.fold_in(shuffle, inner),
-        jnp.int32(index))
+    arguments = (trainer.state, trainer.frozen_unet, batch, *step)
+    if rescoring and step is steps[0]:
+      trainer.state, batch, metrics = rescoring.first_step(*arguments)
+    else:
+      trainer.state, metrics = trainer.update(*arguments)
     yield metrics
+
+
+def _steps_to_rescore(trainer: Trainer, steps: Sequence[_Step]) -> Sequence[_Step]:
+  """Those that read log-probabilities which no other one has computed."""
+  every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps
+  # Then one inner epoch reads them all.
+  return steps[1:trainer.plan.steps_per_inner_epoch if every_timestep else None]
+
+
+def _progress(steps: Sequence[_Step], description: str) -> Iterable[_Step]:
+  return tqdm(steps, desc=description, leave=False, dynamic_ncols=True,
+              disable=hide_bars(), unit="step")
 
 
 def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import enum
 import functools
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Key
+from jaxtyping import Array, Float32, Int, Key
 import optax
 
 from ddpo_jax import lora, ppo
+from ddpo_jax.devices import samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.types import Batch, LossScale, TrainState
 
@@ -46,7 +48,7 @@ class UpdateConfig:
   clip_range: float
   adv_clip_max: float
   loss_scaling: bool  # for fp16
-  recompute_log_probs: bool = False  # make an update that can also `rescore`
+  recompute_log_probs: bool = False  # make a `RescoringUpdate`
 
 
 @jax.tree_util.register_dataclass
@@ -83,9 +85,17 @@ class _Sums:
   ratio_drift: Float32[Array, ""]  # a maximum
 
 
+class Mode(enum.IntEnum):
+  """What a `RescoringUpdate`'s program does."""
+
+  RESCORE = 0  # computes log-probabilities; the state stays as it is
+  FIRST_STEP = 1  # an optimizer step whose own log-probabilities are the old ones too
+  STEP = 2  # an optimizer step
+
+
 @dataclasses.dataclass(frozen=True)
 class RescoringUpdate:
-  """An update that can also replace the sampler's log-probabilities by its own.
+  """An update that replaces the sampler's log-probabilities by its own.
 
   Sampler and update round differently, and in half precision that moves the ratio by as
   much as PPO's clip range. Even a forward pass alone is compiled otherwise than one that
@@ -93,12 +103,24 @@ class RescoringUpdate:
   condition: before the first optimizer step the ratio is 1 to the last bit.
   """
 
-  program: Program  # (state, frozen, batch, key, index, train [] bool)
+  program: Program  # (state, frozen, batch, key, index, mode [] int32)
 
   def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
                key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, UpdateMetrics]:
-    state, _, metrics = self.program(state, frozen, batch, key, index, jnp.bool_(True))
+    state, _, metrics = self._run(Mode.STEP, state, frozen, batch, key, index)
     return state, metrics
+
+  def first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
+                 key: Key[Array, ""], index: Int[Array, ""]
+                 ) -> tuple[TrainState, Batch, UpdateMetrics]:
+    """An epoch's first optimizer step: its policy is the sampler's, and the ratio 1.
+
+    It needs no `rescore`: what it computes are the log-probabilities under that policy.
+
+    Returns:
+      The state; the batch with those log-probabilities; the metrics.
+    """
+    return self._run(Mode.FIRST_STEP, state, frozen, batch, key, index)
 
   def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
               key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, Batch]:
@@ -107,9 +129,16 @@ class RescoringUpdate:
     Returns:
       The state, unchanged but in other buffers (the one given is donated); the batch.
     """
-    state, log_probs, _ = self.program(state, frozen, batch, key, index, jnp.bool_(False))
+    state, batch, _ = self._run(Mode.RESCORE, state, frozen, batch, key, index)
+    return state, batch
+
+  def _run(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
+           key: Key[Array, ""], index: Int[Array, ""]
+           ) -> tuple[TrainState, Batch, UpdateMetrics]:
+    state, log_probs, metrics = self.program(state, frozen, batch, key, index,
+                                             jnp.int32(mode))
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
-    return state, dataclasses.replace(batch, trajectory=trajectory)
+    return state, dataclasses.replace(batch, trajectory=trajectory), metrics
 
 
 def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float,
@@ -165,23 +194,33 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
                                out_specs=(P(), P())), donate_argnums=0)
 
 
+def compile_for(update: Update, *arguments: Any) -> Update:
+  """The update compiled for arguments of these shapes, which may be abstract."""
+  if isinstance(update, RescoringUpdate):
+    program: Any = update.program
+    compiled = program.lower(*arguments, jnp.int32(Mode.RESCORE)).compile()
+    return dataclasses.replace(update, program=compiled)
+  program = update
+  return program.lower(*arguments).compile()
+
+
 def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
             optimizer: optax.GradientTransformation, state: TrainState,
             frozen: nnx.State, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
-            train: Bool[Array, ""] | None = None
+            mode: Int[Array, ""] | None = None
             ) -> tuple[TrainState, Float32[Array, "batches samples T"], UpdateMetrics]:
-  """The program of one device; where `train` is false, it leaves the state as it is.
+  """The program of one device; `mode` is a `Mode`, or None for an optimizer step.
 
   Returns:
     The state; the log-probabilities, those of the microbatches computed anew; the
     metrics.
   """
   shape = batch.trajectory.log_probs.shape
-  microbatches = choose_microbatches(config, schedule.num_steps, shape[0], shape[1],
-                                     key, index)
+  microbatches = _split(choose_microbatches(config, schedule.num_steps, shape[0], shape[1],
+                                            key, index))
   batch = flatten_samples(batch)
   grads, metrics, log_probs = accumulate_gradients(
-      config, graphdef, schedule, state, frozen, batch, microbatches, train)
+      config, graphdef, schedule, state, frozen, batch, microbatches, mode)
   log_probs = batch.trajectory.log_probs.at[microbatches.sample, microbatches.step].set(
       log_probs).reshape(shape)
   finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
@@ -189,17 +228,15 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   stepped = TrainState(params=optax.apply_updates(state.params, updates),
                        opt_state=opt_state, step=state.step + 1,
                        loss_scale=state.loss_scale)
-  taken = finite if train is None else finite & train
+  train = True if mode is None else mode != Mode.RESCORE
+  taken = finite & train
   stepped = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, state)
   if config.loss_scaling:
-    adjusted = _adjust(state.loss_scale, finite)
-    if train is not None:
-      adjusted = jax.tree.map(lambda new, old: jnp.where(train, new, old), adjusted,
-                              state.loss_scale)
+    adjusted = jax.tree.map(lambda new, old: jnp.where(train, new, old),
+                            _adjust(state.loss_scale, finite), state.loss_scale)
     stepped = dataclasses.replace(stepped, loss_scale=adjusted)
-  state = stepped
   skipped = 1.0 - finite.astype(jnp.float32)
-  return state, log_probs, dataclasses.replace(metrics, skipped=skipped)
+  return stepped, log_probs, dataclasses.replace(metrics, skipped=skipped)
 
 
 def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samples: int,
@@ -239,6 +276,12 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
   return Microbatches(sample=flat(chosen), step=flat(steps))
 
 
+def _split(microbatches: Microbatches) -> Microbatches:
+  """As large as the device is quick with; the gradient of their mean loss is the same."""
+  size = samples_at_once(microbatches.sample.shape[1])
+  return jax.tree.map(lambda pairs: pairs.reshape(-1, size), microbatches)
+
+
 def flatten_samples(batch: Batch) -> Batch:
   """[batches, samples, …] -> [batches · samples, …] on this device."""
   flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
@@ -251,7 +294,7 @@ def flatten_samples(batch: Batch) -> Batch:
 def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
                          batch: Batch, microbatches: Microbatches,
-                         train: Bool[Array, ""] | None = None
+                         mode: Int[Array, ""] | None = None
                          ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "M b"]]:
   """The gradient of the mean loss over all microbatches of all devices.
 
@@ -263,7 +306,8 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     frozen: the UNet's other weights.
     batch: this device's samples, flat.
     microbatches: this device's.
-    train: where it is false there is no backward pass, and the gradient is 0.
+    mode: a `Mode`, or None for an optimizer step. To rescore there is no backward pass,
+      and the gradient is 0.
 
   Returns:
     The gradient, the metrics, and this device's log-probabilities.
@@ -283,17 +327,17 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
 
   def loss_fn(weights: nnx.State, microbatch: Microbatches):
     loss, info, log_prob = microbatch_loss(
-        config, nnx.merge(folded, weights, rest), schedule, batch, microbatch)
+        config, nnx.merge(folded, weights, rest), schedule, batch, microbatch, mode)
     return loss * scale, (loss, info, log_prob)
 
   def body(sums: _Sums, microbatch: Microbatches) -> tuple[_Sums, jax.Array]:
     scaled, backward, (loss, info, log_prob) = jax.vjp(
         lambda weights: loss_fn(weights, microbatch), weights, has_aux=True)
     one = jnp.ones_like(scaled)
-    if train is None:
+    if mode is None:
       (grads,) = backward(one)
     else:
-      grads = jax.lax.cond(train, lambda backward: backward(one)[0],
+      grads = jax.lax.cond(mode != Mode.RESCORE, lambda backward: backward(one)[0],
                            lambda _: jax.tree.map(jnp.zeros_like, weights), backward)
     return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
                  loss=sums.loss + loss,
@@ -312,7 +356,8 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
 
 
 def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,
-                    batch: Batch, microbatch: Microbatches
+                    batch: Batch, microbatch: Microbatches,
+                    mode: Int[Array, ""] | None = None
                     ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, " b"]]:
   """PPO's loss of one microbatch [b], what it logs, and the log-probabilities."""
   sample, step = microbatch.sample, microbatch.step
@@ -321,9 +366,12 @@ def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedu
       unet, schedule, step, latents[sample, step], batch.text_embeddings[sample],
       batch.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
       prev_latents=latents[sample, step + 1])
-  loss, info = ppo.ppo_loss(
-      log_prob, batch.trajectory.log_probs[sample, step], batch.advantages[sample],
-      config.clip_range, config.adv_clip_max)
+  old_log_prob = batch.trajectory.log_probs[sample, step]
+  if mode is not None:
+    old_log_prob = jnp.where(mode == Mode.FIRST_STEP, jax.lax.stop_gradient(log_prob),
+                             old_log_prob)
+  loss, info = ppo.ppo_loss(log_prob, old_log_prob, batch.advantages[sample],
+                            config.clip_range, config.adv_clip_max)
   return loss, info, log_prob
 
 

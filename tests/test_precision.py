@@ -1,5 +1,6 @@
 """What half precision does to the ratio, its cure, and dynamic loss scaling."""
 
+import collections
 import dataclasses
 import pathlib
 
@@ -126,9 +127,34 @@ def test_recomputed_log_probs_cure_the_drift(half):
     assert float(metrics.approx_kl) == 0.0
 
 
+def test_first_step_needs_no_rescoring(half):
+  """It does, to the last bit, what it would do after that, and keeps what it computed."""
+  key, index = jax.random.key(0), jnp.int32(0)
+  start = lambda: dataclasses.replace(half, state=copy(half.state))
+  state, batch, metrics = half.program.first_step(
+      copy(half.state), half.frozen, half.batch, key, index)
+  cured = rescored(start(), key)
+  expected, expected_metrics = first_step(dataclasses.replace(cured, state=copy(half.state)),
+                                          key)
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  jax.tree.map(np.testing.assert_array_equal, metrics, expected_metrics)
+  new, old = batch.trajectory.log_probs, half.batch.trajectory.log_probs
+  changed = new != old
+  assert 0 < changed.sum() <= half.config.batch_size * STEPS  # of this step's samples only
+  np.testing.assert_array_equal(new[changed], cured.batch.trajectory.log_probs[changed])
+
+
 @pytest.mark.slow  # the same program as above, in the loop
-def test_training_recomputes_when_asked():
-  """Through the loop's own functions: the first optimizer step begins at a ratio of 1."""
+def test_training_recomputes_when_asked(monkeypatch):
+  """Through the loop's own functions: as long as the policy stands still the ratio is 1."""
+  count = collections.Counter()
+  rescore = update.RescoringUpdate.rescore
+
+  def counted(*arguments):
+    count["rescored"] += 1
+    return rescore(*arguments)
+
+  monkeypatch.setattr(update.RescoringUpdate, "rescore", counted)
   config = base.get_config()
   config.pretrained.model = str(GOLDEN_SD)
   config.mixed_precision = "bf16"
@@ -137,6 +163,7 @@ def test_training_recomputes_when_asked():
   config.sample.num_batches_per_epoch = 1
   config.train.batch_size = 2
   config.train.recompute_log_probs = True
+  config.train.learning_rate = 1e-30
   config.per_prompt_stat_tracking.min_count = 2
   cfg = resolve(config)
   trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
@@ -144,10 +171,11 @@ def test_training_recomputes_when_asked():
   rollout = trainer.worker.run(trainer.state.params, epoch=0)
   batch = train.make_batch(trainer, rollout, np.arange(4, dtype=np.float32))
   steps = list(train.optimizer_steps(trainer, batch, 0, train.Stop()))
-  assert len(steps) == 2
-  assert float(steps[0].ratio_drift) == 0.0
-  assert float(steps[1].ratio_drift) > 0.0  # by then the policy has changed
+  assert [float(step.ratio_drift) for step in steps] == [0.0, 0.0]
+  assert [float(step.skipped) for step in steps] == [0.0, 0.0]
+  assert all(float(step.grad_norm) > 0 for step in steps)
   assert int(trainer.state.step) == 2
+  assert count["rescored"] == 1  # the first step's old log-probabilities are its own
 
 
 def test_rescoring_changes_nothing_else(half):
