@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent import futures
+import dataclasses
 import functools
 import math
 import os
@@ -20,12 +21,12 @@ from PIL import Image
 
 from ddpo_jax import train
 from ddpo_jax.benchmark import flops
-from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
+from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss, tiny_folder
 from ddpo_jax.config import Config
 from ddpo_jax.devices import host_memory, plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
-from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.pretrained import PARTS, ConstantRngs
+from ddpo_jax.models import StableDiffusion
+from ddpo_jax.models.pretrained import PARTS, ConstantRngs, load_clip_tokenizer
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
 
@@ -42,6 +43,8 @@ class JaxSide:
     self._trainer = train.build(
         cfg, self._plan, get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs),
         get_rewards(cfg.reward_fn, cfg.reward_kwargs), self._models)
+    # The trainer has placed the weights; training holds no others.
+    self._models = dataclasses.replace(self._models, unet=_without_weights(self._models.unet))
     self._epoch = 0
     self._pool = futures.ThreadPoolExecutor(2)  # as many as the trainer's rewards have
 
@@ -121,6 +124,11 @@ class JaxSide:
             "seconds_one_by_one": median_seconds(one_by_one, repeats=1)}
 
 
+def _without_weights(module: Any) -> Any:
+  graphdef, state = nnx.split(module)
+  return nnx.merge(graphdef, jax.eval_shape(lambda: state))
+
+
 def random_models(cfg: Config) -> StableDiffusion:
   """The model that the config names, with random weights: no file is read.
 
@@ -133,7 +141,7 @@ def random_models(cfg: Config) -> StableDiffusion:
       module, config.from_dict(configs[name]), dtype=dtype))
       for name, (module, config) in PARTS.items()}
   return StableDiffusion(
-      tokenizer=load_pretrained("tiny").tokenizer,  # as long a row of tokens as any
+      tokenizer=load_clip_tokenizer(tiny_folder() / "tokenizer"),  # as many tokens as any
       noise_schedule=NoiseSchedule.from_config(configs["scheduler"]), **modules)
 
 
