@@ -72,13 +72,11 @@ class Watch:
     drift, clip_range = metrics["ratio_drift"], self._cfg.train.clip_range
     if not drift > clip_range / 10:
       return None
-    if self._cfg.mixed_precision != "no":
-      remedy = "set mixed_precision='no'" + (
-          " (or 'fp16')" if self._cfg.mixed_precision == "bf16" else "")
-    elif self._cfg.allow_tf32:
-      remedy = "set allow_tf32=False"
+    if not self._cfg.train.recompute_log_probs:
+      remedy = "set train.recompute_log_probs=True"
     else:
-      remedy = "use batch sizes of sampler and update that are closer"
+      remedy = ("set sample.batch_size to train.batch_size="
+                f"{self._cfg.train.batch_size}, so that both compute in the same shapes")
     return (f"ratio_drift={drift:.2g} is above a tenth of train.clip_range={clip_range:g}: "
             "sampler and update disagree on the policy by rounding alone, and clipping acts "
             f"on noise; {remedy}, or raise train.clip_range")

@@ -195,7 +195,13 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
       clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
       loss_scaling=cfg.mixed_precision == "fp16",
-      recompute_log_probs=cfg.train.recompute_log_probs and cfg.mixed_precision != "no")
+      recompute_log_probs=cfg.train.recompute_log_probs and _rounds_coarsely(cfg))
+
+
+def _rounds_coarsely(cfg: Config) -> bool:
+  """Whether rounding moves ratios by more than PPO's clip range allows (docs/gpu.md)."""
+  uses_tf32 = cfg.allow_tf32 and jax.default_backend() == "gpu"
+  return cfg.mixed_precision != "no" or uses_tf32
 
 
 def compile_ahead(trainer: Trainer) -> None:

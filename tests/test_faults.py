@@ -377,7 +377,7 @@ HEALTHY = {"ratio_drift": 1e-9, "diversity": 0.3, "reward_std": 1.0, "reward_mea
 
 
 @pytest.mark.parametrize("trouble,words", [
-    ({"ratio_drift": 2e-5}, ("ratio_drift", "train.clip_range=0.0001", "allow_tf32=False")),
+    ({"ratio_drift": 2e-5}, ("ratio_drift", "train.clip_range=0.0001", "sample.batch_size")),
     ({"diversity": 0.05}, ("diversity=0.05 was 0.3", "train.learning_rate")),
     ({"reward_std": 0.0}, ("reward_std=0", "reward_fn=")),
     ({"clipfrac": 0.97}, ("clipfrac=0.97", "train.learning_rate=0.01")),
@@ -389,6 +389,13 @@ def test_trouble_is_said_once(folder, trouble, words):
   assert all(word in line for word in words), line
   assert "\n" not in line
   assert watch.new_warnings(HEALTHY | trouble) == []
+
+
+def test_drift_that_was_not_to_be_cured(folder):
+  cfg = make_config(folder, "watch")
+  cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, recompute_log_probs=False))
+  (line,) = diagnostics.Watch(cfg).new_warnings(HEALTHY | {"ratio_drift": 2e-5})
+  assert "set train.recompute_log_probs=True" in line
 
 
 def test_a_run_with_a_constant_reward_says_so(folder, monkeypatch, capsys):
