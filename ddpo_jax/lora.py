@@ -99,7 +99,6 @@ def fold(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State
   be summed over microbatches first, and handed on to up and down once. Products with
   matrices of a few columns are slow on processors. On GPUs the gradient of the whole
   matrix would cost more than it saves, and half precision would lose what up·down adds.
-  What the convolutions compute from their frozen kernels is computed here as well.
 
   Returns:
     The same network, split as `partition` does; or what was given.
@@ -115,9 +114,6 @@ def fold(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State
     update = linear.lora_down[...] @ linear.lora_up[...]
     linear.kernel = nnx.LoRAParam(linear.kernel[...] + update)
     linear.lora_down = linear.lora_up = None
-  for _, module in nnx.iter_graph(unet):
-    if isinstance(module, layers.Conv):
-      module.transform_kernel()
   return partition(unet)
 
 

@@ -78,23 +78,12 @@ class Conv(nnx.Conv):
                      strides=stride, padding=((padding, padding),) * 2, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
     self._centred = (kernel_size, stride, padding) == (3, 1, 1)
-    self.transformed: nnx.Variable | None = nnx.data(None)  # see `transform_kernel`
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     if not self._centred or jax.default_backend() != "cpu":
       return super().__call__(inputs, out_sharding)
-    transformed = None if self.transformed is None else self.transformed[...]
-    y = processor.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
-                           transformed)
+    y = processor.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype))
     return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-  def transform_kernel(self) -> None:
-    """Computes what depends on the kernel alone, for a processor; in place.
-
-    For use inside of a program, before a loop: what no layer needs is not computed.
-    """
-    if self._centred:
-      self.transformed = nnx.Variable(processor.transform(self.kernel[...]))
 
 
 class Conv1x1(Conv):

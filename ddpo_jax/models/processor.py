@@ -29,32 +29,20 @@ _OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
 
 
 @jax.custom_vjp
-def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
-             transformed: Float[Array, "16 I O"] | None = None) -> Float[Array, "B h w O"]:
+def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"]
+             ) -> Float[Array, "B h w O"]:
   """A 3×3 convolution, padded by 1.
 
   Its gradient in x is another one, of the kernel turned round. JAX's own hands XLA a kernel
   whose axes are exchanged by name only, and inside of a loop that takes five times as long.
-
-  Args:
-    x: of any number of pixels.
-    kernel: the weights.
-    transformed: of `transform(kernel)`, where that was computed before.
   """
-  return _convolve_forward(x, kernel, transformed)[0]
-
-
-def transform(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "16 I O"]:
-  """Winograd's transform of the weights, to be computed once outside of a loop."""
-  weights = jnp.asarray(np.kron(_KERNEL, _KERNEL)) @ kernel.reshape(9, -1)
-  return weights.reshape(16, *kernel.shape[2:])
-
-
-def _suits_winograd(x: jax.Array, kernel: jax.Array) -> bool:
   height, width = x.shape[1:3]
   in_tiles = height % 2 == width % 2 == 0 and height * width <= _MOST_PIXELS
-  return (in_tiles and x.dtype == jnp.float32
-          and min(kernel.shape[2:]) >= _LEAST_CHANNELS)
+  if in_tiles and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= _LEAST_CHANNELS:
+    return _winograd(x, kernel)
+  if height * width <= _FEW_PIXELS:
+    return _as_product(x, kernel)
+  return _convolve_directly(x, kernel)
 
 
 def _as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -71,79 +59,59 @@ def _convolve_directly(x: jax.Array, kernel: jax.Array) -> jax.Array:
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _winograd(x: jax.Array, transformed: jax.Array, turned: bool) -> jax.Array:
+def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """Winograd's convolution: 4 multiplications where the definition has 9.
 
   Each tile of 2×2 outputs comes from 4×4 inputs. For each of the 16 transformed positions
   there is one matrix product, over all tiles. The transforms are products too, with the
   gathering of tiles, padding included, and their laying out worked into the matrices.
-
-  Args:
-    x: [B, h, w, channels].
-    transformed: [16, I, O].
-    turned: whether to convolve with the kernel turned round, from O channels to I.
   """
   # Each step is to be as it is written: what XLA fuses products with slows them down.
   apart = jax.lax.optimization_barrier
-  x, transformed = apart((x, transformed))
-  batch, height, width, channels = x.shape
+  x, kernel = apart((x, kernel))
+  batch, height, width, _ = x.shape
   pixels_first = apart(x.transpose(1, 2, 0, 3).reshape(height * width, -1))
-  tiles = apart(_to_tiles(height, width, turned) @ pixels_first).reshape(16, -1, channels)
-  products = apart(jnp.einsum("tro,tio->tri" if turned else "tri,tio->tro", tiles,
-                              transformed))
-  from_tiles = _from_tiles(height, width, turned)
+  tiles = _to_tiles(height, width) @ pixels_first
+  weights = np.kron(_KERNEL, _KERNEL) @ kernel.reshape(9, -1)
+  tiles, weights = apart((tiles.reshape(16, -1, kernel.shape[2]),
+                          weights.reshape(16, *kernel.shape[2:])))
+  products = apart(jnp.einsum("tri,tio->tro", tiles, weights))
+  from_tiles = _from_tiles(height, width)
   y = apart(from_tiles @ products.reshape(from_tiles.shape[1], -1))
   return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)
 
 
-def _in_order(matrix: np.ndarray, turned: bool) -> np.ndarray:
-  """The positions as those of the kernel are, or of the one turned round: 3 first, 0 last."""
-  return matrix[[3, 1, 2, 0]] if turned else matrix
-
-
-def _to_tiles(height: int, width: int, turned: bool) -> np.ndarray:
+def _to_tiles(height: int, width: int) -> np.ndarray:
   """[positions · tiles, pixels]: gathers the tiles of an image, and transforms them."""
   of_axis = {n: np.zeros((4, n // 2, n + 2), np.float32) for n in (height, width)}
   for n, matrix in of_axis.items():
     for tile in range(n // 2):
-      matrix[:, tile, 2 * tile:2 * tile + 4] = _in_order(_INPUT, turned)
+      matrix[:, tile, 2 * tile:2 * tile + 4] = _INPUT
   rows, columns = (of_axis[n][:, :, 1:-1] for n in (height, width))  # the padding is zero
   return np.einsum("apy,bqx->abpqyx", rows, columns).reshape(-1, height * width)
 
 
-def _from_tiles(height: int, width: int, turned: bool) -> np.ndarray:
+def _from_tiles(height: int, width: int) -> np.ndarray:
   """[pixels, positions · tiles]: transforms products, and lays out the outputs of tiles."""
   of_axis = {n: np.zeros((n, 4, n // 2), np.float32) for n in (height, width)}
   for n, matrix in of_axis.items():
     for tile in range(n // 2):
-      matrix[2 * tile:2 * tile + 2, :, tile] = _in_order(_OUTPUT.T, turned).T
+      matrix[2 * tile:2 * tile + 2, :, tile] = _OUTPUT
   return np.einsum("yap,xbq->yxabpq", of_axis[height], of_axis[width]
                    ).reshape(height * width, -1)
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array, transformed: jax.Array | None
-                      ) -> tuple[jax.Array, tuple[Any, ...]]:
-  saved = (x, kernel, transformed)
-  if _suits_winograd(x, kernel):
-    weights = transform(kernel) if transformed is None else transformed
-    return _winograd(x, weights, turned=False), saved
-  if x.shape[1] * x.shape[2] <= _FEW_PIXELS:
-    return _as_product(x, kernel), saved
-  return _convolve_directly(x, kernel), saved
+def _convolve_forward(x: jax.Array, kernel: jax.Array
+                      ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return convolve(x, kernel), (x, kernel)
 
 
-def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
-                       ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  x, kernel, transformed = saved
-  if _suits_winograd(x, kernel):
-    weights = transform(kernel) if transformed is None else transformed
-    of_x = _winograd(grad, weights, turned=True)
-  else:
-    of_x = convolve(grad, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+def _convolve_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array
+                       ) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
   of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
-  # All of the kernel's gradient is in the kernel's own.
-  of_transformed = None if transformed is None else jnp.zeros_like(transformed)
-  return of_x, of_kernel(grad)[0], of_transformed
+  return convolve(grad, turned), of_kernel(grad)[0]
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
