@@ -95,6 +95,8 @@ def train(cfg: Config) -> pathlib.Path:
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
   checkpointer.drop_after(first_epoch - 1)
   say(f"Writing to {run}")
+  say("Compiling; the next start finds this in the cache" if cfg.compilation_cache
+      else "Compiling")
   compile_ahead(trainer)
   try:
     with interruptible() as stop:
@@ -358,7 +360,8 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
            for index in range(trainer.plan.steps_per_inner_epoch)]
   rescoring = trainer.update if isinstance(trainer.update, update.RescoringUpdate) else None
   if rescoring:
-    for step in _progress(_steps_to_rescore(trainer, steps),
+    # The first step's are its own.
+    for step in _progress(steps[1:1 + num_rescored(trainer)],
                           f"Epoch {epoch}: log-probabilities"):
       stop.check()
       trainer.state, batch = rescoring.rescore(trainer.state, trainer.frozen_unet, batch,
@@ -373,11 +376,14 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
     yield metrics
 
 
-def _steps_to_rescore(trainer: Trainer, steps: Sequence[_Step]) -> Sequence[_Step]:
-  """Those that read log-probabilities which no other one has computed."""
+def num_rescored(trainer: Trainer) -> int:
+  """Of an epoch's optimizer steps: whose log-probabilities are computed before training."""
+  if not isinstance(trainer.update, update.RescoringUpdate):
+    return 0
   every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps
-  # Then one inner epoch reads them all.
-  return steps[1:trainer.plan.steps_per_inner_epoch if every_timestep else None]
+  # Where every timestep is trained, one inner epoch reads all that the others do.
+  inner_epochs = 1 if every_timestep else trainer.cfg.train.num_inner_epochs
+  return trainer.plan.steps_per_inner_epoch * inner_epochs - 1
 
 
 def _progress(steps: Sequence[_Step], description: str) -> Iterable[_Step]:

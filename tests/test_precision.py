@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import pathlib
+import types
 
 from flax import nnx
 import jax
@@ -176,6 +177,20 @@ def test_training_recomputes_when_asked(monkeypatch):
   assert all(float(step.grad_norm) > 0 for step in steps)
   assert int(trainer.state.step) == 2
   assert count["rescored"] == 1  # the first step's old log-probabilities are its own
+
+
+@pytest.mark.parametrize("timesteps,inner_epochs,expected", (
+    (10, 1, 3), (10, 2, 3), (5, 1, 3), (5, 2, 7)))
+def test_what_is_rescored(timesteps, inner_epochs, expected):
+  """Each pair of sample and timestep that an epoch trains on; the first step does its own."""
+  space = types.SimpleNamespace
+  trainer = space(
+      update=update.RescoringUpdate(lambda *_: None),
+      plan=space(num_train_timesteps=timesteps, steps_per_inner_epoch=4),
+      cfg=space(sample=space(num_steps=10), train=space(num_inner_epochs=inner_epochs)))
+  assert train.num_rescored(trainer) == expected
+  trainer.update = lambda *_: None
+  assert train.num_rescored(trainer) == 0
 
 
 def test_rescoring_changes_nothing_else(half):

@@ -141,9 +141,10 @@ def share_of_peak(cfg: Config, results: Mapping[str, Any]) -> dict[str, float]:
   peak = results["matmul_peak"]["flops_per_second"]
   of = lambda part: flops[part]["counted"]
   image = cfg.sample.num_steps * of("denoising_step") + of("decode")  # prompts are known
+  rescored = results["epochs"][_JAX][0]["rescored"]
+  timestep = of("training_timestep") + rescored * of("denoising_step")
   return {"sampling": image * rate["images_per_second"][0] / peak,
-          "training": (of("training_timestep") * rate["sample_timesteps_per_second"][0]
-                       / peak)}
+          "training": timestep * rate["sample_timesteps_per_second"][0] / peak}
 
 
 def describe(results: Mapping[str, Any]) -> str:

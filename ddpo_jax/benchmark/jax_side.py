@@ -79,7 +79,8 @@ class JaxSide:
     return {"sampling_seconds": sampled - started - rollout.reward_seconds,
             "reward_seconds": rollout.reward_seconds,
             "training_seconds": time.perf_counter() - sampled,
-            "images": self._plan.samples_per_epoch, "ratio_drift": drift}
+            "images": self._plan.samples_per_epoch, "ratio_drift": drift,
+            "rescored": train.num_rescored(trainer) / self._plan.optimizer_steps_per_epoch}
 
   def decode(self) -> dict[str, Any]:
     """The autoencoder alone, as many images at a time as in sampling."""
