@@ -509,6 +509,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def largest_part(size: int, limit: int) -> int:
+  """The largest size up to `limit` of which equal parts make up `size`."""
+  return max(n for n in range(1, min(limit, size) + 1) if size % n == 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
   """What the batch sizes come to on the devices there are."""

@@ -8,7 +8,7 @@ import os
 
 import jax
 
-from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.config import BatchPlan, Config, largest_part
 
 # With fewer samples of a microbatch a core does not gain what its copy of the weights takes.
 _LEAST_SAMPLES = 8
@@ -26,8 +26,7 @@ def plan_batches(cfg: Config) -> BatchPlan:
   """
   cores = _cores_as_devices()
   smallest = math.gcd(cfg.sample.batch_size, cfg.train.batch_size)
-  parts = max(n for n in range(1, cores + 1)
-              if n == 1 or (smallest % n == 0 and smallest // n >= _LEAST_SAMPLES))
+  parts = largest_part(smallest, max(1, min(cores, smallest // _LEAST_SAMPLES)))
   return BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
 
 
@@ -46,11 +45,6 @@ def samples_at_once(batch_size: int) -> int:
   """How many samples of a batch a device of the default backend had best compute at a time."""
   on_processor = jax.default_backend() == "cpu"
   return largest_part(batch_size, _MOST_SAMPLES_AT_ONCE) if on_processor else batch_size
-
-
-def largest_part(size: int, limit: int) -> int:
-  """The largest size up to `limit` of which equal parts make up `size`."""
-  return max(n for n in range(1, min(limit, size) + 1) if size % n == 0)
 
 
 def _cores_as_devices() -> int:

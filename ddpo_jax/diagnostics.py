@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from ddpo_jax.config import Config
+from ddpo_jax.config import Config, largest_part
 from ddpo_jax.types import UserError
 
 _SIDE = 16  # pixels to which images are shrunk before they are compared
@@ -196,4 +196,4 @@ def _smaller(cfg: Config) -> Iterator[str]:
 
 def _part(count: int) -> int:
   """The largest proper divisor: what the other sizes divided, they still divide."""
-  return next(part for part in range(count // 2, 0, -1) if count % part == 0)
+  return largest_part(count, count // 2)

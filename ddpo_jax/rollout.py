@@ -17,8 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpo_jax import distributed, lora
+from ddpo_jax.config import largest_part
 from ddpo_jax.console import hide_bars
-from ddpo_jax.devices import largest_part, samples_at_once
+from ddpo_jax.devices import samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import PromptEncoder

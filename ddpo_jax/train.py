@@ -95,11 +95,10 @@ def train(cfg: Config) -> pathlib.Path:
   checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
   checkpointer.drop_after(first_epoch - 1)
   say(f"Writing to {run}")
-  say("Compiling; the next start finds this in the cache" if cfg.compilation_cache
-      else "Compiling")
-  compile_ahead(trainer)
   try:
     with interruptible() as stop:
+      say("Compiling")
+      compile_ahead(trainer)
       if first_epoch == 0:
         evaluate(trainer, tracker, 0)
       for epoch in range(first_epoch, cfg.num_epochs):

@@ -131,10 +131,9 @@ def test_recomputed_log_probs_cure_the_drift(half):
 def test_first_step_needs_no_rescoring(half):
   """It does, to the last bit, what it would do after that, and keeps what it computed."""
   key, index = jax.random.key(0), jnp.int32(0)
-  start = lambda: dataclasses.replace(half, state=copy(half.state))
   state, batch, metrics = half.program.first_step(
       copy(half.state), half.frozen, half.batch, key, index)
-  cured = rescored(start(), key)
+  cured = rescored(dataclasses.replace(half, state=copy(half.state)), key)
   expected, expected_metrics = first_step(dataclasses.replace(cured, state=copy(half.state)),
                                           key)
   jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -177,6 +176,11 @@ def test_training_recomputes_when_asked(monkeypatch):
   assert all(float(step.grad_norm) > 0 for step in steps)
   assert int(trainer.state.step) == 2
   assert count["rescored"] == 1  # the first step's old log-probabilities are its own
+  again = train.optimizer_steps(trainer, batch, 0, train.Stop())
+  assert float(next(again).ratio_drift) == 0.0
+  changed = jax.tree.map(lambda weights: weights + 0.01, trainer.state.params)
+  trainer.state = dataclasses.replace(trainer.state, params=changed)
+  assert float(next(again).ratio_drift) > 0.0  # by then the policy has changed
 
 
 @pytest.mark.parametrize("timesteps,inner_epochs,expected", (

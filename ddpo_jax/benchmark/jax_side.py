@@ -21,12 +21,12 @@ from PIL import Image
 
 from ddpo_jax import train
 from ddpo_jax.benchmark import flops
-from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss, tiny_folder
+from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
 from ddpo_jax.devices import host_memory, plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.models import StableDiffusion
-from ddpo_jax.models.pretrained import PARTS, ConstantRngs, load_clip_tokenizer
+from ddpo_jax.models.pretrained import PARTS, ConstantRngs, load_clip_tokenizer, resolve
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
 
@@ -142,7 +142,7 @@ def random_models(cfg: Config) -> StableDiffusion:
       module, config.from_dict(configs[name]), dtype=dtype))
       for name, (module, config) in PARTS.items()}
   return StableDiffusion(
-      tokenizer=load_clip_tokenizer(tiny_folder() / "tokenizer"),  # as many tokens as any
+      tokenizer=load_clip_tokenizer(resolve("tiny") / "tokenizer"),  # as many tokens as any
       noise_schedule=NoiseSchedule.from_config(configs["scheduler"]), **modules)
 
 

@@ -29,14 +29,12 @@ STABLE_DIFFUSION_15: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def tiny_folder() -> pathlib.Path:
-  """Of the model in this package."""
-  return pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
-
-
 def model_configs(model: str) -> Mapping[str, Mapping[str, Any]]:
   """The config of each part: of a folder or "tiny", else Stable Diffusion 1.5's."""
-  folder = tiny_folder() if model == "tiny" else pathlib.Path(model).expanduser()
+  if model == "tiny":
+    folder = pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
+  else:
+    folder = pathlib.Path(model).expanduser()
   if not folder.is_dir():
     return STABLE_DIFFUSION_15
   names = {part: "config.json" for part in ("unet", "vae", "text_encoder")}
