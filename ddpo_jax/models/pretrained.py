@@ -435,6 +435,8 @@ def _check_pipeline(folder: pathlib.Path) -> None:
 
 
 def _load_tokenizer(folder: pathlib.Path):
+  # Without torch, transformers says that models need it. Here only its tokenizer is read.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import CLIPTokenizer  # slow to import, so only where it is needed
 
   if not (folder / "tokenizer.json").is_file():  # all that transformers 5 writes
