@@ -26,13 +26,7 @@ def noise_of(unet, seed=0):
 def test_attached_lora_changes_nothing_yet(unet):
   before = noise_of(unet)
   lora.inject_lora(unet, rank=4, key=jax.random.key(0))
-  attached = noise_of(unet)
-  # The same sums; a product with more columns may round them otherwise.
-  assert np.abs(attached - before).max() < 1e-5 * np.abs(before).max()
-  # To the last bit, nothing of the first matrix comes through the zeros of the second:
-  for _, linear in lora.attention_projections(unet):
-    linear.lora_down[...] = 1e3 * linear.lora_down[...]
-  np.testing.assert_array_equal(noise_of(unet), attached)
+  np.testing.assert_array_equal(noise_of(unet), before)
   # And is not merely ignored:
   _, first = next(lora.attention_projections(unet))
   first.lora_up[...] = jnp.ones_like(first.lora_up[...])

@@ -85,6 +85,10 @@ def check_activation(kind: str, field: str, name: str) -> None:
                     f"must be one of {', '.join(ACTIVATIONS)}")
 
 
+def _add_bias(layer: nnx.Conv | nnx.Linear, y: jax.Array) -> jax.Array:
+  return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
+
+
 class Conv(nnx.Conv):
   """A convolution with a square kernel and torch's symmetric padding."""
 
@@ -101,7 +105,7 @@ class Conv(nnx.Conv):
     if not self._centred or jax.default_backend() != "cpu":
       return super().__call__(inputs, out_sharding)
     y = processor.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype))
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    return _add_bias(self, y)
 
 
 class Conv1x1(Conv):
@@ -113,11 +117,11 @@ class Conv1x1(Conv):
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     y = inputs.astype(self.dtype) @ self.kernel[0, 0].astype(self.dtype)
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+    return _add_bias(self, y)
 
 
 @jax.custom_vjp
-def _multiply_with_lora(x: Float[Array, "rows I"], kernel: Float[Array, "I O"],
+def multiply_with_lora(x: Float[Array, "rows I"], kernel: Float[Array, "I O"],
                         down: Float[Array, "I rank"], up: Float[Array, "rank O"]
                         ) -> Float[Array, "rows O"]:
   """x @ kernel + (x @ down) @ up.
@@ -145,7 +149,12 @@ def _multiply_with_lora_backward(saved: tuple[jax.Array, ...], grad: jax.Array
   return grad_x + grad_low @ down.T, x.T @ grad, x.T @ grad_low, low.T @ grad
 
 
-_multiply_with_lora.defvjp(_multiply_with_lora_forward, _multiply_with_lora_backward)
+multiply_with_lora.defvjp(_multiply_with_lora_forward, _multiply_with_lora_backward)
+
+
+def _multiply_and_add_lora(x: jax.Array, kernel: jax.Array, down: jax.Array,
+                           up: jax.Array) -> jax.Array:
+  return x @ kernel + (x @ down) @ up
 
 
 class Linear(nnx.Linear):
@@ -161,13 +170,15 @@ class Linear(nnx.Linear):
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
     rows = inputs.reshape(-1, inputs.shape[-1])
+    rows, kernel = rows.astype(self.dtype), self.kernel[...].astype(self.dtype)
     if self.lora_down is None or self.lora_up is None:
-      y = super().__call__(rows)
+      y = rows @ kernel
     else:
-      rows, kernel, down, up = (x.astype(self.dtype) for x in (
-          rows, self.kernel[...], self.lora_down[...], self.lora_up[...]))
-      y = _multiply_with_lora(rows, kernel, down, up)
-      y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+      down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
+      on_processor = jax.default_backend() == "cpu"  # joined products gain nothing there
+      multiply = _multiply_and_add_lora if on_processor else multiply_with_lora
+      y = multiply(rows, kernel, down, up)
+    y = _add_bias(self, y)
     return y.reshape(*inputs.shape[:-1], -1)
 
 
