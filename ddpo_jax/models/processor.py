@@ -8,7 +8,7 @@ their own. On GPUs cuDNN has kernels for both, and nothing of this is used.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,54 @@ _FEW_PIXELS = 4
 _INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
 _KERNEL = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.float32) / 2
 _OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
+# Of a kernel turned round, the same numbers in another order.
+_TURNED = np.array([3, 1, 2, 0])
+
+
+class Prepared(NamedTuple):
+  """What convolutions compute of their kernel alone: once, for many of them."""
+
+  turned: Float[Array, "3 3 O I"]  # by 180°, for the gradient in the input
+  transformed: Float[Array, "16 I O"]  # Winograd's
+
+
+def prepare(kernel: Float[Array, "3 3 I O"]) -> Prepared:
+  return Prepared(_turn(kernel), _transform(kernel))
 
 
 @jax.custom_vjp
-def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"]
-             ) -> Float[Array, "B h w O"]:
+def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
+             prepared: Prepared | None = None) -> Float[Array, "B h w O"]:
   """A 3×3 convolution, padded by 1.
 
   Its gradient in x is another one, of the kernel turned round. JAX's own hands XLA a kernel
   whose axes are exchanged by name only, and inside of a loop that takes five times as long.
+
+  Args:
+    x: the input.
+    kernel: the kernel.
+    prepared: `prepare(kernel)`, where that has been computed outside of a loop; no gradient
+      flows into it.
   """
+  if _in_tiles(x, kernel):
+    return _winograd(x, _transform(kernel) if prepared is None else prepared.transformed)
+  return _convolve_otherwise(x, kernel)
+
+
+def _in_tiles(x: jax.Array, kernel: jax.Array) -> bool:
+  """Whether Winograd's convolution serves these."""
   height, width = x.shape[1:3]
-  in_tiles = height % 2 == width % 2 == 0 and height * width <= _MOST_PIXELS
-  if in_tiles and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= _LEAST_CHANNELS:
-    return _winograd(x, kernel)
-  if height * width <= _FEW_PIXELS:
-    return _as_product(x, kernel)
-  return _convolve_directly(x, kernel)
+  fits = height % 2 == width % 2 == 0 and height * width <= _MOST_PIXELS
+  return fits and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= _LEAST_CHANNELS
+
+
+def _convolve_otherwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  few = x.shape[1] * x.shape[2] <= _FEW_PIXELS
+  return (_as_product if few else _convolve_directly)(x, kernel)
+
+
+def _turn(kernel: jax.Array) -> jax.Array:
+  return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
 
 
 def _as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -59,59 +90,73 @@ def _convolve_directly(x: jax.Array, kernel: jax.Array) -> jax.Array:
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _transform(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "16 I O"]:
+  weights = np.kron(_KERNEL, _KERNEL) @ kernel.reshape(9, -1)
+  return weights.reshape(16, *kernel.shape[2:])
+
+
+def _winograd(x: jax.Array, weights: Float[Array, "16 I O"], *, turned: bool = False
+              ) -> jax.Array:
   """Winograd's convolution: 4 multiplications where the definition has 9.
 
   Each tile of 2×2 outputs comes from 4×4 inputs. For each of the 16 transformed positions
   there is one matrix product, over all tiles. The transforms are products too, with the
   gathering of tiles, padding included, and their laying out worked into the matrices.
+
+  Args:
+    x: the input.
+    weights: the kernel, transformed.
+    turned: convolve with the kernel turned round, its channels exchanged: O to I.
   """
   # Each step is to be as it is written: what XLA fuses products with slows them down.
   apart = jax.lax.optimization_barrier
-  x, kernel = apart((x, kernel))
-  batch, height, width, _ = x.shape
-  pixels_first = apart(x.transpose(1, 2, 0, 3).reshape(height * width, -1))
-  tiles = _to_tiles(height, width) @ pixels_first
-  weights = np.kron(_KERNEL, _KERNEL) @ kernel.reshape(9, -1)
-  tiles, weights = apart((tiles.reshape(16, -1, kernel.shape[2]),
-                          weights.reshape(16, *kernel.shape[2:])))
-  products = apart(jnp.einsum("tri,tio->tro", tiles, weights))
-  from_tiles = _from_tiles(height, width)
+  order = _TURNED if turned else np.arange(4)
+  batch, height, width, channels = x.shape
+  pixels_first = apart(apart(x).transpose(1, 2, 0, 3).reshape(height * width, -1))
+  tiles = _to_tiles(height, width, order) @ pixels_first
+  tiles, weights = apart((tiles.reshape(16, -1, channels), weights))
+  of_tiles = "tro,tio->tri" if turned else "tri,tio->tro"
+  products = apart(jnp.einsum(of_tiles, tiles, weights))
+  from_tiles = _from_tiles(height, width, order)
   y = apart(from_tiles @ products.reshape(from_tiles.shape[1], -1))
   return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)
 
 
-def _to_tiles(height: int, width: int) -> np.ndarray:
+def _to_tiles(height: int, width: int, order: np.ndarray) -> np.ndarray:
   """[positions · tiles, pixels]: gathers the tiles of an image, and transforms them."""
   of_axis = {n: np.zeros((4, n // 2, n + 2), np.float32) for n in (height, width)}
   for n, matrix in of_axis.items():
     for tile in range(n // 2):
-      matrix[:, tile, 2 * tile:2 * tile + 4] = _INPUT
+      matrix[:, tile, 2 * tile:2 * tile + 4] = _INPUT[order]
   rows, columns = (of_axis[n][:, :, 1:-1] for n in (height, width))  # the padding is zero
   return np.einsum("apy,bqx->abpqyx", rows, columns).reshape(-1, height * width)
 
 
-def _from_tiles(height: int, width: int) -> np.ndarray:
+def _from_tiles(height: int, width: int, order: np.ndarray) -> np.ndarray:
   """[pixels, positions · tiles]: transforms products, and lays out the outputs of tiles."""
   of_axis = {n: np.zeros((n, 4, n // 2), np.float32) for n in (height, width)}
   for n, matrix in of_axis.items():
     for tile in range(n // 2):
-      matrix[2 * tile:2 * tile + 2, :, tile] = _OUTPUT
+      matrix[2 * tile:2 * tile + 2, :, tile] = _OUTPUT[:, order]
   return np.einsum("yap,xbq->yxabpq", of_axis[height], of_axis[width]
                    ).reshape(height * width, -1)
 
 
-def _convolve_forward(x: jax.Array, kernel: jax.Array
-                      ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return convolve(x, kernel), (x, kernel)
+def _convolve_forward(x: jax.Array, kernel: jax.Array, prepared: Prepared | None
+                      ) -> tuple[jax.Array, tuple[Any, ...]]:
+  return convolve(x, kernel, prepared), (x, kernel, prepared)
 
 
-def _convolve_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array
-                       ) -> tuple[jax.Array, jax.Array]:
-  x, kernel = saved
-  turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
+                       ) -> tuple[jax.Array, jax.Array, None]:
+  x, kernel, prepared = saved
+  if _in_tiles(grad, kernel):
+    weights = _transform(kernel) if prepared is None else prepared.transformed
+    grad_x = _winograd(grad, weights, turned=True)
+  else:
+    grad_x = _convolve_otherwise(grad, _turn(kernel) if prepared is None else prepared.turned)
   of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
-  return convolve(grad, turned), of_kernel(grad)[0]
+  return grad_x, of_kernel(grad)[0], None
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
