@@ -67,10 +67,14 @@ class UpdateMetrics:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
-  """Which (sample, step) pairs each microbatch trains on."""
+  """Which (sample, step) pairs each microbatch trains on.
 
-  sample: Int[Array, "M b"]  # index into this device's samples
-  step: Int[Array, "M b"]  # index into the sample's T steps
+  In groups of the same samples: what depends on their prompts alone, the keys and values of
+  attention, XLA computes once for a group.
+  """
+
+  sample: Int[Array, "groups b"]  # index into this device's samples
+  step: Int[Array, "groups M b"]  # index into the sample's T steps
 
 
 @jax.tree_util.register_dataclass
@@ -221,8 +225,8 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   batch = flatten_samples(batch)
   grads, metrics, log_probs = accumulate_gradients(
       config, graphdef, schedule, state, frozen, batch, microbatches, mode)
-  log_probs = batch.trajectory.log_probs.at[microbatches.sample, microbatches.step].set(
-      log_probs).reshape(shape)
+  log_probs = batch.trajectory.log_probs.at[
+      microbatches.sample[:, None], microbatches.step].set(log_probs).reshape(shape)
   finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   stepped = TrainState(params=optax.apply_updates(state.params, updates),
@@ -271,31 +275,42 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
   steps = jax.vmap(jax.vmap(timesteps))(chosen)  # [accumulation, batch, timesteps]
   together = config.timesteps_per_batch
   steps = steps.reshape(*chosen.shape, -1, together).transpose(0, 2, 1, 3)
-  chosen = jnp.broadcast_to(chosen[:, None, :, None], steps.shape)
-  flat = lambda x: x.reshape(-1, config.batch_size * together).astype(jnp.int32)
-  return Microbatches(sample=flat(chosen), step=flat(steps))
+  pairs = config.batch_size * together
+  return Microbatches(sample=jnp.repeat(chosen, together, axis=1).astype(jnp.int32),
+                      step=steps.reshape(*steps.shape[:2], pairs).astype(jnp.int32))
 
 
 def _split(microbatches: Microbatches) -> Microbatches:
   """As large as the device is quick with; the gradient of their mean loss is the same."""
-  size = samples_at_once(microbatches.sample.shape[1])
-  return jax.tree.map(lambda pairs: pairs.reshape(-1, size), microbatches)
+  groups, count, pairs = microbatches.step.shape
+  size = samples_at_once(pairs)
+  steps = microbatches.step.reshape(groups, count, -1, size).swapaxes(1, 2)
+  return Microbatches(sample=microbatches.sample.reshape(-1, size),
+                      step=steps.reshape(-1, count, size))
 
 
 def flatten_samples(batch: Batch) -> Batch:
   """[batches, samples, …] -> [batches · samples, …] on this device."""
-  flat = lambda tree: jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
-  return Batch(trajectory=flat(batch.trajectory),
-               text_embeddings=flat(batch.text_embeddings),
-               negative_embedding=batch.negative_embedding,
-               advantages=flat(batch.advantages))
+  return _map_samples(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+
+def take_samples(batch: Batch, sample: Int[Array, " b"]) -> Batch:
+  """Those of a flat batch that `sample` says."""
+  return _map_samples(lambda x: x[sample], batch)
+
+
+def _map_samples(function: Callable[[jax.Array], jax.Array], batch: Batch) -> Batch:
+  """Of everything that there is one of for each sample."""
+  trajectory, text_embeddings, advantages = jax.tree.map(
+      function, (batch.trajectory, batch.text_embeddings, batch.advantages))
+  return Batch(trajectory, text_embeddings, batch.negative_embedding, advantages)
 
 
 def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
                          batch: Batch, microbatches: Microbatches,
                          mode: Int[Array, ""] | None = None
-                         ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "M b"]]:
+                         ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "groups M b"]]:
   """The gradient of the mean loss over all microbatches of all devices.
 
   Args:
@@ -325,14 +340,15 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   # the trained ones once.
   weights, hand_on, (folded, rest) = jax.vjp(fold, params, has_aux=True)
 
-  def loss_fn(weights: nnx.State, microbatch: Microbatches):
+  def loss_fn(weights: nnx.State, samples: Batch, step: Int[Array, " b"]):
     loss, info, log_prob = microbatch_loss(
-        config, nnx.merge(folded, weights, rest), schedule, batch, microbatch, mode)
+        config, nnx.merge(folded, weights, rest), schedule, samples, step, mode)
     return loss * scale, (loss, info, log_prob)
 
-  def body(sums: _Sums, microbatch: Microbatches) -> tuple[_Sums, jax.Array]:
+  def add_microbatch(samples: Batch, sums: _Sums, step: Int[Array, " b"]
+                     ) -> tuple[_Sums, Float32[Array, " b"]]:
     scaled, backward, (loss, info, log_prob) = jax.vjp(
-        lambda weights: loss_fn(weights, microbatch), weights, has_aux=True)
+        lambda weights: loss_fn(weights, samples, step), weights, has_aux=True)
     one = jnp.ones_like(scaled)
     if mode is None:
       (grads,) = backward(one)
@@ -345,32 +361,35 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                  clipfrac=sums.clipfrac + info.clipfrac,
                  ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
 
+  def add_group(sums: _Sums, group: Microbatches) -> tuple[_Sums, Float32[Array, "M b"]]:
+    samples = take_samples(batch, group.sample)
+    return jax.lax.scan(functools.partial(add_microbatch, samples), sums, group.step)
+
   zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
   start = _Sums(grads=jax.tree.map(jnp.zeros_like, weights), loss=zero, approx_kl=zero,
                 clipfrac=zero, ratio_drift=zero)
-  sums, log_probs = jax.lax.scan(body, start, microbatches)
+  sums, log_probs = jax.lax.scan(add_group, start, microbatches)
   (grads,) = hand_on(sums.grads)
   grads, metrics = _mean(dataclasses.replace(sums, grads=grads),
-                         microbatches.sample.shape[0], scale)
+                         log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
 
 
 def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,
-                    batch: Batch, microbatch: Microbatches,
+                    samples: Batch, step: Int[Array, " b"],
                     mode: Int[Array, ""] | None = None
                     ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, " b"]]:
-  """PPO's loss of one microbatch [b], what it logs, and the log-probabilities."""
-  sample, step = microbatch.sample, microbatch.step
-  latents = batch.trajectory.latents
+  """PPO's loss at one step of each of b samples, what it logs, and the log-probabilities."""
+  latents, each = samples.trajectory.latents, jnp.arange(len(step))
   _, log_prob = policy_step(
-      unet, schedule, step, latents[sample, step], batch.text_embeddings[sample],
-      batch.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
-      prev_latents=latents[sample, step + 1])
-  old_log_prob = batch.trajectory.log_probs[sample, step]
+      unet, schedule, step, latents[each, step], samples.text_embeddings,
+      samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
+      prev_latents=latents[each, step + 1])
+  old_log_prob = samples.trajectory.log_probs[each, step]
   if mode is not None:
     old_log_prob = jnp.where(mode == Mode.FIRST_STEP, jax.lax.stop_gradient(log_prob),
                              old_log_prob)
-  loss, info = ppo.ppo_loss(log_prob, old_log_prob, batch.advantages[sample],
+  loss, info = ppo.ppo_loss(log_prob, old_log_prob, samples.advantages,
                             config.clip_range, config.adv_clip_max)
   return loss, info, log_prob
 

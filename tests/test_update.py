@@ -51,8 +51,7 @@ def batch(micro, schedule, nhwc):
                 negative_embedding=jnp.asarray(micro["neg_embeds"]),
                 advantages=jnp.asarray(micro["advantages"]))
   return batch, update.Microbatches(
-      sample=jnp.tile(jnp.arange(4, dtype=jnp.int32), (3, 1)),
-      step=jnp.asarray(steps.T, jnp.int32))
+      sample=jnp.arange(4, dtype=jnp.int32)[None], step=jnp.asarray(steps.T[None], jnp.int32))
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +71,11 @@ def results(micro, schedule, batch, golden_lora):
         dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
         frozen, samples, microbatches)
     unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
+    (sample,), (steps,) = microbatches.sample, microbatches.step
     log_probs = jnp.stack([policy_step(
         unet, schedule, step, latents[sample, step], samples.text_embeddings[sample],
         samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
-        prev_latents=latents[sample, step + 1])[1]
-        for sample, step in zip(microbatches.sample, microbatches.step)])
+        prev_latents=latents[sample, step + 1])[1] for step in steps])
     return grads, metrics, log_probs
 
   mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 4, out_specs=P(),
@@ -165,6 +164,7 @@ def test_microbatches_cover_every_sample_and_timestep_once():
                                          index)
       batch, place = local.sample // (8 // devices), local.sample % (8 // devices)
       everywhere = batch * 8 + jax.lax.axis_index("data") * (8 // devices) + place
+      everywhere = jnp.broadcast_to(everywhere[:, None], local.step.shape)
       return everywhere[None], local.step[None]
 
     mapped = jax.jit(jax.shard_map(choose, mesh=mesh, in_specs=P(), out_specs=P("data")))
@@ -190,13 +190,13 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
   def temporaries(count):
-    zeros = jnp.zeros((count, 1), jnp.int32)
+    microbatches = update.Microbatches(sample=jnp.zeros((count // 2, 1), jnp.int32),
+                                       step=jnp.zeros((count // 2, 2, 1), jnp.int32))
     program = jax.jit(jax.shard_map(
         lambda *arguments: update.accumulate_gradients(
             config, graphdef, schedule, *arguments)[:2],
         mesh=mesh, in_specs=(P(), P(), P("data"), P()), out_specs=P()))
-    compiled = program.lower(state, frozen, batch[0],
-                             update.Microbatches(sample=zeros, step=zeros)).compile()
+    compiled = program.lower(state, frozen, batch[0], microbatches).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
   few, many = temporaries(2), temporaries(200)

@@ -91,7 +91,7 @@ def _convolve_directly(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _transform(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "16 I O"]:
-  weights = np.kron(_KERNEL, _KERNEL) @ kernel.reshape(9, -1)
+  weights = jnp.matmul(np.kron(_KERNEL, _KERNEL), kernel.reshape(9, -1))
   return weights.reshape(16, *kernel.shape[2:])
 
 
