@@ -63,6 +63,32 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@jax.custom_vjp
+def gated_gelu(x: Float[Array, "... two_features"]) -> Float[Array, "... features"]:
+  """The first half of the features times the GELU of the second (arXiv:2002.05202).
+
+  Its backward pass keeps x alone. What JAX derives keeps three arrays of half its size,
+  written and read one by one.
+  """
+  return _gated_gelu_forward(x)[0]
+
+
+def _gated_gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  value, gate = jnp.split(x, 2, axis=-1)
+  return value * _exact_gelu(gate), x
+
+
+def _gated_gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
+  value, gate = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
+  cumulative, density = _normal_distribution(gate)
+  of_value = grad * gate * cumulative
+  of_gate = grad * value * (cumulative + gate * density)
+  return (jnp.concatenate([of_value, of_gate], axis=-1).astype(x.dtype),)
+
+
+gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
+
+
 def check_supported(kind: str, values: Mapping[str, Any], fields: set[str],
                     supported: Mapping[str, tuple[Any, ...]]) -> None:
   """Refuses a config.json that asks for something the networks here do not build.
@@ -212,38 +238,43 @@ def _group_means(x: Float[Array, "B *pixels C"], num_groups: int
   return means.reshape(channels.shape)
 
 
+def _feature_means(x: Float[Array, "*rows C"]) -> Float[Array, "*rows 1"]:
+  return x.mean(axis=-1, keepdims=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _group_norm(num_groups: int, epsilon: float, act: Callable[[jax.Array], jax.Array],
-                dtype: DTypeLike, x: Float[Array, "B *pixels C"], scale: Float[Array, " C"],
-                bias: Float[Array, " C"]) -> Float[Array, "B *pixels C"]:
+def _normalize(means: Callable[[jax.Array], jax.Array], epsilon: float,
+               act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+               x: Float[Array, "*rows C"], scale: Float[Array, " C"],
+               bias: Float[Array, " C"]) -> Float[Array, "*rows C"]:
   """act((x − mean) / deviation · scale + bias), with the backward pass written out.
 
-  That keeps x as it was given and one number for each channel. What JAX derives keeps x in
-  float32 once more, less its mean.
+  That keeps x as it was given, and its means and deviations. What JAX derives keeps x in
+  float32 as well, more than once.
   """
-  return _group_norm_forward(num_groups, epsilon, act, dtype, x, scale, bias)[0]
+  return _normalize_forward(means, epsilon, act, dtype, x, scale, bias)[0]
 
 
 def _affine(x: jax.Array, slope: jax.Array, mean: jax.Array, bias: jax.Array) -> jax.Array:
   return x * slope + (bias - mean * slope)
 
 
-def _group_norm_forward(num_groups: int, epsilon: float,
-                        act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-                        x: jax.Array, scale: jax.Array, bias: jax.Array
-                        ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _normalize_forward(means: Callable[[jax.Array], jax.Array], epsilon: float,
+                       act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+                       x: jax.Array, scale: jax.Array, bias: jax.Array
+                       ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   exact = x.astype(jnp.float32)
-  mean = _group_means(exact, num_groups)
-  variance = _group_means(jnp.square(exact - mean), num_groups)
+  mean = means(exact)
+  variance = means(jnp.square(exact - mean))
   factor = jax.lax.rsqrt(variance + epsilon)
   y = _affine(exact, factor * scale, mean, bias)
   return act(y.astype(dtype)), (x, mean, factor, scale, bias)
 
 
-def _group_norm_backward(num_groups: int, epsilon: float,
-                         act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-                         saved: tuple[jax.Array, ...], grad: jax.Array
-                         ) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _normalize_backward(means: Callable[[jax.Array], jax.Array], epsilon: float,
+                        act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+                        saved: tuple[jax.Array, ...], grad: jax.Array
+                        ) -> tuple[jax.Array, jax.Array, jax.Array]:
   del epsilon
   x, mean, factor, scale, bias = saved
   exact = x.astype(jnp.float32)
@@ -251,8 +282,8 @@ def _group_norm_backward(num_groups: int, epsilon: float,
   _, through_act = jax.vjp(act, y.astype(dtype))
   grad = through_act(grad)[0].astype(jnp.float32)
   # With n = (x − mean)·factor and g = grad·scale: dx = factor·(g − means(g) − n·means(g·n)).
-  mean_grad = _group_means(grad * scale, num_groups)
-  mean_product = (_group_means(grad * scale * exact, num_groups) - mean_grad * mean) * factor
+  mean_grad = means(grad * scale)
+  mean_product = (means(grad * scale * exact) - mean_grad * mean) * factor
   slope = mean_product * factor**2
   grad_x = grad * (scale * factor) - exact * slope + (mean * slope - mean_grad * factor)
   axes = tuple(range(x.ndim - 1))
@@ -261,7 +292,7 @@ def _group_norm_backward(num_groups: int, epsilon: float,
           grad.sum(axes).astype(bias.dtype))
 
 
-_group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def identity(x: jax.Array) -> jax.Array:
@@ -280,17 +311,23 @@ class GroupNorm(nnx.GroupNorm):
                act: Callable[[jax.Array], jax.Array] = identity) -> jax.Array:
     """[B, *pixels, C] -> the same shape; `act` is the activation that follows."""
     assert mask is None and self.scale is not None and self.bias is not None
-    return _group_norm(self.num_groups, self.epsilon, act, self.dtype, x, self.scale[...],
-                       self.bias[...])
+    means = functools.partial(_group_means, num_groups=self.num_groups)
+    return _normalize(means, self.epsilon, act, self.dtype, x, self.scale[...],
+                      self.bias[...])
 
 
 class LayerNorm(nnx.LayerNorm):
-  """Layer normalisation with torch's epsilon."""
+  """Layer normalisation with statistics in float32, and torch's epsilon."""
 
   def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike,
                rngs: nnx.Rngs):
     super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
                      use_fast_variance=False, rngs=rngs)
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    assert mask is None and self.scale is not None and self.bias is not None
+    return _normalize(_feature_means, self.epsilon, identity, self.dtype, x,
+                      self.scale[...], self.bias[...])
 
 
 def attention_implementation(query: Float[Array, "B T N H"]) -> str:

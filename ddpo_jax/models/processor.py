@@ -175,7 +175,8 @@ def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
 
 def _attend_forward(query: jax.Array, key: jax.Array, value: jax.Array
                     ) -> tuple[jax.Array, tuple[Any, ...]]:
-  query, key, value = (x.swapaxes(1, 2) for x in (query * _scale(query), key, value))
+  query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+  key = key * _scale(query)  # not the query: a loop's keys may be always the same
   weights = jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", query, key))
   out = jnp.einsum("bnts,bnsh->bnth", weights, value)
   return out.swapaxes(1, 2), (query, key, value, weights, out)
@@ -188,8 +189,8 @@ def _attend_backward(saved: tuple[Any, ...], grad: jax.Array
   of_value = jnp.einsum("bnts,bnth->bnsh", weights, grad)
   mean = (grad * out).sum(axis=-1, keepdims=True)
   of_scores = weights * (jnp.einsum("bnth,bnsh->bnts", grad, value) - mean)
-  of_query = jnp.einsum("bnts,bnsh->bnth", of_scores, key) * _scale(query)
-  of_key = jnp.einsum("bnts,bnth->bnsh", of_scores, query)
+  of_query = jnp.einsum("bnts,bnsh->bnth", of_scores, key)
+  of_key = jnp.einsum("bnts,bnth->bnsh", of_scores, query) * _scale(query)
   return of_query.swapaxes(1, 2), of_key.swapaxes(1, 2), of_value.swapaxes(1, 2)
 
 

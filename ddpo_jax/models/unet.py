@@ -134,8 +134,7 @@ class GEGLU(nnx.Module):
     self.proj = layers.Linear(features, 2 * hidden, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    value, gate = jnp.split(self.proj(x), 2, axis=-1)
-    return value * layers.ACTIVATIONS["gelu"](gate)
+    return layers.gated_gelu(self.proj(x))
 
 
 class FeedForward(nnx.Module):
