@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.models import layers
+from ddpo_jax.models import layers, norms
 
 P = jax.sharding.PartitionSpec
 attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
@@ -76,6 +76,19 @@ def test_lora_joined_with_its_matrix(monkeypatch):
   np.testing.assert_allclose(linear(x), formula(*arguments) + jnp.arange(12.0),
                              rtol=1e-5, atol=1e-5)
   assert "custom_vjp" in str(jax.make_jaxpr(linear)(x))
+
+
+@pytest.mark.parametrize("layer", (
+    functools.partial(norms.GroupNorm(64, 8, epsilon=1e-5, dtype=jnp.bfloat16,
+                                      rngs=nnx.Rngs(0)), act=jax.nn.silu),
+    norms.LayerNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), layers.gated_gelu))
+def test_the_backward_pass_keeps_the_input_alone(layer):
+  """Where log-probabilities are recomputed XLA keeps all that it is told to."""
+  x = jnp.ones((2, 32, 32, 64), jnp.bfloat16)
+  _, backward = jax.vjp(layer, x)
+  kept = sum(array.nbytes for array in jax.tree.leaves(backward))
+  # With a row's mean and deviation, two float32 numbers.
+  assert x.nbytes <= kept < x.nbytes * (1 + 2 * 4 / 128 + 0.02)
 
 
 def test_long_attention_holds_no_square():

@@ -60,6 +60,7 @@ def test_folded_lora(golden_lora):
   graphdef, params, frozen = lora.partition(golden_lora("lora_new"))
   folded, weights, rest = lora.fold(graphdef, params, frozen)
   assert {path[-1] for path, _ in nnx.to_flat_state(weights)} == {"kernel"}
+  assert "_prepared" in {path[-1] for path, _ in nnx.to_flat_state(rest)}
 
   def noise_and_gradient(graphdef, params, frozen):
     noise = lambda params: noise_of(nnx.merge(graphdef, params, frozen))

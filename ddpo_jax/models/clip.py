@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.models import layers
+from ddpo_jax.models import layers, norms
 from ddpo_jax.types import UserError
 
 
@@ -263,7 +263,7 @@ class _MLP(nnx.Module):
 class _EncoderLayer(nnx.Module):
 
   def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
+    norm = lambda: norms.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
                                     dtype=dtype, rngs=rngs)
     self.self_attn = _SelfAttention(config, dtype=dtype, rngs=rngs)
     self.layer_norm1, self.layer_norm2 = norm(), norm()
@@ -294,7 +294,7 @@ class CLIPTextModel(nnx.Module):
     self.config = config
     self.embeddings = _Embeddings(config, dtype=dtype, rngs=rngs)
     self.encoder = _Encoder(config, dtype=dtype, rngs=rngs)
-    self.final_layer_norm = layers.LayerNorm(
+    self.final_layer_norm = norms.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
   def __call__(self, token_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -324,7 +324,7 @@ class CLIPVisionModel(nnx.Module):
 
   def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs):
-    norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
+    norm = lambda: norms.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
                                     dtype=dtype, rngs=rngs)
     self.config = config
     self.embeddings = _VisionEmbeddings(config, dtype=dtype, rngs=rngs)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.models import processor
+from ddpo_jax.models import norms, processor
 from ddpo_jax.types import UserError
 
 # Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
@@ -223,113 +223,6 @@ class Linear(nnx.Linear):
     return y.reshape(*inputs.shape[:-1], -1)
 
 
-def _group_means(x: Float[Array, "B *pixels C"], num_groups: int
-                 ) -> Float[Array, "B *ones C"]:
-  """Each group's mean, given to each of its channels.
-
-  The sum is taken over pixels first and then over a group's channels. Those lie next to
-  each other, and taken together the sum is up to nine times slower on processors and ten
-  times less exact.
-  """
-  axes = tuple(range(1, x.ndim - 1))
-  channels = x.mean(axes, keepdims=True)
-  groups = channels.reshape(x.shape[0], num_groups, -1)
-  means = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
-  return means.reshape(channels.shape)
-
-
-def _feature_means(x: Float[Array, "*rows C"]) -> Float[Array, "*rows 1"]:
-  return x.mean(axis=-1, keepdims=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _normalize(means: Callable[[jax.Array], jax.Array], epsilon: float,
-               act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-               x: Float[Array, "*rows C"], scale: Float[Array, " C"],
-               bias: Float[Array, " C"]) -> Float[Array, "*rows C"]:
-  """act((x − mean) / deviation · scale + bias), with the backward pass written out.
-
-  That keeps x as it was given, and its means and deviations. What JAX derives keeps x in
-  float32 as well, more than once.
-  """
-  return _normalize_forward(means, epsilon, act, dtype, x, scale, bias)[0]
-
-
-def _affine(x: jax.Array, slope: jax.Array, mean: jax.Array, bias: jax.Array) -> jax.Array:
-  return x * slope + (bias - mean * slope)
-
-
-def _normalize_forward(means: Callable[[jax.Array], jax.Array], epsilon: float,
-                       act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-                       x: jax.Array, scale: jax.Array, bias: jax.Array
-                       ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  exact = x.astype(jnp.float32)
-  mean = means(exact)
-  variance = means(jnp.square(exact - mean))
-  factor = jax.lax.rsqrt(variance + epsilon)
-  y = _affine(exact, factor * scale, mean, bias)
-  return act(y.astype(dtype)), (x, mean, factor, scale, bias)
-
-
-def _normalize_backward(means: Callable[[jax.Array], jax.Array], epsilon: float,
-                        act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-                        saved: tuple[jax.Array, ...], grad: jax.Array
-                        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  del epsilon
-  x, mean, factor, scale, bias = saved
-  exact = x.astype(jnp.float32)
-  y = _affine(exact, factor * scale, mean, bias)
-  _, through_act = jax.vjp(act, y.astype(dtype))
-  grad = through_act(grad)[0].astype(jnp.float32)
-  # With n = (x − mean)·factor and g = grad·scale: dx = factor·(g − means(g) − n·means(g·n)).
-  mean_grad = means(grad * scale)
-  mean_product = (means(grad * scale * exact) - mean_grad * mean) * factor
-  slope = mean_product * factor**2
-  grad_x = grad * (scale * factor) - exact * slope + (mean * slope - mean_grad * factor)
-  axes = tuple(range(x.ndim - 1))
-  grad_scale = (grad * (exact - mean) * factor).sum(axes)
-  return (grad_x.astype(x.dtype), grad_scale.astype(scale.dtype),
-          grad.sum(axes).astype(bias.dtype))
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-def identity(x: jax.Array) -> jax.Array:
-  return x
-
-
-class GroupNorm(nnx.GroupNorm):
-  """Group normalisation with statistics in float32, computed in two passes as torch does."""
-
-  def __init__(self, channels: int, num_groups: int, *, epsilon: float,
-               dtype: DTypeLike, rngs: nnx.Rngs):
-    super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
-                     param_dtype=dtype, rngs=rngs)
-
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
-               act: Callable[[jax.Array], jax.Array] = identity) -> jax.Array:
-    """[B, *pixels, C] -> the same shape; `act` is the activation that follows."""
-    assert mask is None and self.scale is not None and self.bias is not None
-    means = functools.partial(_group_means, num_groups=self.num_groups)
-    return _normalize(means, self.epsilon, act, self.dtype, x, self.scale[...],
-                      self.bias[...])
-
-
-class LayerNorm(nnx.LayerNorm):
-  """Layer normalisation with statistics in float32, and torch's epsilon."""
-
-  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike,
-               rngs: nnx.Rngs):
-    super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
-                     use_fast_variance=False, rngs=rngs)
-
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-    assert mask is None and self.scale is not None and self.bias is not None
-    return _normalize(_feature_means, self.epsilon, identity, self.dtype, x,
-                      self.scale[...], self.bias[...])
-
-
 def attention_implementation(query: Float[Array, "B T N H"]) -> str:
   """Which implementation of `jax.nn.dot_product_attention` serves these queries.
 
@@ -432,11 +325,11 @@ class ResnetBlock(nnx.Module):
                rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     self.act = ACTIVATIONS[act_fn]
-    self.norm1 = GroupNorm(in_channels, num_groups, epsilon=epsilon, **common)
+    self.norm1 = norms.GroupNorm(in_channels, num_groups, epsilon=epsilon, **common)
     self.conv1 = Conv(in_channels, out_channels, **common)
     self.time_emb_proj = (None if time_dim is None else
                           Linear(time_dim, out_channels, **common))
-    self.norm2 = GroupNorm(out_channels, num_groups, epsilon=epsilon, **common)
+    self.norm2 = norms.GroupNorm(out_channels, num_groups, epsilon=epsilon, **common)
     self.conv2 = Conv(out_channels, out_channels, **common)
     self.conv_shortcut = (None if in_channels == out_channels else
                           Conv1x1(in_channels, out_channels, **common))

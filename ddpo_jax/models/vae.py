@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from ddpo_jax.models import layers
+from ddpo_jax.models import layers, norms
 from ddpo_jax.types import UserError
 
 _EPSILON = 1e-6
@@ -77,7 +77,7 @@ class _Attention(nnx.Module):
   def __init__(self, channels: int, num_groups: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
     linear = lambda: layers.Linear(channels, channels, dtype=dtype, rngs=rngs)
-    self.group_norm = layers.GroupNorm(channels, num_groups, epsilon=_EPSILON,
+    self.group_norm = norms.GroupNorm(channels, num_groups, epsilon=_EPSILON,
                                        dtype=dtype, rngs=rngs)
     self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
     self.to_out = nnx.List([linear()])
@@ -152,7 +152,7 @@ class _Encoder(nnx.Module):
                    downsample=i < len(channels) - 1, **common)
         for i in range(len(channels))])
     self.mid_block = _MidBlock(config, channels[-1], **common)
-    self.conv_norm_out = layers.GroupNorm(channels[-1], config.norm_num_groups,
+    self.conv_norm_out = norms.GroupNorm(channels[-1], config.norm_num_groups,
                                           epsilon=_EPSILON, **common)
     self.conv_out = layers.Conv(channels[-1], 2 * config.latent_channels, **common)
 
@@ -174,7 +174,7 @@ class _Decoder(nnx.Module):
         _UpBlock(config, channels[max(i - 1, 0)], channels[i],
                  upsample=i < len(channels) - 1, **common)
         for i in range(len(channels))])
-    self.conv_norm_out = layers.GroupNorm(channels[-1], config.norm_num_groups,
+    self.conv_norm_out = norms.GroupNorm(channels[-1], config.norm_num_groups,
                                           epsilon=_EPSILON, **common)
     self.conv_out = layers.Conv(channels[-1], config.out_channels, **common)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ddpo_jax.models import layers
+from ddpo_jax.models import layers, norms
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from ddpo_jax.models.pretrained import find_weights, load_module, save_module
 from ddpo_jax.models.unet import GRADIENT_CHECKPOINTING, UNet2DConditionModel, UNetConfig
@@ -247,25 +247,57 @@ def test_full_size_text_encoder(tmp_path):
   check_text(SD15_TEXT, tmp_path)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
-def test_gradient_of_group_norm(dtype, tolerance):
-  """Its backward pass is written out by hand; against torch's in float64."""
-  norm = layers.GroupNorm(32, 8, epsilon=1e-5, dtype=dtype, rngs=nnx.Rngs(0))
+def as_double(x):
+  return torch.tensor(np.asarray(x, np.float64), requires_grad=True)
+
+
+def torch_group_norm(x, scale, bias):
+  normal = torch.nn.functional.group_norm(x.permute(0, 3, 1, 2), 8, scale, bias)
+  return torch.nn.functional.silu(normal).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("dtype,mean,tolerance", [
+    ("float32", 3, 1e-6), ("float16", 30, 4e-3), ("bfloat16", 3, 2e-2)])
+@pytest.mark.parametrize("kind", ("group", "layer"))
+def test_gradient_of_norms(monkeypatch, kind, dtype, mean, tolerance, backend):
+  """Their backward pass is written out by hand; against torch's in float64."""
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  common = {"epsilon": 1e-5, "dtype": dtype, "rngs": nnx.Rngs(0)}
+  if kind == "group":
+    norm, arguments = norms.GroupNorm(32, 8, **common), {"act": jax.nn.silu}
+    theirs = torch_group_norm
+  else:
+    norm, arguments = norms.LayerNorm(32, **common), {}
+    theirs = lambda x, *weights: torch.nn.functional.layer_norm(x, (32,), *weights)
   rng = np.random.default_rng(0)
   norm.scale[...], norm.bias[...] = (jnp.asarray(rng.normal(size=32), dtype) for _ in "ab")
-  x = jnp.asarray(rng.normal(3, 1, (2, 6, 5, 32)), dtype)
+  x = jnp.asarray(rng.normal(mean, 1, (2, 6, 5, 32)), dtype)
   grad = jnp.asarray(rng.normal(size=x.shape), dtype)
   graphdef, state = nnx.split(norm)
   y, backward = jax.vjp(jax.jit(lambda state, x: nnx.merge(graphdef, state)(
-      x, act=jax.nn.silu)), state, x)
+      x, **arguments)), state, x)
   weights_grad, x_grad = backward(grad)
 
-  as_torch = lambda a: torch.tensor(np.asarray(a, np.float64), requires_grad=True)
-  inputs = [as_torch(a) for a in (x, norm.scale[...], norm.bias[...])]
-  normal = torch.nn.functional.group_norm(inputs[0].permute(0, 3, 1, 2), 8, *inputs[1:])
-  expected = torch.nn.functional.silu(normal).permute(0, 2, 3, 1)
-  expected.backward(as_torch(grad))
+  inputs = [as_double(a) for a in (x, norm.scale[...], norm.bias[...])]
+  expected = theirs(*inputs)
+  expected.backward(as_double(grad))
   ours = (y, x_grad, weights_grad["scale"][...], weights_grad["bias"][...])
   for a, b in zip(ours, (expected, *(tensor.grad for tensor in inputs))):
     assert a.dtype == dtype
     assert relative_error(a.astype(jnp.float32), b) < tolerance
+
+
+@pytest.mark.parametrize("dtype,tolerance", [
+    ("float32", 1e-6), ("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_gated_gelu(dtype, tolerance):
+  rng = np.random.default_rng(0)
+  x, grad = (jnp.asarray(rng.normal(0, 3, shape), dtype) for shape in ((7, 5, 32), (7, 5, 16)))
+  y, backward = jax.vjp(jax.jit(layers.gated_gelu), x)
+  reference = as_double(x)
+  value, gate = reference.chunk(2, dim=-1)
+  expected = value * torch.nn.functional.gelu(gate)
+  expected.backward(as_double(grad))
+  for ours, theirs in zip((y, backward(grad)[0]), (expected, reference.grad)):
+    assert ours.dtype == dtype
+    assert relative_error(ours.astype(jnp.float32), theirs) < tolerance

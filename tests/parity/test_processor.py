@@ -44,6 +44,8 @@ def test_convolution(size, channels, as_products):
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, *size, channels[0])), rng.normal(size=(3, 3, *channels))
   check(processor.convolve, convolution, x, kernel)
+  prepared = processor.prepare(jnp.float32(kernel))
+  check(lambda x, kernel: processor.convolve(x, kernel, prepared), convolution, x, kernel)
   program = str(jax.make_jaxpr(processor.convolve)(jnp.float32(x), jnp.float32(kernel)))
   assert ("conv_general_dilated" in program) != as_products
 

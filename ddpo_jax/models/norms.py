@@ -1,0 +1,147 @@
+"""Group and layer normalisation, with statistics in float32 and backward passes of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def _means(x: Float[Array, "*rows C"], num_groups: int | None) -> Float[Array, "*ones C"]:
+  """The mean that each element is normalised with: its row's, or its group's of a sample.
+
+  A group's sum is taken over pixels first and then over its channels. Those lie next to
+  each other, and taken together the sum is up to nine times slower on processors and ten
+  times less exact.
+  """
+  if num_groups is None:
+    return x.mean(axis=-1, keepdims=True)
+  channels = x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
+  groups = channels.reshape(x.shape[0], num_groups, -1)
+  means = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
+  return means.reshape(channels.shape)
+
+
+def _mean_and_variance(x: jax.Array, num_groups: int | None) -> tuple[jax.Array, jax.Array]:
+  """Of x in float32, reduced as `_means` does.
+
+  Of half precision in one pass, which loses no more than its rounding has lost before: a
+  GPU reads x twice otherwise, and writes its squared deviations in between.
+  """
+  exact = x.astype(jnp.float32)
+  mean = _means(exact, num_groups)
+  if x.dtype == jnp.float32 or num_groups is None:
+    return mean, _means(jnp.square(exact - mean), num_groups)
+  return mean, jnp.maximum(_means(jnp.square(exact), num_groups) - jnp.square(mean), 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _normalize(num_groups: int | None, epsilon: float,
+               act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+               x: Float[Array, "*rows C"], scale: Float[Array, " C"],
+               bias: Float[Array, " C"]) -> Float[Array, "*rows C"]:
+  """act((x − mean) / deviation · scale + bias), with the backward pass written out.
+
+  That keeps x as it was given, and its means and deviations. What JAX derives keeps x in
+  float32 as well, more than once.
+  """
+  return _normalize_forward(num_groups, epsilon, act, dtype, x, scale, bias)[0]
+
+
+def _affine(x: jax.Array, slope: jax.Array, mean: jax.Array, bias: jax.Array) -> jax.Array:
+  return x * slope + (bias - mean * slope)
+
+
+def _normalize_forward(num_groups: int | None, epsilon: float,
+                       act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+                       x: jax.Array, scale: jax.Array, bias: jax.Array
+                       ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  mean, variance = _mean_and_variance(x, num_groups)
+  factor = jax.lax.rsqrt(variance + epsilon)
+  y = _affine(x.astype(jnp.float32), factor * scale, mean, bias)
+  return act(y.astype(dtype)), (x, mean, factor, scale, bias)
+
+
+def _normalize_backward(num_groups: int | None, epsilon: float,
+                        act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+                        saved: tuple[jax.Array, ...], grad: jax.Array
+                        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  del epsilon
+  x, mean, factor, scale, bias = saved
+
+  def before_act(x: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x, and the gradient in what the activation was given, in float32."""
+    exact = x.astype(jnp.float32)
+    y = _affine(exact, factor * scale, mean, bias)
+    _, through_act = jax.vjp(act, y.astype(dtype))
+    return exact, through_act(grad)[0].astype(jnp.float32)
+
+  # With n = (x − mean)·factor and g = grad·scale: dx = factor·(g − means(g) − n·means(g·n)).
+  exact, grad_y = before_act(x, grad)
+  over_rows = functools.partial(_mean_over_rows, num_groups=num_groups)
+  mean_grad = _means(over_rows(grad_y * scale), num_groups)
+  mean_product = _means(over_rows(grad_y * scale * exact), num_groups)
+  axes = tuple(range(x.ndim - 1))
+  grad_scale, grad_bias = (grad_y * (exact - mean) * factor).sum(axes), grad_y.sum(axes)
+  if jax.default_backend() != "cpu":
+    # Computed anew from half precision, or XLA would write it out in float32 above.
+    x, grad, mean_grad, mean_product = jax.lax.optimization_barrier(
+        (x, grad, mean_grad, mean_product))
+    exact, grad_y = before_act(x, grad)
+  slope = (mean_product - mean_grad * mean) * factor**3
+  grad_x = grad_y * (scale * factor) - exact * slope + (mean * slope - mean_grad * factor)
+  return (grad_x.astype(x.dtype), grad_scale.astype(scale.dtype),
+          grad_bias.astype(bias.dtype))
+
+
+def _mean_over_rows(x: jax.Array, num_groups: int | None) -> jax.Array:
+  """The mean over the first axis of pixels, on a GPU; the same means are left to take.
+
+  XLA fuses that with the computation of x there. The sum over all pixels at once it does
+  not, and x is written out in float32, and read again.
+  """
+  if num_groups is None or jax.default_backend() == "cpu":
+    return x
+  return jax.lax.optimization_barrier(x.mean(axis=1, keepdims=True))
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def identity(x: jax.Array) -> jax.Array:
+  return x
+
+
+class GroupNorm(nnx.GroupNorm):
+  """Group normalisation with statistics in float32, computed in two passes as torch does."""
+
+  def __init__(self, channels: int, num_groups: int, *, epsilon: float,
+               dtype: DTypeLike, rngs: nnx.Rngs):
+    super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
+                     param_dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
+               act: Callable[[jax.Array], jax.Array] = identity) -> jax.Array:
+    """[B, *pixels, C] -> the same shape; `act` is the activation that follows."""
+    assert mask is None and self.scale is not None and self.bias is not None
+    return _normalize(self.num_groups, self.epsilon, act, self.dtype, x, self.scale[...],
+                      self.bias[...])
+
+
+class LayerNorm(nnx.LayerNorm):
+  """Layer normalisation with statistics in float32, and torch's epsilon."""
+
+  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike,
+               rngs: nnx.Rngs):
+    super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
+                     use_fast_variance=False, rngs=rngs)
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    assert mask is None and self.scale is not None and self.bias is not None
+    return _normalize(None, self.epsilon, identity, self.dtype, x, self.scale[...],
+                      self.bias[...])
