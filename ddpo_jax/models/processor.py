@@ -18,8 +18,10 @@ import numpy as np
 # Winograd's transforms cost more than they save with fewer channels and with more pixels.
 _LEAST_CHANNELS, _MOST_PIXELS = 32, 16
 
-# Up to so many pixels XLA's convolution is ten times slower than the same as a product.
+# Up to so many pixels XLA's convolution is ten times slower than the same as a product, and
+# up to so many output channels twice as slow as products that are shifted.
 _FEW_PIXELS = 4
+_FEW_OUTPUTS = 3
 
 # Winograd's F(2×2, 3×3) (arXiv:1509.09308): along either axis, 2 outputs are _OUTPUT ·
 # ((_KERNEL · 3 weights) ∘ (_INPUT · 4 inputs)).
@@ -68,8 +70,11 @@ def _in_tiles(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def _convolve_otherwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  few = x.shape[1] * x.shape[2] <= _FEW_PIXELS
-  return (_as_product if few else _convolve_directly)(x, kernel)
+  if x.shape[1] * x.shape[2] <= _FEW_PIXELS:
+    return _as_product(x, kernel)
+  if kernel.shape[3] <= _FEW_OUTPUTS:
+    return _as_shifted_products(x, kernel)
+  return _convolve_directly(x, kernel)
 
 
 def _turn(kernel: jax.Array) -> jax.Array:
@@ -83,6 +88,17 @@ def _as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   around = jnp.concatenate([padded[:, i:i + height, j:j + width]
                             for i in range(3) for j in range(3)], axis=-1)
   return around @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _as_shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same as one product of each pixel with all nine matrices, shifted and added up."""
+  batch, height, width, channels = x.shape
+  matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+  products = jax.lax.optimization_barrier(x.reshape(-1, channels) @ matrix)
+  parts = jnp.pad(products.reshape(batch, height, width, 9, -1),
+                  ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+  return jnp.sum(jnp.stack([parts[:, i:i + height, j:j + width, 3 * i + j]
+                            for i in range(3) for j in range(3)]), axis=0)
 
 
 def _convolve_directly(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -38,6 +38,7 @@ def convolution(x, kernel):
 @pytest.mark.parametrize("size,channels,as_products", [
     ((2, 2), (32, 48), True), ((4, 4), (40, 32), True), ((2, 6), (32, 32), True),
     ((1, 1), (32, 32), True), ((2, 2), (8, 6), True), ((1, 3), (8, 6), True),
+    ((5, 7), (8, 3), True), ((2, 4), (32, 2), True),
     ((2, 3), (8, 6), False), ((4, 4), (4, 32), False), ((8, 8), (32, 32), False),
     ((3, 4), (32, 32), False)])
 def test_convolution(size, channels, as_products):
