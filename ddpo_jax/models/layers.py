@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.models import norms, processor
+from ddpo_jax.models import doubling, norms, processor
 from ddpo_jax.types import UserError
 
 # Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
@@ -134,11 +134,20 @@ class Conv(nnx.Conv):
                      param_dtype=dtype, rngs=rngs)
     self._centred = (kernel_size, stride, padding) == (3, 1, 1)
     self._prepared: nnx.Variable | None = nnx.data(None)
+    self._of_places: nnx.Variable | None = nnx.data(None)
 
   def prepare(self) -> None:
-    """Computes what a processor needs of the kernel: for programs that use it many times."""
+    """Computes what depends on the kernel alone: for programs that use it many times."""
     if self._centred:
       self._prepared = nnx.Variable(processor.prepare(self.kernel[...]))
+      self._of_places = nnx.Variable(doubling.kernels_of_places(self.kernel[...]))
+
+  def of_doubled(self, inputs: jax.Array) -> jax.Array:
+    """What the call gives for inputs of twice the height and width, each pixel repeated."""
+    of_places = None if self._of_places is None else self._of_places.get_value()
+    y = doubling.convolve_doubled(inputs.astype(self.dtype),
+                                  self.kernel[...].astype(self.dtype), of_places)
+    return _add_bias(self, y)
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     if not self._centred or jax.default_backend() != "cpu":
@@ -364,13 +373,10 @@ class Upsample(nnx.Module):
     self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None],
-                         (batch, height, 2, width, 2, channels))
-    x = x.reshape(batch, 2 * height, 2 * width, channels)
-    if size is not None:
-      x = x[:, :size[0], :size[1]]
-    return self.conv(x)
+    _, height, width, _ = x.shape
+    if size is None or size == (2 * height, 2 * width):
+      return self.conv.of_doubled(x)
+    return self.conv(x.repeat(2, axis=1).repeat(2, axis=2)[:, :size[0], :size[1]])
 
 
 def timestep_embedding(timesteps: Int[Array, " B"], dim: int, *, flip_sin_to_cos: bool,

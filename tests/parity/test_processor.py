@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.models import layers, processor
+from ddpo_jax.models import doubling, layers, processor
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -49,6 +49,24 @@ def test_convolution(size, channels, as_products):
   check(lambda x, kernel: processor.convolve(x, kernel, prepared), convolution, x, kernel)
   program = str(jax.make_jaxpr(processor.convolve)(jnp.float32(x), jnp.float32(kernel)))
   assert ("conv_general_dilated" in program) != as_products
+
+
+def convolution_of_doubled(x, kernel):
+  return convolution(x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), kernel)
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("size", ((1, 1), (2, 3), (4, 4), (5, 7)))
+def test_convolution_of_a_doubled_image(monkeypatch, size, backend):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(3, *size, 8)), rng.normal(size=(3, 3, 8, 6))
+  check(doubling.convolve_doubled, convolution_of_doubled, x, kernel)
+  of_places = doubling.kernels_of_places(jnp.float32(kernel))
+  check(lambda x, kernel: doubling.convolve_doubled(x, kernel, of_places),
+        convolution_of_doubled, x, kernel)
+  half = {"dtype": jnp.float16, "tolerance": 2e-3}
+  check(doubling.convolve_doubled, convolution_of_doubled, x, kernel, **half)
 
 
 def test_half_precision_is_not_transformed():
