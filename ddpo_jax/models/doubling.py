@@ -12,28 +12,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import numpy as np
-
-# Along one axis: which of the 3 weights each of the 2 pixels is multiplied with, for the
-# first and for the second of the places that a pixel becomes.
-_SUMS = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
-# The same from the side of a pixel: it goes to 4 places, with these weights.
-_SPREAD = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], np.float32)
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Up to so many pixels processors are quicker with one matrix product for each place.
 _FEW_PIXELS = 16
 
 
-def kernels_of_places(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "2 2 2 2 I O"]:
-  """For each place, by row and column, its 2×2 kernel; summed in float32."""
-  exact = kernel.astype(jnp.float32)
-  return jnp.einsum("api,bqj,ijco->abpqco", _SUMS, _SUMS, exact).astype(kernel.dtype)
+def kernels_of_places(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "4 2 2 I O"]:
+  """For each place, row by row, its 2×2 kernel."""
+  places = (_sums_at(kernel.astype(jnp.float32), row, column)
+            for row in (0, 1) for column in (0, 1))
+  return jnp.stack([place.astype(kernel.dtype) for place in places])
+
+
+def _sums_at(kernel: jax.Array, row: int, column: int) -> Float[Array, "2 2 I O"]:
+  """The kernel of one place."""
+  rows = _sums_along(kernel, row)
+  return _sums_along(rows.swapaxes(0, 1), column).swapaxes(0, 1)
+
+
+def _sums_along(weights: jax.Array, place: int) -> jax.Array:
+  """The first place sees one pixel once and the next one twice; the second conversely."""
+  first, middle, last = weights
+  return jnp.stack([first + middle, last] if place else [first, middle + last])
+
+
+def _spread(kernel: jax.Array) -> Float[Array, "4 4 O I"]:
+  """What a pixel is multiplied with on its way to the 4×4 places that it is seen from."""
+  rows = _spread_along(kernel.astype(jnp.float32))
+  both = _spread_along(rows.swapaxes(0, 1)).swapaxes(0, 1)
+  return both.swapaxes(2, 3).astype(kernel.dtype)
+
+
+def _spread_along(weights: jax.Array) -> jax.Array:
+  first, middle, last = weights
+  return jnp.stack([last, middle + last, first + middle, first])
 
 
 @jax.custom_vjp
 def convolve_doubled(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
-                     of_places: Float[Array, "2 2 2 2 I O"] | None = None
+                     of_places: Float[Array, "4 2 2 I O"] | None = None
                      ) -> Float[Array, "B 2*h 2*w O"]:
   """The convolution, padded by 1, of x with each pixel repeated in a square of 2×2.
 
@@ -54,8 +72,8 @@ def _few(x: jax.Array) -> bool:
 
 def _as_convolution(x: jax.Array, of_places: jax.Array) -> jax.Array:
   """All places as one convolution with four times the outputs."""
-  _, height, width, channels = x.shape
-  kernel = of_places.transpose(2, 3, 4, 0, 1, 5).reshape(2, 2, channels, -1)
+  _, height, width, _ = x.shape
+  kernel = jnp.concatenate(list(of_places), axis=-1)
   y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
                                    dimension_numbers=_LAYOUT)
   y = y.reshape(*y.shape[:3], 2, 2, -1)
@@ -71,7 +89,7 @@ def _as_products(x: jax.Array, of_places: jax.Array) -> jax.Array:
     around = jnp.concatenate([padded[:, a + i:a + i + height, b + j:b + j + width]
                               for i in (0, 1) for j in (0, 1)], axis=-1)
     rows = jax.lax.optimization_barrier(around).reshape(-1, 4 * channels)
-    y = rows @ of_places[a, b].reshape(4 * channels, -1)
+    y = rows @ of_places[2 * a + b].reshape(4 * channels, -1)
     return jax.lax.optimization_barrier(y).reshape(batch, height, width, -1)
 
   return _interleave([[place(a, b) for b in (0, 1)] for a in (0, 1)])
@@ -95,9 +113,8 @@ def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.A
     places = kernels_of_places(kernel) if of_places is None else of_places
     (grad_x,) = jax.linear_transpose(lambda x: _as_products(x, places), x)(grad)
   else:
-    spread = jnp.einsum("ri,sj,ijco->rsoc", _SPREAD, _SPREAD, kernel.astype(jnp.float32))
-    grad_x = jax.lax.conv_general_dilated(grad, spread.astype(kernel.dtype), (2, 2),
-                                          ((1, 1), (1, 1)), dimension_numbers=_LAYOUT)
+    grad_x = jax.lax.conv_general_dilated(grad, _spread(kernel), (2, 2), ((1, 1), (1, 1)),
+                                          dimension_numbers=_LAYOUT)
   of_kernel = jax.linear_transpose(
       lambda kernel: _as_convolution(x, kernels_of_places(kernel)), kernel)
   return grad_x, of_kernel(grad)[0], None
