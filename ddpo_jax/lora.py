@@ -95,11 +95,12 @@ def fold(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State
          ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
   """Brings the network in the form that is quickest for many calls, where that is exact.
 
-  That is on processors. Convolutions compute there what depends on their kernels alone. And
-  LoRA is added to the matrices that it adapts. What is trained are then the matrices W + up·down. A gradient is linear in theirs: it can
-  be summed over microbatches first, and handed on to up and down once. Products with
-  matrices of a few columns are slow on processors. On GPUs the gradient of the whole
-  matrix would cost more than it saves, and half precision would lose what up·down adds.
+  That is on processors. Convolutions compute what depends on their kernels alone. And LoRA
+  is added to the matrices that it adapts: what is trained are then the matrices W + up·down.
+  A gradient is linear in theirs: it can be summed over microbatches first, and handed on to
+  up and down once. Products with matrices of a few columns are slow on processors. On GPUs
+  the gradient of the whole matrix would cost more than it saves, and half precision would
+  lose what up·down adds.
 
   Returns:
     The same network, split as `partition` does; or what was given.
