@@ -18,11 +18,12 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _FEW_PIXELS = 16
 
 
-def kernels_of_places(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "4 2 2 I O"]:
-  """For each place, row by row, its 2×2 kernel."""
+def kernels_of_places(kernel: Float[Array, "3 3 I O"]
+                      ) -> tuple[Float[Array, "2 2 I O"], ...]:
+  """For each of the four places, row by row, its kernel."""
   places = (_sums_at(kernel.astype(jnp.float32), row, column)
             for row in (0, 1) for column in (0, 1))
-  return jnp.stack([place.astype(kernel.dtype) for place in places])
+  return tuple(place.astype(kernel.dtype) for place in places)
 
 
 def _sums_at(kernel: jax.Array, row: int, column: int) -> Float[Array, "2 2 I O"]:
@@ -51,7 +52,7 @@ def _spread_along(weights: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def convolve_doubled(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
-                     of_places: Float[Array, "4 2 2 I O"] | None = None
+                     of_places: tuple[Float[Array, "2 2 I O"], ...] | None = None
                      ) -> Float[Array, "B 2*h 2*w O"]:
   """The convolution, padded by 1, of x with each pixel repeated in a square of 2×2.
 
@@ -70,10 +71,10 @@ def _few(x: jax.Array) -> bool:
   return jax.default_backend() == "cpu" and x.shape[1] * x.shape[2] <= _FEW_PIXELS
 
 
-def _as_convolution(x: jax.Array, of_places: jax.Array) -> jax.Array:
+def _as_convolution(x: jax.Array, of_places: tuple[jax.Array, ...]) -> jax.Array:
   """All places as one convolution with four times the outputs."""
   _, height, width, _ = x.shape
-  kernel = jnp.concatenate(list(of_places), axis=-1)
+  kernel = jnp.concatenate(of_places, axis=-1)
   y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
                                    dimension_numbers=_LAYOUT)
   y = y.reshape(*y.shape[:3], 2, 2, -1)
@@ -81,7 +82,8 @@ def _as_convolution(x: jax.Array, of_places: jax.Array) -> jax.Array:
                       for a in (0, 1)])
 
 
-def _as_products(x: jax.Array, of_places: jax.Array) -> jax.Array:
+def _as_products(x: jax.Array, of_places: tuple[jax.Array, ...]) -> jax.Array:
+  """Each place as one product, of each pixel's neighbourhood with its kernel."""
   batch, height, width, channels = x.shape
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
@@ -102,7 +104,7 @@ def _interleave(places: list[list[jax.Array]]) -> jax.Array:
   return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, of_places: jax.Array | None
+def _forward(x: jax.Array, kernel: jax.Array, of_places: tuple[jax.Array, ...] | None
              ) -> tuple[jax.Array, tuple[Any, ...]]:
   return convolve_doubled(x, kernel, of_places), (x, kernel, of_places)
 
