@@ -118,7 +118,7 @@ def identity(x: jax.Array) -> jax.Array:
 
 
 class GroupNorm(nnx.GroupNorm):
-  """Group normalisation with statistics in float32, computed in two passes as torch does."""
+  """Group normalisation with statistics in float32."""
 
   def __init__(self, channels: int, num_groups: int, *, epsilon: float,
                dtype: DTypeLike, rngs: nnx.Rngs):
