@@ -28,11 +28,12 @@ MAX_SCORES = 2**21
 _OUTPUT_FIRST = (3, 0, 1, 2)
 
 
-def _normal_distribution(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Φ(x) and its derivative, in float32; of erf, which takes half of erfc's time."""
+def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """x Φ(x) and its derivative, in float32; of erf, which takes half of erfc's time."""
   x = x.astype(jnp.float32)
+  cumulative = 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
   density = jnp.exp(-0.5 * x * x) * (2 * math.pi)**-0.5
-  return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5), density
+  return x * cumulative, cumulative + x * density
 
 
 @jax.custom_jvp
@@ -41,16 +42,15 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
 
   With a derivative of its own: JAX 0.12.0 cannot take erf's inside of `jax.shard_map`.
   """
-  return (x * _normal_distribution(x)[0]).astype(x.dtype)
+  return _gelu_and_slope(x)[0].astype(x.dtype)
 
 
 @_exact_gelu.defjvp
 def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]
                     ) -> tuple[jax.Array, jax.Array]:
   (x,), (tangent,) = primals, tangents
-  cumulative, density = _normal_distribution(x)
-  slope = (cumulative + x * density).astype(x.dtype)
-  return (x * cumulative).astype(x.dtype), slope * tangent
+  y, slope = (array.astype(x.dtype) for array in _gelu_and_slope(x))
+  return y, slope * tangent
 
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -79,11 +79,10 @@ def _gated_gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gated_gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-  value, gate = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
-  cumulative, density = _normal_distribution(gate)
-  of_value = grad * gate * cumulative
-  of_gate = grad * value * (cumulative + gate * density)
-  return (jnp.concatenate([of_value, of_gate], axis=-1).astype(x.dtype),)
+  value, gate = jnp.split(x, 2, axis=-1)
+  gelu, slope = _gelu_and_slope(gate)  # both in float32
+  return (jnp.concatenate([grad * gelu, grad * value.astype(jnp.float32) * slope],
+                          axis=-1).astype(x.dtype),)
 
 
 gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
@@ -133,18 +132,21 @@ class Conv(nnx.Conv):
                      strides=stride, padding=((padding, padding),) * 2, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
     self._centred = (kernel_size, stride, padding) == (3, 1, 1)
-    self._prepared: nnx.Variable | None = nnx.data(None)
-    self._of_places: nnx.Variable | None = nnx.data(None)
+    self._prepared: nnx.Variable | None = nnx.data(None)  # see `prepare`
 
   def prepare(self) -> None:
     """Computes what depends on the kernel alone: for programs that use it many times."""
     if self._centred:
-      self._prepared = nnx.Variable(processor.prepare(self.kernel[...]))
-      self._of_places = nnx.Variable(doubling.kernels_of_places(self.kernel[...]))
+      kernel = self.kernel[...]
+      self._prepared = nnx.Variable((processor.prepare(kernel),
+                                     doubling.kernels_of_places(kernel)))
+
+  def _what_was_prepared(self) -> tuple[Any, Any]:
+    return (None, None) if self._prepared is None else self._prepared.get_value()
 
   def of_doubled(self, inputs: jax.Array) -> jax.Array:
     """What the call gives for inputs of twice the height and width, each pixel repeated."""
-    of_places = None if self._of_places is None else self._of_places.get_value()
+    _, of_places = self._what_was_prepared()
     y = doubling.convolve_doubled(inputs.astype(self.dtype),
                                   self.kernel[...].astype(self.dtype), of_places)
     return _add_bias(self, y)
@@ -152,7 +154,7 @@ class Conv(nnx.Conv):
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     if not self._centred or jax.default_backend() != "cpu":
       return super().__call__(inputs, out_sharding)
-    prepared = None if self._prepared is None else self._prepared.get_value()
+    prepared, _ = self._what_was_prepared()
     y = processor.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
                            prepared)
     return _add_bias(self, y)

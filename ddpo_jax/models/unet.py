@@ -329,7 +329,7 @@ class UNet2DConditionModel(nnx.Module):
     self.up_blocks = nnx.List([UpBlock(config, index, **common)
                                for index in range(len(channels))])
     self.conv_norm_out = norms.GroupNorm(channels[0], config.norm_num_groups,
-                                          epsilon=config.norm_eps, **common)
+                                         epsilon=config.norm_eps, **common)
     self.conv_out = layers.Conv(channels[0], config.out_channels, **common)
 
   def __call__(self, latents: Float[Array, "B h w C"], timesteps: Int[Array, " B"],
