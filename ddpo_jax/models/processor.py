@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import numpy as np
+
+from ddpo_jax.models import winograd
 
 # Winograd's transforms cost more than they save with fewer channels and with more pixels.
 _LEAST_CHANNELS, _MOST_PIXELS = 32, 16
@@ -23,24 +24,16 @@ _LEAST_CHANNELS, _MOST_PIXELS = 32, 16
 _FEW_PIXELS = 4
 _FEW_OUTPUTS = 3
 
-# Winograd's F(2×2, 3×3) (arXiv:1509.09308): along either axis, 2 outputs are _OUTPUT ·
-# ((_KERNEL · 3 weights) ∘ (_INPUT · 4 inputs)).
-_INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], np.float32)
-_KERNEL = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.float32) / 2
-_OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
-# Of a kernel turned round, the same numbers in another order.
-_TURNED = np.array([3, 1, 2, 0])
-
 
 class Prepared(NamedTuple):
   """What convolutions compute of their kernel alone: once, for many of them."""
 
   turned: Float[Array, "3 3 O I"]  # by 180°, for the gradient in the input
-  transformed: Float[Array, "16 I O"]  # Winograd's
+  transformed: winograd.Transformed
 
 
 def prepare(kernel: Float[Array, "3 3 I O"]) -> Prepared:
-  return Prepared(_turn(kernel), _transform(kernel))
+  return Prepared(_turn(kernel), winograd.transform(kernel))
 
 
 @jax.custom_vjp
@@ -57,12 +50,13 @@ def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
     prepared: `prepare(kernel)`, where that has been computed outside of a loop; no gradient
       flows into it.
   """
-  if _in_tiles(x, kernel):
-    return _winograd(x, _transform(kernel) if prepared is None else prepared.transformed)
+  if _by_winograd(x, kernel):
+    return winograd.convolve(
+        x, winograd.transform(kernel) if prepared is None else prepared.transformed)
   return _convolve_otherwise(x, kernel)
 
 
-def _in_tiles(x: jax.Array, kernel: jax.Array) -> bool:
+def _by_winograd(x: jax.Array, kernel: jax.Array) -> bool:
   """Whether Winograd's convolution serves these."""
   height, width = x.shape[1:3]
   fits = height % 2 == width % 2 == 0 and height * width <= _MOST_PIXELS
@@ -106,58 +100,6 @@ def _convolve_directly(x: jax.Array, kernel: jax.Array) -> jax.Array:
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _transform(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "16 I O"]:
-  weights = jnp.matmul(np.kron(_KERNEL, _KERNEL), kernel.reshape(9, -1))
-  return weights.reshape(16, *kernel.shape[2:])
-
-
-def _winograd(x: jax.Array, weights: Float[Array, "16 I O"], *, turned: bool = False
-              ) -> jax.Array:
-  """Winograd's convolution: 4 multiplications where the definition has 9.
-
-  Each tile of 2×2 outputs comes from 4×4 inputs. For each of the 16 transformed positions
-  there is one matrix product, over all tiles. The transforms are products too, with the
-  gathering of tiles, padding included, and their laying out worked into the matrices.
-
-  Args:
-    x: the input.
-    weights: the kernel, transformed.
-    turned: convolve with the kernel turned round, its channels exchanged: O to I.
-  """
-  # Each step is to be as it is written: what XLA fuses products with slows them down.
-  apart = jax.lax.optimization_barrier
-  order = _TURNED if turned else np.arange(4)
-  batch, height, width, channels = x.shape
-  pixels_first = apart(apart(x).transpose(1, 2, 0, 3).reshape(height * width, -1))
-  tiles = _to_tiles(height, width, order) @ pixels_first
-  tiles, weights = apart((tiles.reshape(16, -1, channels), weights))
-  of_tiles = "tro,tio->tri" if turned else "tri,tio->tro"
-  products = apart(jnp.einsum(of_tiles, tiles, weights))
-  from_tiles = _from_tiles(height, width, order)
-  y = apart(from_tiles @ products.reshape(from_tiles.shape[1], -1))
-  return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)
-
-
-def _to_tiles(height: int, width: int, order: np.ndarray) -> np.ndarray:
-  """[positions · tiles, pixels]: gathers the tiles of an image, and transforms them."""
-  of_axis = {n: np.zeros((4, n // 2, n + 2), np.float32) for n in (height, width)}
-  for n, matrix in of_axis.items():
-    for tile in range(n // 2):
-      matrix[:, tile, 2 * tile:2 * tile + 4] = _INPUT[order]
-  rows, columns = (of_axis[n][:, :, 1:-1] for n in (height, width))  # the padding is zero
-  return np.einsum("apy,bqx->abpqyx", rows, columns).reshape(-1, height * width)
-
-
-def _from_tiles(height: int, width: int, order: np.ndarray) -> np.ndarray:
-  """[pixels, positions · tiles]: transforms products, and lays out the outputs of tiles."""
-  of_axis = {n: np.zeros((n, 4, n // 2), np.float32) for n in (height, width)}
-  for n, matrix in of_axis.items():
-    for tile in range(n // 2):
-      matrix[2 * tile:2 * tile + 2, :, tile] = _OUTPUT[:, order]
-  return np.einsum("yap,xbq->yxabpq", of_axis[height], of_axis[width]
-                   ).reshape(height * width, -1)
-
-
 def _convolve_forward(x: jax.Array, kernel: jax.Array, prepared: Prepared | None
                       ) -> tuple[jax.Array, tuple[Any, ...]]:
   return convolve(x, kernel, prepared), (x, kernel, prepared)
@@ -166,9 +108,9 @@ def _convolve_forward(x: jax.Array, kernel: jax.Array, prepared: Prepared | None
 def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
                        ) -> tuple[jax.Array, jax.Array, None]:
   x, kernel, prepared = saved
-  if _in_tiles(grad, kernel):
-    weights = _transform(kernel) if prepared is None else prepared.transformed
-    grad_x = _winograd(grad, weights, turned=True)
+  if _by_winograd(grad, kernel):
+    grad_x = winograd.gradient(
+        grad, winograd.transform(kernel) if prepared is None else prepared.transformed)
   else:
     grad_x = _convolve_otherwise(grad, _turn(kernel) if prepared is None else prepared.turned)
   of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
