@@ -91,37 +91,6 @@ def partition(unet: nnx.Module, use_lora: bool = True
   return graphdef, trained, frozen
 
 
-def fold(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State
-         ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """Brings the network in the form that is quickest for many calls, where that is exact.
-
-  That is on processors. Convolutions compute what depends on their kernels alone. And LoRA
-  is added to the matrices that it adapts: what is trained are then the matrices W + up·down.
-  A gradient is linear in theirs: it can be summed over microbatches first, and handed on to
-  up and down once. Products with matrices of a few columns are slow on processors. On GPUs
-  the gradient of the whole matrix would cost more than it saves, and half precision would
-  lose what up·down adds.
-
-  Returns:
-    The same network, split as `partition` does; or what was given.
-  """
-  unet = nnx.merge(graphdef, trained, frozen)
-  adapted = [linear for _, linear in attention_projections(unet)
-             if linear.lora_down is not None]
-  exact = all(linear.dtype == jnp.float32 for linear in adapted)
-  if not adapted or not exact or jax.default_backend() != "cpu":
-    return graphdef, trained, frozen
-  for linear in adapted:
-    assert linear.lora_down is not None and linear.lora_up is not None
-    update = linear.lora_down[...] @ linear.lora_up[...]
-    linear.kernel = nnx.LoRAParam(linear.kernel[...] + update)
-    linear.lora_down = linear.lora_up = None
-  for _, module in nnx.iter_graph(unet):
-    if isinstance(module, layers.Conv):
-      module.prepare()
-  return partition(unet)
-
-
 def export_lora(unet: nnx.Module, path: str | os.PathLike,
                 metadata: dict[str, str] | None = None, *,
                 file_format: str = "diffusers") -> None:

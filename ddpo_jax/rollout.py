@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import distributed, lora
+from ddpo_jax import distributed, folding
 from ddpo_jax.config import largest_part
 from ddpo_jax.console import hide_bars
 from ddpo_jax.devices import samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, sample
+from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.models import StableDiffusion
@@ -94,12 +95,16 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
                key: Key[Array, ""]) -> Generation:
-    unet = nnx.merge(*lora.fold(unet_graphdef, params, frozen.unet))
+    unet = folding.fold_weights(unet_graphdef, params, frozen.unet)
     vae = nnx.merge(vae_graphdef, frozen.vae)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
-    draw = lambda embeddings, keys: sample(
-        unet, schedule, embeddings, negative_embedding,
-        guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
+
+    def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
+      context = guidance_context(embeddings, negative_embedding, config.guidance_scale)
+      policy = nnx.merge(*folding.fold_prompts(*unet, context))
+      return sample(policy, schedule, embeddings, negative_embedding,
+                    guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
+
     decode = lambda latents: to_uint8(vae.decode(latents / scaling_factor))
     trajectory = _map_in_parts(draw, samples_at_once(config.batch_size),
                                text_embeddings, keys)

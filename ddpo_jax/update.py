@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Key
 import optax
 
-from ddpo_jax import lora, ppo
+from ddpo_jax import folding, ppo
 from ddpo_jax.devices import samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
+from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.types import Batch, LossScale, TrainState
 
 P = jax.sharding.PartitionSpec
@@ -332,38 +333,42 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   # microbatch's gradient over them: that is done once, below.
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
 
-  def fold(params: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
-    graphdef_, weights, rest = lora.fold(graphdef, params, frozen)
-    return weights, (graphdef_, rest)
-
   # Gradients are summed for the weights that the network computes with, and handed on to
   # the trained ones once.
-  weights, hand_on, (folded, rest) = jax.vjp(fold, params, has_aux=True)
-
-  def loss_fn(weights: nnx.State, samples: Batch, step: Int[Array, " b"]):
-    loss, info, log_prob = microbatch_loss(
-        config, nnx.merge(folded, weights, rest), schedule, samples, step, mode)
-    return loss * scale, (loss, info, log_prob)
-
-  def add_microbatch(samples: Batch, sums: _Sums, step: Int[Array, " b"]
-                     ) -> tuple[_Sums, Float32[Array, " b"]]:
-    scaled, backward, (loss, info, log_prob) = jax.vjp(
-        lambda weights: loss_fn(weights, samples, step), weights, has_aux=True)
-    one = jnp.ones_like(scaled)
-    if mode is None:
-      (grads,) = backward(one)
-    else:
-      grads = jax.lax.cond(mode != Mode.RESCORE, lambda backward: backward(one)[0],
-                           lambda _: jax.tree.map(jnp.zeros_like, weights), backward)
-    return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
-                 loss=sums.loss + loss,
-                 approx_kl=sums.approx_kl + info.approx_kl,
-                 clipfrac=sums.clipfrac + info.clipfrac,
-                 ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
+  weights, hand_on, (folded, rest) = _folded(folding.fold_weights, graphdef, params, frozen)
 
   def add_group(sums: _Sums, group: Microbatches) -> tuple[_Sums, Float32[Array, "M b"]]:
     samples = take_samples(batch, group.sample)
-    return jax.lax.scan(functools.partial(add_microbatch, samples), sums, group.step)
+    context = guidance_context(samples.text_embeddings, samples.negative_embedding,
+                               config.guidance_scale)
+    for_prompts = functools.partial(folding.fold_prompts, context=context)
+    of_group, hand_back, network = _folded(for_prompts, folded, weights, rest)
+
+    def add_microbatch(sums: _Sums, step: Int[Array, " b"]
+                       ) -> tuple[_Sums, Float32[Array, " b"]]:
+      def loss_fn(of_group: nnx.State):
+        loss, info, log_prob = microbatch_loss(
+            config, nnx.merge(network[0], of_group, network[1]), schedule, samples, step, mode)
+        return loss * scale, (loss, info, log_prob)
+
+      scaled, backward, (loss, info, log_prob) = jax.vjp(loss_fn, of_group, has_aux=True)
+      one = jnp.ones_like(scaled)
+      if mode is None:
+        (grads,) = backward(one)
+      else:
+        grads = jax.lax.cond(mode != Mode.RESCORE, lambda backward: backward(one)[0],
+                             lambda _: jax.tree.map(jnp.zeros_like, of_group), backward)
+      return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
+                   loss=sums.loss + loss,
+                   approx_kl=sums.approx_kl + info.approx_kl,
+                   clipfrac=sums.clipfrac + info.clipfrac,
+                   ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
+
+    start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, of_group))
+    summed, log_probs = jax.lax.scan(add_microbatch, start, group.step)
+    (grads,) = hand_back(summed.grads)
+    grads = jax.tree.map(jnp.add, sums.grads, grads)
+    return dataclasses.replace(summed, grads=grads), log_probs
 
   zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
   start = _Sums(grads=jax.tree.map(jnp.zeros_like, weights), loss=zero, approx_kl=zero,
@@ -373,6 +378,17 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   grads, metrics = _mean(dataclasses.replace(sums, grads=grads),
                          log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
+
+
+def _folded(fold: Callable[..., folding.Split], graphdef: nnx.GraphDef, trained: nnx.State,
+            frozen: nnx.State) -> tuple[nnx.State, Callable[[nnx.State], tuple[nnx.State]],
+                                        tuple[nnx.GraphDef, nnx.State]]:
+  """What to train in the folded network; how its gradient is handed on; the rest of it."""
+  def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
+    graphdef_, weights, rest = fold(graphdef, trained, frozen)
+    return weights, (graphdef_, rest)
+
+  return jax.vjp(split, trained, has_aux=True)
 
 
 def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,

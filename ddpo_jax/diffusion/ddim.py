@@ -21,6 +21,16 @@ def uses_guidance(guidance_scale: float) -> bool:
   return guidance_scale > 1.0
 
 
+def guidance_context(text_embeddings: Float[Array, "B L D"],
+                     negative_embeddings: Float[Array, "#B L D"],
+                     guidance_scale: float) -> Float[Array, "n*B L D"]:
+  """What `guided_prediction` calls the network with."""
+  if not uses_guidance(guidance_scale):
+    return text_embeddings
+  negative = jnp.broadcast_to(negative_embeddings, text_embeddings.shape)
+  return jnp.concatenate([negative, text_embeddings])
+
+
 def guided_prediction(unet: Denoiser, latents: Float[Array, "B h w C"],
                       timesteps: Int[Array, " B"], text_embeddings: Float[Array, "B L D"],
                       negative_embeddings: Float[Array, "#B L D"],
@@ -35,12 +45,11 @@ def guided_prediction(unet: Denoiser, latents: Float[Array, "B h w C"],
     negative_embeddings: of the empty prompt, [B, L, D] or [1, L, D].
     guidance_scale: n + s·(p − n); see `uses_guidance`.
   """
+  context = guidance_context(text_embeddings, negative_embeddings, guidance_scale)
   if not uses_guidance(guidance_scale):
-    return unet(latents, timesteps, text_embeddings).astype(jnp.float32)
-  negative = jnp.broadcast_to(negative_embeddings, text_embeddings.shape)
+    return unet(latents, timesteps, context).astype(jnp.float32)
   twice = lambda x: jnp.concatenate([x, x])
-  both = unet(twice(latents), twice(timesteps),
-              jnp.concatenate([negative, text_embeddings]))
+  both = unet(twice(latents), twice(timesteps), context)
   unconditional, conditional = jnp.split(both.astype(jnp.float32), 2)
   return unconditional + guidance_scale * (conditional - unconditional)
 

@@ -313,9 +313,10 @@ class Attention(nnx.Module):
 
   def __init__(self, features: int, num_heads: int, *, context_dim: int | None = None,
                dtype: DTypeLike, rngs: nnx.Rngs):
-    context_dim = features if context_dim is None else context_dim
     linear = functools.partial(Linear, dtype=dtype, rngs=rngs)
     self.num_heads = num_heads
+    self.takes_context = context_dim is not None
+    context_dim = features if context_dim is None else context_dim
     self.to_q = linear(features, features, use_bias=False)
     self.to_k = linear(context_dim, features, use_bias=False)
     self.to_v = linear(context_dim, features, use_bias=False)

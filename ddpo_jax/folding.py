@@ -1,0 +1,92 @@
+"""Computes once what a network is asked for many times: of its weights, and of its prompts.
+
+Each function splits the network it returns as `lora.partition` does, into structure, trained
+weights and frozen weights. The trained ones of the result depend on those given, so that
+`jax.vjp` of the function takes a gradient that was summed over many calls back to them.
+"""
+
+from __future__ import annotations
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddpo_jax import lora
+from ddpo_jax.models import layers
+
+Split = tuple[nnx.GraphDef, nnx.State, nnx.State]  # structure, trained, frozen
+
+
+class _Known(nnx.Module):
+  """Stands for a linear layer whose input never changes: knows its output, split in heads."""
+
+  def __init__(self, output: Float[Array, "B S N*H"], num_heads: int):
+    split = output.reshape(*output.shape[:2], num_heads, -1)
+    # As attention multiplies it. XLA leaves a transposition alone inside of a loop.
+    self.output = nnx.LoRAParam(split.swapaxes(1, 2))
+
+  def __call__(self, inputs: jax.Array) -> Float[Array, "B S N*H"]:
+    del inputs
+    output = self.output[...].swapaxes(1, 2)
+    return output.reshape(*output.shape[:2], -1)
+
+
+def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
+  """Brings the network in the form that is quickest for many calls, where that is exact.
+
+  That is on processors. Convolutions compute what depends on their kernels alone. And LoRA
+  is added to the matrices that it adapts: what is trained are then the matrices W + up·down.
+  A gradient is linear in theirs: it can be summed over microbatches first, and handed on to
+  up and down once. Products with matrices of a few columns are slow on processors. On GPUs
+  the gradient of the whole matrix would cost more than it saves, and half precision would
+  lose what up·down adds.
+
+  Returns:
+    The same network; or what was given.
+  """
+  unet = nnx.merge(graphdef, trained, frozen)
+  adapted = [linear for _, linear in lora.attention_projections(unet)
+             if linear.lora_down is not None]
+  exact = all(linear.dtype == jnp.float32 for linear in adapted)
+  if not adapted or not exact or jax.default_backend() != "cpu":
+    return graphdef, trained, frozen
+  for linear in adapted:
+    assert linear.lora_down is not None and linear.lora_up is not None
+    update = linear.lora_down[...] @ linear.lora_up[...]
+    linear.kernel = nnx.LoRAParam(linear.kernel[...] + update)
+    linear.lora_down = linear.lora_up = None
+  for _, module in nnx.iter_graph(unet):
+    if isinstance(module, layers.Conv):
+      module.prepare()
+  return lora.partition(unet)
+
+
+def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
+                 context: Float[Array, "B L D"]) -> Split:
+  """Makes a network that `fold_weights` has folded one for these prompts only.
+
+  Attention's keys and values of the prompts become trained weights, in place of the matrices
+  that they come from: over many calls their gradients are summed, and multiplied with the
+  prompts once.
+
+  Args:
+    graphdef: the network, as `fold_weights` returns it.
+    trained: likewise.
+    frozen: likewise.
+    context: all that the network will be called with.
+
+  Returns:
+    The same network, whatever context it is called with; or what was given, where
+    `fold_weights` had nothing to do.
+  """
+  unet = nnx.merge(graphdef, trained, frozen)
+  to_prompts = [module for _, module in nnx.iter_graph(unet)
+                if isinstance(module, layers.Attention) and module.takes_context]
+  if not all(isinstance(attention.to_k.kernel, nnx.LoRAParam) for attention in to_prompts):
+    return graphdef, trained, frozen
+  for attention in to_prompts:
+    for name in ("to_k", "to_v"):
+      output = getattr(attention, name)(context)
+      setattr(attention, name, _Known(output, attention.num_heads))
+  return lora.partition(unet)
