@@ -53,15 +53,15 @@ def _cores_as_devices() -> int:
   if forced or "JAX_NUM_CPU_DEVICES" in os.environ or jax.distributed.is_initialized():
     return 1
   try:
-    jax.config.update("jax_num_cpu_devices", _cores())
+    jax.config.update("jax_num_cpu_devices", usable_cores())
   except RuntimeError:  # the number of devices has been settled
-    if jax.config.values["jax_num_cpu_devices"] != _cores():
+    if jax.config.values["jax_num_cpu_devices"] != usable_cores():
       return 1
   return jax.device_count() if jax.default_backend() == "cpu" else 1
 
 
-def _cores() -> int:
-  """Those that this process may use."""
+def usable_cores() -> int:
+  """How many cores this process may use."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

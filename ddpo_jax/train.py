@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
-import ctypes
 import dataclasses
 import pathlib
 import signal
@@ -25,6 +24,7 @@ from ddpo_jax import (
   diagnostics,
   distributed,
   lora,
+  memory,
   tracking,
   update,
   validation,
@@ -80,6 +80,7 @@ def train(cfg: Config) -> pathlib.Path:
     FloatingPointError: if training does not get finite numbers any more; likewise.
   """
   started = time.perf_counter()
+  memory.share_arenas()
   distributed.initialize(cfg.distributed)
   plan = plan_batches(cfg)
   run_name = distributed.agreed(tracking.choose_run_name(cfg))
@@ -111,7 +112,6 @@ def train(cfg: Config) -> pathlib.Path:
           if epoch > 0:
             checkpointer.save(epoch - 1, *before)
           raise
-        return_freed_memory()
         evaluate(trainer, tracker, epoch + 1)
         if (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.num_epochs:
           checkpointer.save(epoch, *checkpoint_of(trainer))
@@ -217,7 +217,7 @@ def compile_ahead(trainer: Trainer) -> None:
   on_processor = jax.default_backend() == "cpu"
   pool.shutdown(wait=on_processor)
   if on_processor:
-    return_freed_memory()
+    memory.return_freed_memory()
 
 
 def _compile_update(trainer: Trainer) -> update.Update:
@@ -351,7 +351,7 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
   if trainer.compiling is not None:
     trainer.update = trainer.compiling.result()
     trainer.compiling = None
-    return_freed_memory()  # the compiler's, and what reading a compiled program took
+  memory.return_freed_memory()  # sampling's; the compiler's, or what reading its program took
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), _SHUFFLE_STREAM)
   shuffle = jax.random.fold_in(shuffle, epoch)
   steps = [(jax.random.fold_in(shuffle, inner), jnp.int32(index))
@@ -420,12 +420,6 @@ def peak_memory_bytes() -> int | None:
   stats = [device.memory_stats() for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
   return max(peaks, default=None)
-
-
-def return_freed_memory() -> None:
-  """Hands freed memory back to the system; glibc keeps it, and each epoch leaves holes."""
-  with contextlib.suppress(OSError, AttributeError):  # of another C library
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class Stop:

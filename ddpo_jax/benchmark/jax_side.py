@@ -19,7 +19,7 @@ import jaxlib
 import numpy as np
 from PIL import Image
 
-from ddpo_jax import train
+from ddpo_jax import memory, train
 from ddpo_jax.benchmark import flops
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
@@ -35,6 +35,7 @@ class JaxSide:
   """This package: the trainer as scripts/train.py builds it."""
 
   def __init__(self, cfg: Config):
+    memory.share_arenas()
     train.configure_jax(cfg)
     self._cfg = cfg
     self._plan = plan_batches(cfg)
@@ -67,7 +68,6 @@ class JaxSide:
     started = time.perf_counter()
     if self._epoch == 0:
       train.compile_ahead(trainer)
-    train.return_freed_memory()
     rollout = trainer.worker.run(trainer.state.params, self._epoch)
     sampled = time.perf_counter()
     batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))
