@@ -40,7 +40,7 @@ def convolution(x, kernel):
     ((1, 1), (32, 32), True), ((2, 2), (8, 6), True), ((1, 3), (8, 6), True),
     ((5, 7), (8, 3), True), ((2, 4), (32, 2), True),
     ((2, 3), (8, 6), False), ((4, 4), (4, 32), False), ((8, 8), (32, 32), False),
-    ((3, 4), (32, 32), False)])
+    ((3, 4), (32, 32), False), ((5, 6), (16, 12), False), ((6, 5), (16, 12), False)])
 def test_convolution(size, channels, as_products):
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, *size, channels[0])), rng.normal(size=(3, 3, *channels))
