@@ -11,6 +11,7 @@ from collections.abc import Callable
 import dataclasses
 import enum
 import functools
+import math
 from typing import Any
 
 from flax import nnx
@@ -71,11 +72,11 @@ class Microbatches:
   """Which (sample, step) pairs each microbatch trains on.
 
   In groups of the same samples: what depends on their prompts alone, the keys and values of
-  attention, XLA computes once for a group.
+  attention, is computed once for a group.
   """
 
   sample: Int[Array, "groups b"]  # index into this device's samples
-  step: Int[Array, "groups M b"]  # index into the sample's T steps
+  step: Int[Array, "groups M b t"]  # index into the sample's T steps
 
 
 @jax.tree_util.register_dataclass
@@ -226,8 +227,9 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   batch = flatten_samples(batch)
   grads, metrics, log_probs = accumulate_gradients(
       config, graphdef, schedule, state, frozen, batch, microbatches, mode)
-  log_probs = batch.trajectory.log_probs.at[
-      microbatches.sample[:, None], microbatches.step].set(log_probs).reshape(shape)
+  sample = microbatches.sample[:, None, :, None]
+  log_probs = batch.trajectory.log_probs.at[sample, microbatches.step].set(log_probs)
+  log_probs = log_probs.reshape(shape)
   finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   stepped = TrainState(params=optax.apply_updates(state.params, updates),
@@ -274,20 +276,28 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
 
   chosen = jax.vmap(column, out_axes=1)(jnp.arange(config.batch_size))
   steps = jax.vmap(jax.vmap(timesteps))(chosen)  # [accumulation, batch, timesteps]
-  together = config.timesteps_per_batch
-  steps = steps.reshape(*chosen.shape, -1, together).transpose(0, 2, 1, 3)
-  pairs = config.batch_size * together
-  return Microbatches(sample=jnp.repeat(chosen, together, axis=1).astype(jnp.int32),
-                      step=steps.reshape(*steps.shape[:2], pairs).astype(jnp.int32))
+  steps = steps.reshape(*chosen.shape, -1, config.timesteps_per_batch)
+  return Microbatches(sample=chosen.astype(jnp.int32),
+                      step=steps.transpose(0, 2, 1, 3).astype(jnp.int32))
 
 
 def _split(microbatches: Microbatches) -> Microbatches:
-  """As large as the device is quick with; the gradient of their mean loss is the same."""
-  groups, count, pairs = microbatches.step.shape
-  size = samples_at_once(pairs)
-  steps = microbatches.step.reshape(groups, count, -1, size).swapaxes(1, 2)
-  return Microbatches(sample=microbatches.sample.reshape(-1, size),
-                      step=steps.reshape(-1, count, size))
+  """As large as a processor is quick with; the gradient of their mean loss is the same.
+
+  And with as many steps of the same sample as fit: attention's products over its prompt are
+  fewer and larger then.
+  """
+  if jax.default_backend() != "cpu":
+    return microbatches
+  groups, count, samples, together = microbatches.step.shape
+  size = samples_at_once(samples * together)
+  steps_each = math.gcd(count * together, size)
+  samples_each = size // steps_each
+  steps = microbatches.step.swapaxes(1, 2).reshape(groups, -1, samples_each,
+                                                   count * together // steps_each, steps_each)
+  steps = steps.swapaxes(2, 3)
+  return Microbatches(sample=microbatches.sample.reshape(-1, samples_each),
+                      step=steps.reshape(-1, *steps.shape[2:]))
 
 
 def flatten_samples(batch: Batch) -> Batch:
@@ -311,7 +321,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
                          batch: Batch, microbatches: Microbatches,
                          mode: Int[Array, ""] | None = None
-                         ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "groups M b"]]:
+                         ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "groups M b t"]]:
   """The gradient of the mean loss over all microbatches of all devices.
 
   Args:
@@ -332,46 +342,33 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   # Marked as differing between devices, so that the backward pass does not sum each
   # microbatch's gradient over them: that is done once, below.
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
-
   # Gradients are summed for the weights that the network computes with, and handed on to
-  # the trained ones once.
-  weights, hand_on, (folded, rest) = _folded(folding.fold_weights, graphdef, params, frozen)
+  # those that these come from once: for all prompts, and for those of each group.
+  unet, hand_on = _fold(folding.fold_weights, (graphdef, params, frozen))
 
-  def add_group(sums: _Sums, group: Microbatches) -> tuple[_Sums, Float32[Array, "M b"]]:
+  def add_group(sums: _Sums, group: Microbatches) -> tuple[_Sums, Float32[Array, "M b t"]]:
     samples = take_samples(batch, group.sample)
     context = guidance_context(samples.text_embeddings, samples.negative_embedding,
                                config.guidance_scale)
-    for_prompts = functools.partial(folding.fold_prompts, context=context)
-    of_group, hand_back, network = _folded(for_prompts, folded, weights, rest)
+    (graphdef, weights, rest), hand_back = _fold(
+        functools.partial(folding.fold_prompts, context=context), unet)
 
-    def add_microbatch(sums: _Sums, step: Int[Array, " b"]
-                       ) -> tuple[_Sums, Float32[Array, " b"]]:
-      def loss_fn(of_group: nnx.State):
-        loss, info, log_prob = microbatch_loss(
-            config, nnx.merge(network[0], of_group, network[1]), schedule, samples, step, mode)
-        return loss * scale, (loss, info, log_prob)
+    def loss_fn(weights: nnx.State, step: Int[Array, "b t"]):
+      loss, info, log_prob = microbatch_loss(
+          config, nnx.merge(graphdef, weights, rest), schedule, samples, step, mode)
+      return loss * scale, (loss, info, log_prob)
 
-      scaled, backward, (loss, info, log_prob) = jax.vjp(loss_fn, of_group, has_aux=True)
-      one = jnp.ones_like(scaled)
-      if mode is None:
-        (grads,) = backward(one)
-      else:
-        grads = jax.lax.cond(mode != Mode.RESCORE, lambda backward: backward(one)[0],
-                             lambda _: jax.tree.map(jnp.zeros_like, of_group), backward)
-      return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
-                   loss=sums.loss + loss,
-                   approx_kl=sums.approx_kl + info.approx_kl,
-                   clipfrac=sums.clipfrac + info.clipfrac,
-                   ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
-
-    start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, of_group))
-    summed, log_probs = jax.lax.scan(add_microbatch, start, group.step)
-    (grads,) = hand_back(summed.grads)
-    grads = jax.tree.map(jnp.add, sums.grads, grads)
-    return dataclasses.replace(summed, grads=grads), log_probs
+    folded = graphdef != unet[0]  # else the sums go on, without another gradient's memory
+    start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
+    summed, log_probs = jax.lax.scan(functools.partial(_add_microbatch, loss_fn, weights, mode),
+                                     start if folded else sums, group.step)
+    if folded:
+      grads = jax.tree.map(jnp.add, sums.grads, hand_back(summed.grads)[0])
+      summed = dataclasses.replace(summed, grads=grads)
+    return summed, log_probs
 
   zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
-  start = _Sums(grads=jax.tree.map(jnp.zeros_like, weights), loss=zero, approx_kl=zero,
+  start = _Sums(grads=jax.tree.map(jnp.zeros_like, unet[1]), loss=zero, approx_kl=zero,
                 clipfrac=zero, ratio_drift=zero)
   sums, log_probs = jax.lax.scan(add_group, start, microbatches)
   (grads,) = hand_on(sums.grads)
@@ -380,33 +377,57 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   return grads, metrics, log_probs
 
 
-def _folded(fold: Callable[..., folding.Split], graphdef: nnx.GraphDef, trained: nnx.State,
-            frozen: nnx.State) -> tuple[nnx.State, Callable[[nnx.State], tuple[nnx.State]],
-                                        tuple[nnx.GraphDef, nnx.State]]:
-  """What to train in the folded network; how its gradient is handed on; the rest of it."""
-  def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
-    graphdef_, weights, rest = fold(graphdef, trained, frozen)
-    return weights, (graphdef_, rest)
+def _fold(fold: Callable[..., folding.Split], unet: folding.Split
+          ) -> tuple[folding.Split, Callable[[nnx.State], tuple[nnx.State]]]:
+  """The folded network, and what takes its weights' gradient to those of the one given."""
+  graphdef, trained, frozen = unet
 
-  return jax.vjp(split, trained, has_aux=True)
+  def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
+    folded, weights, rest = fold(graphdef, trained, frozen)
+    return weights, (folded, rest)
+
+  weights, hand_on, (folded, rest) = jax.vjp(split, trained, has_aux=True)
+  return (folded, weights, rest), hand_on
+
+
+def _add_microbatch(loss_fn: Callable[..., Any], weights: nnx.State,
+                    mode: Int[Array, ""] | None, sums: _Sums, step: Int[Array, "b t"]
+                    ) -> tuple[_Sums, Float32[Array, "b t"]]:
+  """Adds a microbatch's gradient and metrics; also returns its log-probabilities."""
+  scaled, backward, (loss, info, log_prob) = jax.vjp(
+      lambda weights: loss_fn(weights, step), weights, has_aux=True)
+  one = jnp.ones_like(scaled)
+  if mode is None:
+    (grads,) = backward(one)
+  else:
+    grads = jax.lax.cond(mode != Mode.RESCORE, lambda backward: backward(one)[0],
+                         lambda _: jax.tree.map(jnp.zeros_like, weights), backward)
+  return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
+               loss=sums.loss + loss,
+               approx_kl=sums.approx_kl + info.approx_kl,
+               clipfrac=sums.clipfrac + info.clipfrac,
+               ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
 
 
 def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,
-                    samples: Batch, step: Int[Array, " b"],
+                    samples: Batch, step: Int[Array, "b t"],
                     mode: Int[Array, ""] | None = None
-                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, " b"]]:
-  """PPO's loss at one step of each of b samples, what it logs, and the log-probabilities."""
-  latents, each = samples.trajectory.latents, jnp.arange(len(step))
+                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, "b t"]]:
+  """PPO's loss at t steps of each of b samples, what it logs, and the log-probabilities."""
+  latents, each = samples.trajectory.latents, jnp.arange(len(step))[:, None]
+  pairs = lambda x: x.reshape(step.size, *x.shape[2:])  # a sample's steps in a row
   _, log_prob = policy_step(
-      unet, schedule, step, latents[each, step], samples.text_embeddings,
+      unet, schedule, pairs(step), pairs(latents[each, step]), samples.text_embeddings,
       samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
-      prev_latents=latents[each, step + 1])
+      prev_latents=pairs(latents[each, step + 1]))
+  log_prob = log_prob.reshape(step.shape)
   old_log_prob = samples.trajectory.log_probs[each, step]
   if mode is not None:
     old_log_prob = jnp.where(mode == Mode.FIRST_STEP, jax.lax.stop_gradient(log_prob),
                              old_log_prob)
-  loss, info = ppo.ppo_loss(log_prob, old_log_prob, samples.advantages,
-                            config.clip_range, config.adv_clip_max)
+  advantages = jnp.broadcast_to(samples.advantages[:, None], step.shape)
+  loss, info = ppo.ppo_loss(log_prob, old_log_prob, advantages, config.clip_range,
+                            config.adv_clip_max)
   return loss, info, log_prob
 
 

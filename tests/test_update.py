@@ -51,7 +51,7 @@ def batch(micro, schedule, nhwc):
                 negative_embedding=jnp.asarray(micro["neg_embeds"]),
                 advantages=jnp.asarray(micro["advantages"]))
   return batch, update.Microbatches(
-      sample=jnp.arange(4, dtype=jnp.int32)[None], step=jnp.asarray(steps.T[None], jnp.int32))
+      sample=jnp.arange(4, dtype=jnp.int32)[None], step=jnp.asarray(steps.T[None, ..., None], jnp.int32))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def results(micro, schedule, batch, golden_lora):
         dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
         frozen, samples, microbatches)
     unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
-    (sample,), (steps,) = microbatches.sample, microbatches.step
+    (sample,), (steps,) = microbatches.sample, microbatches.step[..., 0]
     log_probs = jnp.stack([policy_step(
         unet, schedule, step, latents[sample, step], samples.text_embeddings[sample],
         samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
@@ -164,7 +164,7 @@ def test_microbatches_cover_every_sample_and_timestep_once():
                                          index)
       batch, place = local.sample // (8 // devices), local.sample % (8 // devices)
       everywhere = batch * 8 + jax.lax.axis_index("data") * (8 // devices) + place
-      everywhere = jnp.broadcast_to(everywhere[:, None], local.step.shape)
+      everywhere = jnp.broadcast_to(everywhere[:, None, :, None], local.step.shape)
       return everywhere[None], local.step[None]
 
     mapped = jax.jit(jax.shard_map(choose, mesh=mesh, in_specs=P(), out_specs=P("data")))
@@ -191,7 +191,7 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
 
   def temporaries(groups, each):
     microbatches = update.Microbatches(sample=jnp.zeros((groups, 1), jnp.int32),
-                                       step=jnp.zeros((groups, each, 1), jnp.int32))
+                                       step=jnp.zeros((groups, each, 1, 1), jnp.int32))
     program = jax.jit(jax.shard_map(
         lambda *arguments: update.accumulate_gradients(
             config, graphdef, schedule, *arguments)[:2],

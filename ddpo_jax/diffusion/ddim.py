@@ -31,15 +31,15 @@ def guidance_context(text_embeddings: Float[Array, "B L D"],
   return jnp.concatenate([negative, text_embeddings])
 
 
-def guided_prediction(unet: Denoiser, latents: Float[Array, "B h w C"],
-                      timesteps: Int[Array, " B"], text_embeddings: Float[Array, "B L D"],
+def guided_prediction(unet: Denoiser, latents: Float[Array, "n*B h w C"],
+                      timesteps: Int[Array, " n*B"], text_embeddings: Float[Array, "B L D"],
                       negative_embeddings: Float[Array, "#B L D"],
-                      guidance_scale: float) -> Float32[Array, "B h w C"]:
+                      guidance_scale: float) -> Float32[Array, "n*B h w C"]:
   """Classifier-free guidance (arXiv:2207.12598), both branches in one batch.
 
   Args:
     unet: the network.
-    latents: x_t.
+    latents: x_t; n in a row have the same prompt.
     timesteps: what the network is told, in its own 0..999.
     text_embeddings: of the prompts.
     negative_embeddings: of the empty prompt, [B, L, D] or [1, L, D].
@@ -157,12 +157,12 @@ def check_density(schedule: DDIMSchedule, eta: float) -> None:
 
 
 def policy_step(
-    unet: Denoiser, schedule: DDIMSchedule, step: Int[Array, " B"],
-    latents: Float[Array, "B h w C"], text_embeddings: Float[Array, "B L D"],
+    unet: Denoiser, schedule: DDIMSchedule, step: Int[Array, " n*B"],
+    latents: Float[Array, "n*B h w C"], text_embeddings: Float[Array, "B L D"],
     negative_embeddings: Float[Array, "#B L D"], *, guidance_scale: float, eta: float,
-    noise: Float[Array, "B h w C"] | None = None,
-    prev_latents: Float[Array, "B h w C"] | None = None
-) -> tuple[Float32[Array, "B h w C"], Float32[Array, " B"]]:
+    noise: Float[Array, "n*B h w C"] | None = None,
+    prev_latents: Float[Array, "n*B h w C"] | None = None
+) -> tuple[Float32[Array, "n*B h w C"], Float32[Array, " n*B"]]:
   """Runs the network and then `ddim_step`: arguments and results as there."""
   prediction = guided_prediction(unet, latents, schedule.timesteps[step], text_embeddings,
                                  negative_embeddings, guidance_scale)

@@ -247,15 +247,16 @@ def attention_implementation(query: Float[Array, "B T N H"]) -> str:
   return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
 
 
-def multi_head_attention(query: Float[Array, "B T N*H"], key: Float[Array, "B S N*H"],
+def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B S N*H"],
                          value: Float[Array, "B S N*H"], num_heads: int, *,
-                         is_causal: bool = False) -> Float[Array, "B T N*H"]:
+                         is_causal: bool = False) -> Float[Array, "n*B T N*H"]:
   """Scaled dot-product attention of N heads with H features each.
 
   No buffer grows with T·S, except where flash attention is not to be had and that
-  product is small.
+  product is small. Keys and values may be fewer than queries: of several queries in a row.
   """
-  dtype = query.dtype
+  dtype, shape = query.dtype, query.shape
+  query = query.reshape(key.shape[0], -1, shape[-1])
   split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
   query, key, value = split(query), split(key), split(value)
   on_processor = jax.default_backend() == "cpu"
@@ -273,7 +274,7 @@ def multi_head_attention(query: Float[Array, "B T N*H"], key: Float[Array, "B S 
     out = attend_in_chunks(attend, query, key, value, MAX_SCORES)
   else:
     out = attend(query, key, value)
-  return out.reshape(*out.shape[:2], -1).astype(dtype)
+  return out.reshape(shape).astype(dtype)
 
 
 def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],

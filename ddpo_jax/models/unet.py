@@ -332,12 +332,12 @@ class UNet2DConditionModel(nnx.Module):
                                          epsilon=config.norm_eps, **common)
     self.conv_out = layers.Conv(channels[0], config.out_channels, **common)
 
-  def __call__(self, latents: Float[Array, "B h w C"], timesteps: Int[Array, " B"],
-               text_embeddings: Float[Array, "B L D"]) -> Float[Array, "B h w C"]:
+  def __call__(self, latents: Float[Array, "n*B h w C"], timesteps: Int[Array, " n*B"],
+               text_embeddings: Float[Array, "B L D"]) -> Float[Array, "n*B h w C"]:
     """Denoises one step.
 
     Args:
-      latents: of any float dtype.
+      latents: of any float dtype; n in a row have the same prompt.
       timesteps: 0 to 999.
       text_embeddings: D = `config.cross_attention_dim`.
 
