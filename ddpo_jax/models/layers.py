@@ -223,11 +223,12 @@ class Linear(nnx.Linear):
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
     rows = inputs.reshape(-1, inputs.shape[-1])
     rows, kernel = rows.astype(self.dtype), self.kernel[...].astype(self.dtype)
+    on_processor = jax.default_backend() == "cpu"
     if self.lora_down is None or self.lora_up is None:
-      y = rows @ kernel
+      y = processor.multiply(rows, kernel) if on_processor else rows @ kernel
     else:
       down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
-      on_processor = jax.default_backend() == "cpu"  # joined products gain nothing there
+      # Joined products gain nothing on a processor.
       multiply = _multiply_and_add_lora if on_processor else multiply_with_lora
       y = multiply(rows, kernel, down, up)
     y = _add_bias(self, y)

@@ -1,4 +1,4 @@
-"""3×3 convolutions and attention in the form in which processors are quick at them.
+"""3×3 convolutions, products and attention in the form in which processors are quick at them.
 
 XLA hands matrix products to a tuned library there; other operations it compiles itself,
 several times slower. So both are written as few, large products, with backward passes of
@@ -27,6 +27,8 @@ _FEW_PIXELS = 4
 _FEW_OUTPUTS = 3
 # With up to so many channels it writes out the neighbourhood of each pixel first.
 _FEW_CHANNELS = 16
+
+_MANY_QUERIES = 64  # see `_in_columns`
 
 
 class Prepared(NamedTuple):
@@ -137,6 +139,34 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 @jax.custom_vjp
+def multiply(x: Float[Array, "rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "rows O"]:
+  """x @ kernel. The kernel's gradient, if it is asked for, is of x laid out in columns.
+
+  XLA's library multiplies such a matrix twice as fast as one whose axes are exchanged by name.
+  """
+  return x @ kernel
+
+
+def _multiply_forward(x: jax.Array, kernel: jax.Array
+                      ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  return x @ kernel, (x, kernel)
+
+
+def _multiply_backward(saved: tuple[jax.Array, ...], grad: jax.Array
+                       ) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  return grad @ kernel.T, _transposed(x) @ grad
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _transposed(x: Float[Array, "... n m"]) -> Float[Array, "... m n"]:
+  """Laid out anew in memory."""
+  return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
+
+
+@jax.custom_vjp
 def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
            value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
   """Scaled dot-product attention, with flash attention's backward pass (arXiv:2205.14135).
@@ -151,8 +181,8 @@ def _attend_forward(query: jax.Array, key: jax.Array, value: jax.Array
                     ) -> tuple[jax.Array, tuple[Any, ...]]:
   query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
   key = key * _scale(query)  # not the query: a loop's keys may be always the same
-  weights = jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", query, key))
-  out = jnp.einsum("bnts,bnsh->bnth", weights, value)
+  forward = _forward_columns if _in_columns(query) else _forward_rows
+  weights, out = forward(query, key, value)
   return out.swapaxes(1, 2), (query, key, value, weights, out)
 
 
@@ -160,16 +190,59 @@ def _attend_backward(saved: tuple[Any, ...], grad: jax.Array
                      ) -> tuple[jax.Array, jax.Array, jax.Array]:
   query, key, value, weights, out = saved
   grad = grad.swapaxes(1, 2)
-  of_value = jnp.einsum("bnts,bnth->bnsh", weights, grad)
-  mean = (grad * out).sum(axis=-1, keepdims=True)
-  of_scores = weights * (jnp.einsum("bnth,bnsh->bnts", grad, value) - mean)
-  of_query = jnp.einsum("bnts,bnsh->bnth", of_scores, key)
-  of_key = jnp.einsum("bnts,bnth->bnsh", of_scores, query) * _scale(query)
-  return of_query.swapaxes(1, 2), of_key.swapaxes(1, 2), of_value.swapaxes(1, 2)
+  mean = (grad * out).sum(axis=-1)
+  backward = _backward_columns if _in_columns(query) else _backward_rows
+  of_query, of_key, of_value = backward(query, key, value, weights, mean, grad)
+  return (of_query.swapaxes(1, 2), of_key.swapaxes(1, 2) * _scale(query),
+          of_value.swapaxes(1, 2))
+
+
+attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scale(query: jax.Array) -> float:
   return query.shape[-1]**-0.5
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+def _in_columns(query: Float[Array, "B N T H"]) -> bool:
+  """Whether each query has a column of the weights, or a row.
+
+  With columns, the long side of all six products is the queries, and none has both factors
+  transposed. That pays with many queries.
+  """
+  return query.shape[2] >= _MANY_QUERIES
+
+
+def _forward_rows(query: jax.Array, key: jax.Array, value: jax.Array
+                  ) -> tuple[jax.Array, jax.Array]:
+  weights = jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", query, key))
+  return weights, weights @ value
+
+
+def _backward_rows(query: jax.Array, key: jax.Array, value: jax.Array, weights: jax.Array,
+                   mean: jax.Array, grad: jax.Array
+                   ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  of_weights = jnp.einsum("bnth,bnsh->bnts", grad, value)
+  of_scores = jax.lax.optimization_barrier(weights * (of_weights - mean[..., None]))
+  return of_scores @ key, _transposed(of_scores) @ query, _transposed(weights) @ grad
+
+
+def _forward_columns(query: jax.Array, key: jax.Array, value: jax.Array
+                     ) -> tuple[jax.Array, jax.Array]:
+  # Each product by itself: what XLA fuses them with slows them down.
+  apart = jax.lax.optimization_barrier
+  scores = apart(jnp.einsum("bnsh,bnth->bnst", key, apart(query)))
+  weights = apart(jax.nn.softmax(scores, axis=-2))
+  out = apart(_transposed(value) @ weights)
+  return weights, out.swapaxes(-1, -2)
+
+
+def _backward_columns(query: jax.Array, key: jax.Array, value: jax.Array,
+                      weights: jax.Array, mean: jax.Array, grad: jax.Array
+                      ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  apart = jax.lax.optimization_barrier
+  grad = apart(grad)
+  of_weights = apart(jnp.einsum("bnsh,bnth->bnst", value, grad))
+  of_scores = apart(weights * (of_weights - mean[..., None, :]))
+  of_query = apart(_transposed(key) @ of_scores)
+  return of_query.swapaxes(-1, -2), of_scores @ query, weights @ grad
