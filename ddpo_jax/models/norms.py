@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+import numpy as np
 
 
 def _means(x: Float[Array, "*rows C"], num_groups: int | None) -> Float[Array, "*ones C"]:
@@ -23,8 +24,18 @@ def _means(x: Float[Array, "*rows C"], num_groups: int | None) -> Float[Array, "
     return x.mean(axis=-1, keepdims=True)
   channels = x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
   groups = channels.reshape(x.shape[0], num_groups, -1)
-  means = jnp.broadcast_to(groups.mean(axis=-1, keepdims=True), groups.shape)
-  return means.reshape(channels.shape)
+  return _spread(groups.mean(axis=-1), groups.shape[-1]).reshape(channels.shape)
+
+
+def _spread(groups: Float[Array, "B G"], channels_each: int) -> Float[Array, "B C"]:
+  """Each group's value for each of its channels.
+
+  On a processor as a product with ones and zeros. Of a repetition XLA would look up the
+  group of each element of the image, one by one.
+  """
+  if jax.default_backend() != "cpu":
+    return jnp.repeat(groups, channels_each, axis=1)
+  return groups @ np.repeat(np.eye(groups.shape[1], dtype=np.float32), channels_each, axis=1)
 
 
 def _mean_and_variance(x: jax.Array, num_groups: int | None) -> tuple[jax.Array, jax.Array]:
