@@ -92,11 +92,15 @@ def _choose(image: jax.Array, kernel: Transformed
 def _multiply(image: jax.Array, to_positions: np.ndarray, from_positions: np.ndarray,
               product: Callable[[jax.Array], jax.Array], positions: int) -> jax.Array:
   """For each position there is one matrix product, over all tiles of all images."""
-  # Each step is to be as it is written: what XLA fuses products with slows them down.
+  # Each step is to be as it is written: what XLA fuses products with slows them down. The
+  # images' own products, one for each, keep what comes before and after in its layout: XLA
+  # would compute norms and activations transposed, one number at a time.
   apart = jax.lax.optimization_barrier
   batch, height, width, channels = image.shape
-  pixels_first = apart(apart(image).transpose(1, 2, 0, 3).reshape(height * width, -1))
-  tiles = apart((to_positions @ pixels_first).reshape(positions, -1, channels))
-  products = apart(product(tiles))
-  y = apart(from_positions @ products.reshape(from_positions.shape[1], -1))
-  return y.reshape(height, width, batch, -1).transpose(2, 0, 1, 3)
+  each = lambda matrix: np.broadcast_to(matrix, (batch, *matrix.shape))
+  tiles = apart(each(to_positions) @ image.reshape(batch, -1, channels))
+  by_position = tiles.reshape(batch, positions, -1, channels).swapaxes(0, 1)
+  products = apart(product(apart(by_position.reshape(positions, -1, channels))))
+  by_image = products.reshape(positions, batch, -1, products.shape[-1]).swapaxes(0, 1)
+  y = apart(each(from_positions) @ apart(by_image.reshape(batch, -1, products.shape[-1])))
+  return y.reshape(batch, height, width, -1)
