@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ddpo_jax import distributed, folding
 from ddpo_jax.config import largest_part
 from ddpo_jax.console import hide_bars
-from ddpo_jax.devices import samples_at_once
+from ddpo_jax.devices import compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.diffusion.sampler import native_size
@@ -114,7 +114,7 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
   mapped = jax.shard_map(generate, mesh=mesh,
                          in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
                          out_specs=P(AXIS))
-  return jax.jit(mapped)
+  return jax.jit(mapped, compiler_options=compiler_options())
 
 
 def _map_in_parts(function: Callable[..., Any], largest: int, *arguments: jax.Array) -> Any:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float32, Int, Key
 import optax
 
 from ddpo_jax import folding, ppo
-from ddpo_jax.devices import samples_at_once
+from ddpo_jax.devices import compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.types import Batch, LossScale, TrainState
@@ -187,17 +187,17 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
   specs: Any = {"trajectory": P(None, AXIS), "text_embeddings": P(None, AXIS),
                 "negative_embedding": P(), "advantages": P(None, AXIS)}
   in_specs = (P(), P(), Batch(**specs), P(), P())
+  jit = functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
   if config.recompute_log_probs:
     mapped = jax.shard_map(local, mesh=mesh, in_specs=(*in_specs, P()),
                            out_specs=(P(), P(None, AXIS), P()))
-    return RescoringUpdate(jax.jit(mapped, donate_argnums=0))
+    return RescoringUpdate(jit(mapped))
 
   def update(*args) -> tuple[TrainState, UpdateMetrics]:
     state, _, metrics = local(*args)
     return state, metrics
 
-  return jax.jit(jax.shard_map(update, mesh=mesh, in_specs=in_specs,
-                               out_specs=(P(), P())), donate_argnums=0)
+  return jit(jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=(P(), P())))
 
 
 def compile_for(update: Update, *arguments: Any) -> Update:
