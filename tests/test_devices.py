@@ -16,6 +16,7 @@ from small_model import small_model
 from configs import base
 from ddpo_jax import train
 from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.devices import compiler_options, usable_cores
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import Batch, Trajectory
@@ -122,3 +123,44 @@ def test_without_a_gpu_each_core_is_a_device(batch_size, forced, expected):
               if batch_size % n == 0 and batch_size // n >= 8 or n == 1)
   expected = f"{cores} {cores}" if expected == "cores" else expected
   assert run.stdout.splitlines() == [expected] * 2
+
+
+@pytest.mark.parametrize("backend,flags,expected", [
+    ("cpu", "", {"xla_cpu_prefer_vector_width": 512}), ("gpu", "", {}),
+    ("cpu", "--xla_cpu_prefer_vector_width=128", {})])
+def test_compiler_options(monkeypatch, backend, flags, expected):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  assert compiler_options() == expected
+
+
+_COUNT_ARENAS = """
+import ctypes, re, sys, threading
+from ddpo_jax import memory
+memory.share_arenas()
+ready, libc = threading.Barrier(21), ctypes.CDLL("libc.so.6")
+libc.malloc.restype = ctypes.c_void_p
+def allocate():
+  libc.malloc(100_000)
+  ready.wait()
+  ready.wait()
+threads = [threading.Thread(target=allocate) for _ in range(20)]
+for thread in threads: thread.start()
+ready.wait()
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+ready.wait()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's arenas")
+@pytest.mark.parametrize("wish,expected", ((None, usable_cores() + 1), ("2", 2)))
+def test_threads_share_arenas(tmp_path, wish, expected):
+  environment = {k: v for k, v in os.environ.items() if k != "MALLOC_ARENA_MAX"}
+  if wish is not None:
+    environment["MALLOC_ARENA_MAX"] = wish
+  subprocess.run([sys.executable, "-c", _COUNT_ARENAS, str(tmp_path / "arenas.xml")],
+                 check=True, env=environment, cwd=ROOT)
+  assert (tmp_path / "arenas.xml").read_text().count("<heap nr=") == expected

@@ -55,37 +55,6 @@ def test_partition_covers_everything_once(unet):
                                 noise_of(unet))
 
 
-def test_folded_lora(golden_lora):
-  """The same output, and the same gradients once they are handed on."""
-  graphdef, params, frozen = lora.partition(golden_lora("lora_new"))
-  folded, weights, rest = lora.fold(graphdef, params, frozen)
-  assert {path[-1] for path, _ in nnx.to_flat_state(weights)} == {"kernel"}
-  assert "_prepared" in {path[-1] for path, _ in nnx.to_flat_state(rest)}
-
-  def noise_and_gradient(graphdef, params, frozen):
-    noise = lambda params: noise_of(nnx.merge(graphdef, params, frozen))
-    y, backward = jax.vjp(noise, params)
-    return y, backward(2 * y)[0]
-
-  expected, direct = noise_and_gradient(graphdef, params, frozen)
-  ours, gradient = noise_and_gradient(folded, weights, rest)
-  np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
-  _, hand_on = jax.vjp(lambda params: lora.fold(graphdef, params, frozen)[1], params)
-  direct, handed_on = (nnx.to_flat_state(x) for x in (direct, hand_on(gradient)[0]))
-  assert len(direct) == 112 and list(direct.paths) == list(handed_on.paths)
-  for expected, ours in zip(direct.leaves, handed_on.leaves):
-    np.testing.assert_allclose(ours[...], expected[...], rtol=1e-3,
-                               atol=1e-4 * float(jnp.abs(expected[...]).max()))
-
-
-def test_half_precision_is_not_folded(unet):
-  for _, linear in lora.attention_projections(unet):
-    linear.dtype = jnp.bfloat16
-  lora.inject_lora(unet, rank=2, key=jax.random.key(0))
-  parts = lora.partition(unet)
-  assert all(ours is given for ours, given in zip(lora.fold(*parts), parts))
-
-
 def test_full_finetuning_partition(unet):
   _, params, frozen = lora.partition(unet, use_lora=False)
   assert len(jax.tree.leaves(frozen)) == 0

@@ -1,6 +1,7 @@
 """The PPO microbatch, its gradients and the AdamW step against the reference's numbers."""
 
 import dataclasses
+import math
 
 from flax import nnx
 import jax
@@ -10,7 +11,7 @@ import pytest
 from small_model import small_model
 
 from ddpo_jax import lora, update
-from ddpo_jax.diffusion import DDIMSchedule, policy_step
+from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.types import Batch, Trajectory
 
@@ -54,37 +55,39 @@ def batch(micro, schedule, nhwc):
       sample=jnp.arange(4, dtype=jnp.int32)[None], step=jnp.asarray(steps.T[None, ..., None], jnp.int32))
 
 
-@pytest.fixture(scope="module")
-def results(micro, schedule, batch, golden_lora):
-  """{case: (train state, gradients, metrics, log-probs)}; one compilation for all."""
+@pytest.fixture(scope="module", params=(1, 3), ids=("apart", "together"))
+def results(micro, schedule, batch, golden_lora, request):
+  """{case: (train state, gradients, metrics, log-probs)}; one compilation for all.
+
+  With each of a sample's three steps in a microbatch of its own, or all in one.
+  """
+  together = request.param
   optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
   config = update.UpdateConfig(
       batch_size=4, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=3,
-      timesteps_per_batch=1, guidance_scale=float(micro["guidance_scale"]),
+      timesteps_per_batch=together, guidance_scale=float(micro["guidance_scale"]),
       eta=float(micro["eta"]), clip_range=0.0, adv_clip_max=float(micro["adv_clip_max"]),
       loss_scaling=False)
   graphdef, _, frozen = lora.partition(golden_lora("lora_old"))
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
   def compute(clip_range, state, samples, microbatches):
-    grads, metrics, _ = update.accumulate_gradients(
+    grads, metrics, log_probs = update.accumulate_gradients(
         dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
         frozen, samples, microbatches)
-    unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
-    (sample,), (steps,) = microbatches.sample, microbatches.step[..., 0]
-    log_probs = jnp.stack([policy_step(
-        unet, schedule, step, latents[sample, step], samples.text_embeddings[sample],
-        samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
-        prev_latents=latents[sample, step + 1])[1] for step in steps])
-    return grads, metrics, log_probs
+    return grads, metrics, log_probs[0].swapaxes(1, 2).reshape(3, 4)
 
   mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 4, out_specs=P(),
                                  check_vma=False))
+  samples, microbatches = batch
+  step = microbatches.step.swapaxes(1, 3).reshape(1, 4, -1, together).swapaxes(1, 2)
+  microbatches = dataclasses.replace(microbatches, step=step)
   out = {}
   for case, group in CASES.items():
     params = lora.partition(golden_lora(group))[1]
     state = update.init_state(params, optimizer, loss_scaling=False)
-    out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, *batch))
+    out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, samples,
+                               microbatches))
   return optimizer, out
 
 
@@ -175,6 +178,21 @@ def test_microbatches_cover_every_sample_and_timestep_once():
     assert sum(map(len, pairs)) == 24 * 6
     groups[devices] = pairs
   assert groups[1] == groups[2] == groups[4]
+
+
+@pytest.mark.parametrize("samples,together,total", ((32, 1, 6), (6, 2, 8), (3, 1, 5), (24, 3, 6)))
+def test_a_processor_takes_steps_of_a_sample_together(samples, together, total):
+  """Up to sixteen pairs at a time, each once, and the same samples throughout a group."""
+  steps = np.random.default_rng(0).permuted(np.tile(np.arange(total), (2, samples, 1)), axis=2)
+  given = update.Microbatches(
+      sample=jnp.arange(2 * samples).reshape(2, samples),
+      step=jnp.asarray(steps).reshape(2, samples, -1, together).swapaxes(1, 2))
+  split = update._split(given)
+  each = split.sample[:, None, :, None]
+  pairs = np.stack(np.broadcast_arrays(each, split.step), axis=-1).reshape(-1, 2)
+  assert len(pairs) == 2 * samples * total == len(np.unique(pairs, axis=0))
+  size = split.step.shape[2] * split.step.shape[3]
+  assert size <= 16 and split.step.shape[3] == math.gcd(total, size)
 
 
 def test_memory_does_not_grow_with_the_microbatches(schedule, batch):

@@ -225,7 +225,8 @@ class Linear(nnx.Linear):
     rows, kernel = rows.astype(self.dtype), self.kernel[...].astype(self.dtype)
     on_processor = jax.default_backend() == "cpu"
     if self.lora_down is None or self.lora_up is None:
-      y = processor.multiply(rows, kernel) if on_processor else rows @ kernel
+      trained = isinstance(self.kernel, nnx.LoRAParam)  # see `folding.py`
+      y = processor.multiply(rows, kernel) if trained and on_processor else rows @ kernel
     else:
       down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
       # Joined products gain nothing on a processor.

@@ -140,7 +140,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 @jax.custom_vjp
 def multiply(x: Float[Array, "rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "rows O"]:
-  """x @ kernel. The kernel's gradient, if it is asked for, is of x laid out in columns.
+  """x @ kernel, whose gradient in the kernel is of x laid out in columns.
 
   XLA's library multiplies such a matrix twice as fast as one whose axes are exchanged by name.
   """

@@ -76,6 +76,11 @@ def test_half_precision_is_not_transformed():
   check(processor.convolve, convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
 
 
+def test_product():
+  rng = np.random.default_rng(0)
+  check(processor.multiply, torch.matmul, rng.normal(size=(70, 24)), rng.normal(size=(24, 40)))
+
+
 def attention(query, key, value):
   heads_first = lambda x: x.transpose(1, 2)
   return heads_first(functional.scaled_dot_product_attention(

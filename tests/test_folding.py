@@ -1,0 +1,82 @@
+"""Folded networks: the same output, and the same gradients once they are handed on."""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpo_jax import folding, lora
+
+LATENTS = jax.random.normal(jax.random.key(0), (4, 8, 8, 4))
+TIMESTEPS = jnp.array([500, 20, 999, 300])
+PROMPTS = jax.random.normal(jax.random.key(1), (2, 7, 32))  # each of two latents in a row
+
+
+@pytest.fixture
+def network(golden_lora):
+  return lora.partition(golden_lora("lora_new"))
+
+
+def noise_and_gradient(graphdef, params, frozen, context=PROMPTS):
+  noise = lambda params: nnx.merge(graphdef, params, frozen)(LATENTS, TIMESTEPS, context)
+  y, backward = jax.vjp(jax.jit(noise), params)
+  return y, backward(2 * y)[0]
+
+
+def check_gradient(ours, expected):
+  ours, expected = (nnx.to_flat_state(x) for x in (ours, expected))
+  assert len(expected) == 112 and list(ours.paths) == list(expected.paths)
+  for a, b in zip(ours.leaves, expected.leaves):
+    np.testing.assert_allclose(a[...], b[...], rtol=1e-3,
+                               atol=1e-4 * float(jnp.abs(b[...]).max()))
+
+
+def test_folded_weights(network):
+  graphdef, params, frozen = network
+  folded, weights, rest = folding.fold_weights(graphdef, params, frozen)
+  assert {path[-1] for path, _ in nnx.to_flat_state(weights)} == {"kernel"}
+  assert "_prepared" in {path[-1] for path, _ in nnx.to_flat_state(rest)}
+
+  expected, direct = noise_and_gradient(graphdef, params, frozen)
+  ours, gradient = noise_and_gradient(folded, weights, rest)
+  np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+  fold = lambda params: folding.fold_weights(graphdef, params, frozen)[1]
+  check_gradient(jax.vjp(fold, params)[1](gradient)[0], direct)
+
+
+def test_folded_prompts(network):
+  """The network knows them: it is called with none."""
+  graphdef, params, frozen = network
+
+  def fold(params):
+    return folding.fold_prompts(*folding.fold_weights(graphdef, params, frozen), PROMPTS)
+
+  folded, weights, rest = fold(params)
+  known = [leaf[...] for path, leaf in nnx.to_flat_state(weights) if path[-1] == "output"]
+  assert known and all(x.shape[0] == 2 and x.shape[2] == 7 for x in known)
+  expected, direct = noise_and_gradient(graphdef, params, frozen)
+  ours, gradient = noise_and_gradient(folded, weights, rest, context=jnp.zeros(()))
+  np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+  check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct)
+
+
+def test_half_precision_is_not_folded(tiny_sd):
+  unet = nnx.clone(tiny_sd.unet)
+  for _, linear in lora.attention_projections(unet):
+    linear.dtype = jnp.bfloat16
+  lora.inject_lora(unet, rank=2, key=jax.random.key(0))
+  parts = lora.partition(unet)
+  for fold in (folding.fold_weights, functools.partial(folding.fold_prompts, context=PROMPTS)):
+    assert all(ours is given for ours, given in zip(fold(*parts), parts))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+def test_latents_in_a_row_share_a_prompt(monkeypatch, tiny_sd, backend):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  repeated = tiny_sd.unet(LATENTS, TIMESTEPS, jnp.repeat(PROMPTS, 2, axis=0))
+  shared = tiny_sd.unet(LATENTS, TIMESTEPS, PROMPTS)
+  np.testing.assert_allclose(shared, repeated, rtol=1e-4, atol=1e-5)
+  assert not np.allclose(shared, tiny_sd.unet(LATENTS, TIMESTEPS, PROMPTS[::-1]), atol=1e-2)
