@@ -48,7 +48,10 @@ def samples_at_once(batch_size: int) -> int:
 
 
 def compiler_options() -> dict[str, int]:
-  """What XLA is told for the default backend's long programs; flags in XLA_FLAGS go first."""
+  """What XLA is told for the default backend's long programs; flags in XLA_FLAGS go first.
+
+  Sampler and update have to be told the same, or half precision rounds differently in them.
+  """
   width = "xla_cpu_prefer_vector_width"
   if jax.default_backend() != "cpu" or width in os.environ.get("XLA_FLAGS", ""):
     return {}

@@ -14,6 +14,7 @@ import pytest
 from configs import base
 from ddpo_jax import lora, train, update
 from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.schedule import NoiseSchedule
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -59,9 +60,12 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
   text = jax.random.normal(jax.random.key(2), (samples, TOKENS, width)).astype(dtype)
   negative = jax.random.normal(jax.random.key(3), (1, TOKENS, width)).astype(dtype)
   text = text.reshape(-1, sample_batch, TOKENS, width)
-  trajectories = [
-      sample(unet, schedule, embeddings, negative, guidance_scale=guidance_scale, eta=1.0,
-             key=jax.random.key(10 + i)) for i, embeddings in enumerate(text)]
+  # Compiled as the trainer's: in registers of another width fp16 rounds otherwise.
+  draw = jax.jit(lambda unet, embeddings, key: sample(
+      unet, schedule, embeddings, negative, guidance_scale=guidance_scale, eta=1.0, key=key),
+      compiler_options=compiler_options())
+  trajectories = [draw(unet, embeddings, jax.random.key(10 + i))
+                  for i, embeddings in enumerate(text)]
   batch = Batch(
       trajectory=jax.tree.map(lambda *x: jnp.stack(x), *trajectories),
       text_embeddings=text, negative_embedding=negative,
