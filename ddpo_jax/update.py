@@ -359,9 +359,11 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
       return loss * scale, (loss, info, log_prob)
 
     folded = graphdef != unet[0]  # else the sums go on, without another gradient's memory
-    start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
-    summed, log_probs = jax.lax.scan(functools.partial(_add_microbatch, loss_fn, weights, mode),
-                                     start if folded else sums, group.step)
+    start = sums
+    if folded:
+      start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
+    summed, log_probs = jax.lax.scan(
+        functools.partial(_add_microbatch, loss_fn, weights, mode), start, group.step)
     if folded:
       grads = jax.tree.map(jnp.add, sums.grads, hand_back(summed.grads)[0])
       summed = dataclasses.replace(summed, grads=grads)

@@ -11,7 +11,7 @@ import pytest
 from small_model import small_model
 
 from ddpo_jax import lora, update
-from ddpo_jax.diffusion import DDIMSchedule
+from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.types import Batch, Trajectory
 
@@ -52,7 +52,8 @@ def batch(micro, schedule, nhwc):
                 negative_embedding=jnp.asarray(micro["neg_embeds"]),
                 advantages=jnp.asarray(micro["advantages"]))
   return batch, update.Microbatches(
-      sample=jnp.arange(4, dtype=jnp.int32)[None], step=jnp.asarray(steps.T[None, ..., None], jnp.int32))
+      sample=jnp.arange(4, dtype=jnp.int32)[None],
+      step=jnp.asarray(steps.T[None, ..., None], jnp.int32))
 
 
 @pytest.fixture(scope="module", params=(1, 3), ids=("apart", "together"))
@@ -75,7 +76,15 @@ def results(micro, schedule, batch, golden_lora, request):
     grads, metrics, log_probs = update.accumulate_gradients(
         dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
         frozen, samples, microbatches)
-    return grads, metrics, log_probs[0].swapaxes(1, 2).reshape(3, 4)
+    # And those of a step by itself, without the update.
+    unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
+    (sample,), steps = microbatches.sample, microbatches.step[0].swapaxes(1, 2).reshape(3, 4)
+    by_itself = jnp.stack([policy_step(
+        unet, schedule, step, latents[sample, step], samples.text_embeddings[sample],
+        samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
+        prev_latents=latents[sample, step + 1])[1] for step in steps])
+    both = jnp.stack([log_probs[0].swapaxes(1, 2).reshape(3, 4), by_itself])
+    return grads, metrics, both
 
   mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 4, out_specs=P(),
                                  check_vma=False))
@@ -107,8 +116,9 @@ def by_name(state, reference):
 
 @pytest.mark.parametrize("case", CASES)
 def test_log_probs(results, micro, case):
-  *_, log_probs = results[1][case]
-  np.testing.assert_allclose(log_probs, micro[f"{case}_log_prob_f64"], rtol=1e-4)
+  *_, both = results[1][case]
+  for log_probs in both:
+    np.testing.assert_allclose(log_probs, micro[f"{case}_log_prob_f64"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -180,7 +190,8 @@ def test_microbatches_cover_every_sample_and_timestep_once():
   assert groups[1] == groups[2] == groups[4]
 
 
-@pytest.mark.parametrize("samples,together,total", ((32, 1, 6), (6, 2, 8), (3, 1, 5), (24, 3, 6)))
+@pytest.mark.parametrize("samples,together,total",
+                         ((32, 1, 6), (6, 2, 8), (3, 1, 5), (24, 3, 6)))
 def test_a_processor_takes_steps_of_a_sample_together(samples, together, total):
   """Up to sixteen pairs at a time, each once, and the same samples throughout a group."""
   steps = np.random.default_rng(0).permuted(np.tile(np.arange(total), (2, samples, 1)), axis=2)

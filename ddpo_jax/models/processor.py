@@ -16,8 +16,6 @@ from jaxtyping import Array, Float
 
 from ddpo_jax.models import winograd
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
-
 # Winograd's transforms cost more than they save with fewer channels and with more pixels.
 _LEAST_CHANNELS, _MOST_PIXELS = 32, 16
 
@@ -57,8 +55,7 @@ def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
       flows into it.
   """
   if _by_winograd(x, kernel):
-    return winograd.convolve(
-        x, winograd.transform(kernel) if prepared is None else prepared.transformed)
+    return winograd.convolve(x, _transformed(kernel, prepared))
   return _convolve_otherwise(x, kernel)
 
 
@@ -67,6 +64,10 @@ def _by_winograd(x: jax.Array, kernel: jax.Array) -> bool:
   height, width = x.shape[1:3]
   fits = height % 2 == width % 2 == 0 and height * width <= _MOST_PIXELS
   return fits and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= _LEAST_CHANNELS
+
+
+def _transformed(kernel: jax.Array, prepared: Prepared | None) -> winograd.Transformed:
+  return winograd.transform(kernel) if prepared is None else prepared.transformed
 
 
 def _convolve_otherwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -108,14 +109,14 @@ def _two_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
   nowhere = jnp.zeros_like(kernel[:, :1])
   of_both = jnp.concatenate([jnp.concatenate([kernel, nowhere], axis=1),
                              jnp.concatenate([nowhere, kernel], axis=1)], axis=3)
-  y = jax.lax.conv_general_dilated(x, of_both, (1, 2), ((1, 1), (1, 1)),
-                                   dimension_numbers=_LAYOUT)
+  y = _convolve_directly(x, of_both, strides=(1, 2))
   return y.reshape(*x.shape[:3], kernel.shape[3])
 
 
-def _convolve_directly(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
-                                      dimension_numbers=_LAYOUT)
+def _convolve_directly(x: jax.Array, kernel: jax.Array,
+                       strides: tuple[int, int] = (1, 1)) -> jax.Array:
+  return jax.lax.conv_general_dilated(x, kernel, strides, ((1, 1), (1, 1)),
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _convolve_forward(x: jax.Array, kernel: jax.Array, prepared: Prepared | None
@@ -127,8 +128,7 @@ def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
                        ) -> tuple[jax.Array, jax.Array, None]:
   x, kernel, prepared = saved
   if _by_winograd(grad, kernel):
-    grad_x = winograd.gradient(
-        grad, winograd.transform(kernel) if prepared is None else prepared.transformed)
+    grad_x = winograd.gradient(grad, _transformed(kernel, prepared))
   else:
     grad_x = _convolve_otherwise(grad, _turn(kernel) if prepared is None else prepared.turned)
   of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
