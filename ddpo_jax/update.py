@@ -17,6 +17,7 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int, Key
 import optax
 
@@ -223,7 +224,7 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   """
   shape = batch.trajectory.log_probs.shape
   microbatches = _split(choose_microbatches(config, schedule.num_steps, shape[0], shape[1],
-                                            key, index))
+                                            key, index), batch.text_embeddings.dtype)
   batch = flatten_samples(batch)
   grads, metrics, log_probs = accumulate_gradients(
       config, graphdef, schedule, state, frozen, batch, microbatches, mode)
@@ -281,17 +282,17 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
                       step=steps.transpose(0, 2, 1, 3).astype(jnp.int32))
 
 
-def _split(microbatches: Microbatches) -> Microbatches:
+def _split(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:
   """As large as a processor is quick with; the gradient of their mean loss is the same.
 
-  And with as many steps of the same sample as fit: attention's products over its prompt are
-  fewer and larger then.
+  In float32 with as many steps of the same sample as fit: attention's products over its
+  prompt are fewer and larger then. Half precision would round otherwise than the sampler.
   """
   if jax.default_backend() != "cpu":
     return microbatches
   groups, count, samples, together = microbatches.step.shape
   size = samples_at_once(samples * together)
-  steps_each = math.gcd(count * together, size)
+  steps_each = math.gcd(count * together if dtype == jnp.float32 else together, size)
   samples_each = size // steps_each
   steps = microbatches.step.swapaxes(1, 2).reshape(groups, -1, samples_each,
                                                    count * together // steps_each, steps_each)

@@ -119,6 +119,12 @@ def test_float32_needs_no_cure(plain):
   assert float(plain[1].ratio_drift) < 1e-5
 
 
+def test_equal_batches_cure_the_drift_on_a_processor():
+  """In fp16: sampler and update compute the same shapes."""
+  setup = make(jnp.float16, sample_batch=4, train_batch=4)
+  assert float(first_step(setup, jax.random.key(0))[1].ratio_drift) < 1e-5
+
+
 def test_recomputed_log_probs_cure_the_drift(half):
   """To the last bit, in every optimizer step that no other has gone before."""
   key = jax.random.key(0)
