@@ -23,6 +23,11 @@ _RELATIVE_STD = 1e-5  # of the reward's size
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def largest_drift(cfg: Config) -> float:
+  """What `ratio_drift` may be: by more than a tenth of its range clipping acts on noise."""
+  return cfg.train.clip_range / 10
+
+
 def diversity(images: UInt8[np.ndarray, "N H W 3"]) -> float:
   """How far images are from each other, whatever the details.
 
@@ -70,7 +75,7 @@ class Watch:
 
   def _drift(self, metrics: Mapping[str, Any]) -> str | None:
     drift, clip_range = metrics["ratio_drift"], self._cfg.train.clip_range
-    if not drift > clip_range / 10:
+    if not drift > largest_drift(self._cfg):
       return None
     if not self._cfg.train.recompute_log_probs:
       remedy = "set train.recompute_log_probs=True"

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import distributed, folding
+from ddpo_jax import distributed, folding, rounding
 from ddpo_jax.config import largest_part
 from ddpo_jax.console import hide_bars
-from ddpo_jax.devices import compiler_options, samples_at_once
+from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.diffusion.sampler import native_size
@@ -28,7 +28,7 @@ from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import draw_prompts
 from ddpo_jax.rewards import call_reward
-from ddpo_jax.types import PromptFn, RewardFn, Trajectory
+from ddpo_jax.types import Policy, PromptFn, RewardFn, Trajectory
 
 P = jax.sharding.PartitionSpec
 AXIS = "data"
@@ -42,7 +42,9 @@ class SamplingConfig:
   num_batches: int  # per epoch
   guidance_scale: float
   eta: float
+  samples_at_once: int  # of a batch
   decode_batch_size: int  # images decoded at a time; bounds the decoder's memory
+  round_as_update: bool  # see `rounding.TrainedPolicy`
 
 
 @jax.tree_util.register_dataclass
@@ -95,19 +97,23 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
                key: Key[Array, ""]) -> Generation:
-    unet = folding.fold_weights(unet_graphdef, params, frozen.unet)
+    # Marked as differing between devices, as in the update.
+    trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
+    unet = folding.fold_weights(unet_graphdef, trained, rest)
+    never = sample_indices[0] < 0
     vae = nnx.merge(vae_graphdef, frozen.vae)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
 
     def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
       context = guidance_context(embeddings, negative_embedding, config.guidance_scale)
-      policy = nnx.merge(*folding.fold_prompts(*unet, context))
+      folded = folding.fold_prompts(*unet, context)
+      policy: Policy = (rounding.TrainedPolicy.create(folded, never)
+                        if config.round_as_update else nnx.merge(*folded))
       return sample(policy, schedule, embeddings, negative_embedding,
                     guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
 
     decode = lambda latents: to_uint8(vae.decode(latents / scaling_factor))
-    trajectory = _map_in_parts(draw, samples_at_once(config.batch_size),
-                               text_embeddings, keys)
+    trajectory = _map_in_parts(draw, config.samples_at_once, text_embeddings, keys)
     images = _map_in_parts(decode, config.decode_batch_size, trajectory.images_latents)
     return Generation(trajectory, images)
 

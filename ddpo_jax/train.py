@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
 import contextlib
 import dataclasses
 import pathlib
@@ -29,9 +28,9 @@ from ddpo_jax import (
   update,
   validation,
 )
-from ddpo_jax.config import BatchPlan, Config, check_continues
+from ddpo_jax.config import BatchPlan, Config, check_continues, largest_part
 from ddpo_jax.console import hide_bars, say
-from ddpo_jax.devices import host_memory, plan_batches
+from ddpo_jax.devices import host_memory, plan_batches, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.layers import place_weights, set_compute_dtype
@@ -63,7 +62,6 @@ class Trainer:
   stat_tracker: advantages.PerPromptStatTracker | None
   combiner: RewardCombiner | None  # of several reward functions
   watch: diagnostics.Watch
-  compiling: futures.Future | None = None  # of the update, see `compile_ahead`
   skipped_in_a_row: int = 0
 
 
@@ -99,7 +97,7 @@ def train(cfg: Config) -> pathlib.Path:
   try:
     with interruptible() as stop:
       say("Compiling")
-      compile_ahead(trainer)
+      compile_update(trainer)
       if first_epoch == 0:
         evaluate(trainer, tracker, 0)
       for epoch in range(first_epoch, cfg.num_epochs):
@@ -153,9 +151,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   update_config = make_update_config(cfg, plan)
   state = update.init_state(params, optimizer, update_config.loss_scaling)
   worker = RolloutWorker(
-      SamplingConfig(plan.sample_batch_size, cfg.sample.num_batches_per_epoch,
-                     cfg.sample.guidance_scale, cfg.sample.eta,
-                     cfg.sample.decode_batch_size),
+      make_sampling_config(cfg, plan),
       models, graphdef, frozen, schedule, prompt_fn, reward_fns, cfg.seed, mesh)
   tracking_config = cfg.per_prompt_stat_tracking
   return Trainer(
@@ -187,6 +183,18 @@ def load_models(cfg: Config, models: StableDiffusion | None = None) -> StableDif
   return models
 
 
+def make_sampling_config(cfg: Config, plan: BatchPlan) -> SamplingConfig:
+  round_as_update = cfg.train.recompute_log_probs and _rounds_coarsely(cfg)
+  at_once = samples_at_once(plan.sample_batch_size)
+  if round_as_update:  # in the update's shapes
+    of_update = samples_at_once(plan.train_batch_size * cfg.train.timesteps_per_batch)
+    at_once = largest_part(plan.sample_batch_size, of_update)
+  return SamplingConfig(
+      batch_size=plan.sample_batch_size, num_batches=cfg.sample.num_batches_per_epoch,
+      guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta, samples_at_once=at_once,
+      decode_batch_size=cfg.sample.decode_batch_size, round_as_update=round_as_update)
+
+
 def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
   return update.UpdateConfig(
       batch_size=plan.train_batch_size, sample_batch_size=plan.sample_batch_size,
@@ -205,23 +213,13 @@ def _rounds_coarsely(cfg: Config) -> bool:
   return cfg.mixed_precision != "no" or uses_tf32
 
 
-def compile_ahead(trainer: Trainer) -> None:
-  """Begins to compile the update in a thread, while the first epoch is compiled and sampled.
+def compile_update(trainer: Trainer) -> None:
+  """Compiles the update for arrays of the shapes that an epoch will have.
 
-  On a processor it waits for it: both would use the same cores, and hold the memory at once.
+  Before anything is sampled, and not beside it: on a processor both would use the same cores
+  and hold memory at once; on a GPU the compiler times kernels, which nothing may disturb, and
+  the sampler's, compiled later, are those that it has chosen for the update.
   """
-  if jax.process_count() > 1:
-    return  # several processes must compile in the same order
-  pool = futures.ThreadPoolExecutor(max_workers=1)
-  trainer.compiling = pool.submit(_compile_update, trainer)
-  on_processor = jax.default_backend() == "cpu"
-  pool.shutdown(wait=on_processor)
-  if on_processor:
-    memory.return_freed_memory()
-
-
-def _compile_update(trainer: Trainer) -> update.Update:
-  """The update, compiled for arrays of the shapes that an epoch will have."""
   cfg, plan = trainer.cfg, trainer.plan
   sharded = jax.sharding.NamedSharding(trainer.mesh, P(None, update.AXIS))
   samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
@@ -235,7 +233,8 @@ def _compile_update(trainer: Trainer) -> update.Update:
       text_embeddings=abstract(*negative.shape[1:], dtype=negative.dtype),
       negative_embedding=negative, advantages=abstract())
   arguments = (trainer.state, trainer.frozen_unet, batch, jax.random.key(0), jnp.int32(0))
-  return update.compile_for(trainer.update, *arguments)
+  trainer.update = update.compile_for(trainer.update, *arguments)
+  memory.return_freed_memory()  # the compiler's, or what reading its program took
 
 
 def resume(trainer: Trainer, run: pathlib.Path) -> int:
@@ -348,36 +347,47 @@ def make_batch(trainer: Trainer, rollout: Rollout, rewards: np.ndarray) -> Batch
 def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
                     ) -> Iterator[update.UpdateMetrics]:
   """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
-  if trainer.compiling is not None:
-    trainer.update = trainer.compiling.result()
-    trainer.compiling = None
-  memory.return_freed_memory()  # sampling's; the compiler's, or what reading its program took
+  memory.return_freed_memory()  # sampling's, and its compiler's
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), _SHUFFLE_STREAM)
   shuffle = jax.random.fold_in(shuffle, epoch)
   steps = [(jax.random.fold_in(shuffle, inner), jnp.int32(index))
            for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(trainer.plan.steps_per_inner_epoch)]
-  rescoring = trainer.update if isinstance(trainer.update, update.RescoringUpdate) else None
-  if rescoring:
-    # The first step's are its own.
-    for step in _progress(steps[1:1 + num_rescored(trainer)],
-                          f"Epoch {epoch}: log-probabilities"):
-      stop.check()
-      trainer.state, batch = rescoring.rescore(trainer.state, trainer.frozen_unet, batch,
-                                               *step)
   for step in _progress(steps, f"Epoch {epoch}: training"):
     stop.check()
-    arguments = (trainer.state, trainer.frozen_unet, batch, *step)
-    if rescoring and step is steps[0]:
-      trainer.state, batch, metrics = rescoring.first_step(*arguments)
+    if step is steps[0] and isinstance(trainer.update, update.RescoringUpdate):
+      batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
     else:
-      trainer.state, metrics = trainer.update(*arguments)
+      trainer.state, metrics = trainer.update(trainer.state, trainer.frozen_unet, batch, *step)
     yield metrics
 
 
-def num_rescored(trainer: Trainer) -> int:
-  """Of an epoch's optimizer steps: whose log-probabilities are computed before training."""
-  if not isinstance(trainer.update, update.RescoringUpdate):
+def _first_step(trainer: Trainer, rescoring: update.RescoringUpdate, batch: Batch,
+                steps: Sequence[_Step], epoch: int, stop: Stop
+                ) -> tuple[Batch, update.UpdateMetrics]:
+  """Takes the first of the steps, and sees to the log-probabilities that the others read."""
+  params = jax.tree.map(jnp.copy, trainer.state.params)  # the sampler's; the step donates them
+  trainer.state, batch, metrics = rescoring.first_step(
+      trainer.state, trainer.frozen_unet, batch, *steps[0])
+  count = num_rescored(trainer, float(jax.device_get(metrics.ratio_drift)))
+  if count:
+    state = dataclasses.replace(trainer.state, params=params)
+    for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
+      stop.check()
+      state, batch = rescoring.rescore(state, trainer.frozen_unet, batch, *step)
+    trainer.state = dataclasses.replace(state, params=trainer.state.params)
+  return batch, metrics
+
+
+def num_rescored(trainer: Trainer, drift: float) -> int:
+  """How many of an epoch's optimizer steps need other log-probabilities than the sampler's.
+
+  Args:
+    trainer: whose update may be able to compute them.
+    drift: the `ratio_drift` of the epoch's first optimizer step.
+  """
+  acceptable = drift <= diagnostics.largest_drift(trainer.cfg)  # False where it is not finite
+  if acceptable or not isinstance(trainer.update, update.RescoringUpdate):
     return 0
   every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps
   # Where every timestep is trained, one inner epoch reads all that the others do.
@@ -393,9 +403,14 @@ def _progress(steps: Sequence[_Step], description: str) -> Iterable[_Step]:
 def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
                   steps: list[update.UpdateMetrics], training_seconds: float
                   ) -> dict[str, float | int | None]:
-  """One line of metrics.jsonl. `ratio_drift` is from before the first optimizer step."""
+  """One line of metrics.jsonl.
+
+  `ratio_drift` is from before the first optimizer step, and 0 where log-probabilities were
+  computed anew because of `sampler_drift`.
+  """
   each = rollout.rewards if trainer.combiner is not None else {}
   mean = lambda name: float(np.mean([getattr(step, name) for step in steps]))
+  drift = float(steps[0].ratio_drift)
   return {
       "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),
       "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
@@ -407,7 +422,8 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
       "images_per_second": len(rewards) / rollout.sampling_seconds,
       "loss": mean("loss"), "approx_kl": mean("approx_kl"),
       "clipfrac": mean("clipfrac"), "grad_norm": mean("grad_norm"),
-      "ratio_drift": float(steps[0].ratio_drift),
+      "ratio_drift": 0.0 if num_rescored(trainer, drift) else drift,
+      "sampler_drift": drift,
       "skipped_steps": int(sum(step.skipped for step in steps)),
       "learning_rate": trainer.cfg.train.learning_rate,
       "optimizer_steps": int(trainer.state.step),

@@ -62,7 +62,7 @@ class UpdateMetrics:
   loss: Float32[Array, ""]
   approx_kl: Float32[Array, ""]
   clipfrac: Float32[Array, ""]
-  ratio_drift: Float32[Array, ""]  # largest |ratio − 1|
+  ratio_drift: Float32[Array, ""]  # largest |ratio − 1| to the log-probabilities given
   grad_norm: Float32[Array, ""]  # before clipping
   skipped: Float32[Array, ""]  # 1 if loss or gradient was not finite and nothing was applied
 
@@ -102,12 +102,12 @@ class Mode(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class RescoringUpdate:
-  """An update that replaces the sampler's log-probabilities by its own.
+  """An update that can replace the sampler's log-probabilities by its own.
 
-  Sampler and update round differently, and in half precision that moves the ratio by as
-  much as PPO's clip range. Even a forward pass alone is compiled otherwise than one that
-  a backward pass follows. So both come from one program, whose backward pass is behind a
-  condition: before the first optimizer step the ratio is 1 to the last bit.
+  Where sampler and update round differently, half precision moves the ratio by as much as
+  PPO's clip range. Even a forward pass alone is compiled otherwise than one that a backward
+  pass follows. So both come from one program, whose backward pass is behind a condition:
+  before the first optimizer step the ratio is 1 to the last bit.
   """
 
   program: Program  # (state, frozen, batch, key, index, mode [] int32)
@@ -125,7 +125,8 @@ class RescoringUpdate:
     It needs no `rescore`: what it computes are the log-probabilities under that policy.
 
     Returns:
-      The state; the batch with those log-probabilities; the metrics.
+      The state; the batch with those log-probabilities; the metrics, of which `ratio_drift`
+      says how far those of the batch given were from them.
     """
     return self._run(Mode.FIRST_STEP, state, frozen, batch, key, index)
 
@@ -419,19 +420,22 @@ def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedu
   """PPO's loss at t steps of each of b samples, what it logs, and the log-probabilities."""
   latents, each = samples.trajectory.latents, jnp.arange(len(step))[:, None]
   pairs = lambda x: x.reshape(step.size, *x.shape[2:])  # a sample's steps in a row
+  text_embeddings = samples.text_embeddings
+  if mode is not None:  # the sampler's shapes, see `rounding`
+    text_embeddings = jnp.repeat(text_embeddings, step.shape[1], axis=0)
   _, log_prob = policy_step(
-      unet, schedule, pairs(step), pairs(latents[each, step]), samples.text_embeddings,
+      unet, schedule, pairs(step), pairs(latents[each, step]), text_embeddings,
       samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
       prev_latents=pairs(latents[each, step + 1]))
   log_prob = log_prob.reshape(step.shape)
-  old_log_prob = samples.trajectory.log_probs[each, step]
+  given = old_log_prob = samples.trajectory.log_probs[each, step]
   if mode is not None:
-    old_log_prob = jnp.where(mode == Mode.FIRST_STEP, jax.lax.stop_gradient(log_prob),
-                             old_log_prob)
+    old_log_prob = jnp.where(mode == Mode.FIRST_STEP, jax.lax.stop_gradient(log_prob), given)
   advantages = jnp.broadcast_to(samples.advantages[:, None], step.shape)
   loss, info = ppo.ppo_loss(log_prob, old_log_prob, advantages, config.clip_range,
                             config.adv_clip_max)
-  return loss, info, log_prob
+  drift = jnp.max(jnp.abs(jnp.exp(jax.lax.stop_gradient(log_prob) - given) - 1.0))
+  return loss, dataclasses.replace(info, ratio_drift=drift), log_prob
 
 
 def _mean(sums: _Sums, microbatches: int, scale: Float32[Array, ""]

@@ -50,8 +50,8 @@ def make_config(tmp_path, monkeypatch):
 REQUIRED = {
     "epoch", "reward_mean", "reward_std", "reward_min", "reward_max", "sampling_seconds",
     "reward_seconds", "training_seconds", "images_per_second", "loss", "approx_kl",
-    "clipfrac", "grad_norm", "ratio_drift", "learning_rate", "optimizer_steps",
-    "peak_memory_bytes"}
+    "clipfrac", "grad_norm", "ratio_drift", "sampler_drift", "learning_rate",
+    "optimizer_steps", "peak_memory_bytes"}
 
 
 def test_run_folder_and_resume(make_config, tmp_path):

@@ -67,7 +67,7 @@ class JaxSide:
     trainer = self._trainer
     started = time.perf_counter()
     if self._epoch == 0:
-      train.compile_ahead(trainer)
+      train.compile_update(trainer)
     rollout = trainer.worker.run(trainer.state.params, self._epoch)
     sampled = time.perf_counter()
     batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))
@@ -79,8 +79,9 @@ class JaxSide:
     return {"sampling_seconds": sampled - started - rollout.reward_seconds,
             "reward_seconds": rollout.reward_seconds,
             "training_seconds": time.perf_counter() - sampled,
-            "images": self._plan.samples_per_epoch, "ratio_drift": drift,
-            "rescored": train.num_rescored(trainer) / self._plan.optimizer_steps_per_epoch}
+            "images": self._plan.samples_per_epoch, "sampler_drift": drift,
+            "rescored": (train.num_rescored(trainer, drift)
+                         / self._plan.optimizer_steps_per_epoch)}
 
   def decode(self) -> dict[str, Any]:
     """The autoencoder alone, as many images at a time as in sampling."""
