@@ -5,9 +5,9 @@
     python scripts/train.py --config configs/single_gpu.py:aesthetic
     python scripts/train.py --config configs/single_gpu.py:prompt_image_alignment
 
-Less memory: lower sample.batch_size (raising sample.num_batches_per_epoch), then
-train.batch_size (raising train.gradient_accumulation_steps), then set
-train.gradient_checkpointing to "blocks".
+Less memory: set train.gradient_checkpointing to "blocks", then lower train.batch_size (raising
+train.gradient_accumulation_steps), which in half precision is how many samples are denoised at
+a time as well.
 """
 
 import ml_collections

@@ -17,6 +17,8 @@ from ddpo_jax.models import layers
 
 Split = tuple[nnx.GraphDef, nnx.State, nnx.State]  # structure, trained, frozen
 
+_TENSOR_CORE = 8  # columns that a matrix product in half precision is padded to
+
 
 class _Known(nnx.Module):
   """Stands for a linear layer whose input never changes: knows its output, split in heads."""
@@ -33,33 +35,48 @@ class _Known(nnx.Module):
 
 
 def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
-  """Brings the network in the form that is quickest for many calls, where that is exact.
+  """Brings a network with LoRA in the form that is quickest for many calls.
 
-  That is on processors. Convolutions compute what depends on their kernels alone. And LoRA
-  is added to the matrices that it adapts: what is trained are then the matrices W + up·down.
-  A gradient is linear in theirs: it can be summed over microbatches first, and handed on to
-  up and down once. Products with matrices of a few columns are slow on processors. On GPUs
-  the gradient of the whole matrix would cost more than it saves, and half precision would
-  lose what up·down adds.
+  On processors, in float32: convolutions compute what depends on their kernels alone, and
+  LoRA is added to the matrices that it adapts. What is trained are then the matrices
+  W + up·down, because products with matrices of a few columns are slow there. A gradient is
+  linear in theirs: it can be summed over microbatches first, and handed on to up and down
+  once. On GPUs the gradient of the whole matrix would cost more than it saves, and half
+  precision would lose what up·down adds. There the rank is padded to what tensor cores
+  multiply, which XLA would do in each call.
 
   Returns:
-    The same network; or what was given.
+    The same network; what was given if it has no LoRA.
   """
   unet = nnx.merge(graphdef, trained, frozen)
-  adapted = [linear for _, linear in lora.attention_projections(unet)
-             if linear.lora_down is not None]
-  exact = all(linear.dtype == jnp.float32 for linear in adapted)
-  if not adapted or not exact or jax.default_backend() != "cpu":
+  adapted = _adapted(unet)
+  if not adapted:
     return graphdef, trained, frozen
+  if jax.default_backend() == "cpu" and all(x.dtype == jnp.float32 for x in adapted):
+    for linear in adapted:
+      _add_lora(linear)
+    for _, module in nnx.iter_graph(unet):
+      if isinstance(module, layers.Conv):
+        module.prepare()
+  else:
+    for linear in adapted:
+      _pad_rank(linear)
+  return lora.partition(unet)
+
+
+def round_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
+  """Gives LoRA's weights the dtype that their layers compute in, which these do in each call.
+
+  The gradient of the result is in that dtype too. It has to be added up in float32, and is
+  then that of the weights given.
+  """
+  unet = nnx.merge(graphdef, trained, frozen)
+  adapted = _adapted(unet)
   for linear in adapted:
     assert linear.lora_down is not None and linear.lora_up is not None
-    update = linear.lora_down[...] @ linear.lora_up[...]
-    linear.kernel = nnx.LoRAParam(linear.kernel[...] + update)
-    linear.lora_down = linear.lora_up = None
-  for _, module in nnx.iter_graph(unet):
-    if isinstance(module, layers.Conv):
-      module.prepare()
-  return lora.partition(unet)
+    linear.lora_down = nnx.LoRAParam(linear.lora_down[...].astype(linear.dtype))
+    linear.lora_up = nnx.LoRAParam(linear.lora_up[...].astype(linear.dtype))
+  return lora.partition(unet) if adapted else (graphdef, trained, frozen)
 
 
 def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
@@ -78,7 +95,7 @@ def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
 
   Returns:
     The same network, whatever context it is called with; or what was given, where
-    `fold_weights` had nothing to do.
+    `fold_weights` has left the matrices as they are.
   """
   unet = nnx.merge(graphdef, trained, frozen)
   to_prompts = [module for _, module in nnx.iter_graph(unet)
@@ -90,3 +107,24 @@ def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
       output = getattr(attention, name)(context)
       setattr(attention, name, _Known(output, attention.num_heads))
   return lora.partition(unet)
+
+
+def _adapted(unet: nnx.Module) -> list[layers.Linear]:
+  return [linear for _, linear in lora.attention_projections(unet)
+          if linear.lora_down is not None]
+
+
+def _add_lora(linear: layers.Linear) -> None:
+  assert linear.lora_down is not None and linear.lora_up is not None
+  update = linear.lora_down[...] @ linear.lora_up[...]
+  linear.kernel = nnx.LoRAParam(linear.kernel[...] + update)
+  linear.lora_down = linear.lora_up = None
+
+
+def _pad_rank(linear: layers.Linear) -> None:
+  """With zeros, which change nothing."""
+  assert linear.lora_down is not None and linear.lora_up is not None
+  down, up = linear.lora_down[...], linear.lora_up[...]
+  missing = -down.shape[1] % _TENSOR_CORE
+  linear.lora_down = nnx.LoRAParam(jnp.pad(down, ((0, 0), (0, missing))))
+  linear.lora_up = nnx.LoRAParam(jnp.pad(up, ((0, missing), (0, 0))))

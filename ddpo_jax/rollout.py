@@ -99,7 +99,7 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
                key: Key[Array, ""]) -> Generation:
     # Marked as differing between devices, as in the update.
     trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
-    unet = folding.fold_weights(unet_graphdef, trained, rest)
+    unet = folding.round_lora(*folding.fold_weights(unet_graphdef, trained, rest))
     never = sample_indices[0] < 0
     vae = nnx.merge(vae_graphdef, frozen.vae)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)

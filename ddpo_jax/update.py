@@ -16,6 +16,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int, Key
@@ -35,6 +36,7 @@ Program = Callable[..., tuple[TrainState, Float32[Array, "batches samples T"], "
 
 _INITIAL_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
+_LARGEST_PACKED = 2**18  # elements of a weight, see `_packing`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Microbatches:
 class _Sums:
   """The scan's carry: added up over microbatches."""
 
-  grads: nnx.State
+  grads: Any  # of the weights, as `_packing` has them
   loss: Float32[Array, ""]
   approx_kl: Float32[Array, ""]
   clipfrac: Float32[Array, ""]
@@ -346,7 +348,9 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
   # Gradients are summed for the weights that the network computes with, and handed on to
   # those that these come from once: for all prompts, and for those of each group.
-  unet, hand_on = _fold(folding.fold_weights, (graphdef, params, frozen))
+  folded_weights, hand_on = _fold(folding.fold_weights, (graphdef, params, frozen))
+  unet = folding.round_lora(*folded_weights)
+  pack, unpack = _packing(folded_weights[1])
 
   def add_group(sums: _Sums, group: Microbatches) -> tuple[_Sums, Float32[Array, "M b t"]]:
     samples = take_samples(batch, group.sample)
@@ -365,17 +369,17 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     if folded:
       start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
     summed, log_probs = jax.lax.scan(
-        functools.partial(_add_microbatch, loss_fn, weights, mode), start, group.step)
+        functools.partial(_add_microbatch, loss_fn, weights, pack, mode), start, group.step)
     if folded:
       grads = jax.tree.map(jnp.add, sums.grads, hand_back(summed.grads)[0])
       summed = dataclasses.replace(summed, grads=grads)
     return summed, log_probs
 
   zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
-  start = _Sums(grads=jax.tree.map(jnp.zeros_like, unet[1]), loss=zero, approx_kl=zero,
-                clipfrac=zero, ratio_drift=zero)
+  start = _Sums(grads=jax.tree.map(jnp.zeros_like, pack(folded_weights[1])), loss=zero,
+                approx_kl=zero, clipfrac=zero, ratio_drift=zero)
   sums, log_probs = jax.lax.scan(add_group, start, microbatches)
-  (grads,) = hand_on(sums.grads)
+  (grads,) = hand_on(unpack(sums.grads))
   grads, metrics = _mean(dataclasses.replace(sums, grads=grads),
                          log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
@@ -394,18 +398,32 @@ def _fold(fold: Callable[..., folding.Split], unet: folding.Split
   return (folded, weights, rest), hand_on
 
 
+def _packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
+                                         Callable[[Any], nnx.State]]:
+  """How gradients are added up, and how to get them back.
+
+  Those of small weights as one vector on a GPU, where each addition is a kernel of its own,
+  and LoRA's for Stable Diffusion are 256.
+  """
+  small = all(weight.size <= _LARGEST_PACKED for weight in jax.tree.leaves(weights))
+  if jax.default_backend() == "cpu" or not small:
+    return lambda grads: grads, lambda grads: grads
+  return lambda grads: ravel_pytree(grads)[0], ravel_pytree(weights)[1]
+
+
 def _add_microbatch(loss_fn: Callable[..., Any], weights: nnx.State,
-                    mode: Int[Array, ""] | None, sums: _Sums, step: Int[Array, "b t"]
+                    pack: Callable[[nnx.State], Any], mode: Int[Array, ""] | None,
+                    sums: _Sums, step: Int[Array, "b t"]
                     ) -> tuple[_Sums, Float32[Array, "b t"]]:
   """Adds a microbatch's gradient and metrics; also returns its log-probabilities."""
   scaled, backward, (loss, info, log_prob) = jax.vjp(
       lambda weights: loss_fn(weights, step), weights, has_aux=True)
-  one = jnp.ones_like(scaled)
+  gradient = lambda backward: pack(backward(jnp.ones_like(scaled))[0])
   if mode is None:
-    (grads,) = backward(one)
+    grads = gradient(backward)
   else:
-    grads = jax.lax.cond(mode != Mode.RESCORE, lambda backward: backward(one)[0],
-                         lambda _: jax.tree.map(jnp.zeros_like, weights), backward)
+    grads = jax.lax.cond(mode != Mode.RESCORE, gradient,
+                         lambda _: jax.tree.map(jnp.zeros_like, pack(weights)), backward)
   return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
                loss=sums.loss + loss,
                approx_kl=sums.approx_kl + info.approx_kl,

@@ -1,7 +1,5 @@
 """Folded networks: the same output, and the same gradients once they are handed on."""
 
-import functools
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -63,14 +61,43 @@ def test_folded_prompts(network):
   check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct)
 
 
-def test_half_precision_is_not_folded(tiny_sd):
+@pytest.fixture
+def half_precision(tiny_sd):
   unet = nnx.clone(tiny_sd.unet)
   for _, linear in lora.attention_projections(unet):
     linear.dtype = jnp.bfloat16
-  lora.inject_lora(unet, rank=2, key=jax.random.key(0))
-  parts = lora.partition(unet)
-  for fold in (folding.fold_weights, functools.partial(folding.fold_prompts, context=PROMPTS)):
-    assert all(ours is given for ours, given in zip(fold(*parts), parts))
+  lora.inject_lora(unet, rank=3, key=jax.random.key(0))
+  return lora.partition(unet)
+
+
+def test_half_precision_keeps_its_matrices(half_precision):
+  """LoRA stays beside them, of a padded rank, in float32 until it is rounded once."""
+  graphdef, params, frozen = half_precision
+  folded = folding.fold_weights(*half_precision)
+  assert all(ours is given for ours, given in
+             zip(folding.fold_prompts(*folded, PROMPTS), folded))
+  for name, axis in (("lora_down", 1), ("lora_up", 0)):
+    before, after, rounded = ({path: leaf[...] for path, leaf in nnx.to_flat_state(trained)
+                               if path[-1] == name}
+                              for trained in (params, folded[1], folding.round_lora(*folded)[1]))
+    assert len(before) == len(after) == len(rounded) == 56
+    for path, weight in after.items():
+      assert weight.shape[axis] == 8 and weight.dtype == jnp.float32
+      given, padding = jnp.split(weight, [3], axis=axis)
+      np.testing.assert_array_equal(given, before[path])
+      assert not padding.any()
+      assert rounded[path].dtype == jnp.bfloat16
+      np.testing.assert_array_equal(rounded[path], weight.astype(jnp.bfloat16))
+
+
+def test_rounded_lora_computes_the_same(half_precision):
+  """To the last bit, as each layer would round it by itself; so are the gradients."""
+  rounded = folding.round_lora(*half_precision)
+  ours, gradient = noise_and_gradient(*rounded)
+  expected, direct = noise_and_gradient(*half_precision)
+  np.testing.assert_array_equal(ours, expected)
+  jax.tree.map(np.testing.assert_array_equal,
+               jax.tree.map(lambda x: x.astype(jnp.float32), gradient), direct)
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))

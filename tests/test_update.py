@@ -56,13 +56,15 @@ def batch(micro, schedule, nhwc):
       step=jnp.asarray(steps.T[None, ..., None], jnp.int32))
 
 
-@pytest.fixture(scope="module", params=(1, 3), ids=("apart", "together"))
+@pytest.fixture(scope="module", params=((1, "cpu"), (3, "cpu"), (1, "gpu")),
+                ids=("apart", "together", "as on a GPU"))
 def results(micro, schedule, batch, golden_lora, request):
   """{case: (train state, gradients, metrics, log-probs)}; one compilation for all.
 
-  With each of a sample's three steps in a microbatch of its own, or all in one.
+  With each of a sample's three steps in a microbatch of its own, or all in one; and what is
+  written for a GPU, run on the processor.
   """
-  together = request.param
+  together, backend = request.param
   optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
   config = update.UpdateConfig(
       batch_size=4, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=3,
@@ -95,8 +97,10 @@ def results(micro, schedule, batch, golden_lora, request):
   for case, group in CASES.items():
     params = lora.partition(golden_lora(group))[1]
     state = update.init_state(params, optimizer, loss_scaling=False)
-    out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, samples,
-                               microbatches))
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(jax, "default_backend", lambda: backend)
+      out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, samples,
+                                 microbatches))
   return optimizer, out
 
 
