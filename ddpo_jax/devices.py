@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 
 import jax
+import jax.numpy as jnp
 
 from ddpo_jax.config import BatchPlan, Config, largest_part
 
@@ -52,11 +54,25 @@ def compiler_options() -> dict[str, int]:
 
   Sampler and update have to be told the same, or half precision rounds differently in them.
   """
-  width = "xla_cpu_prefer_vector_width"
-  if jax.default_backend() != "cpu" or width in os.environ.get("XLA_FLAGS", ""):
-    return {}
-  # By itself XLA uses half of AVX-512's registers, as is best where nothing else does.
-  return {width: 512}
+  options = {
+      # By itself XLA uses half of AVX-512's registers, as is best where nothing else does.
+      "cpu": {"xla_cpu_prefer_vector_width": 512},
+      # Products with the same activations are joined up to this size of theirs, in MB. Larger
+      # ones, such as LoRA's with its matrix's, would only have to be cut apart again.
+      "gpu": {"xla_gpu_dot_merger_threshold_mb": 1}}
+  flags = os.environ.get("XLA_FLAGS", "")
+  return {name: value for name, value in options.get(jax.default_backend(), {}).items()
+          if name not in flags and _is_known(name, value)}
+
+
+@functools.cache
+def _is_known(option: str, value: int) -> bool:
+  """Whether this version of XLA has the option; its options come and go."""
+  try:
+    jax.jit(lambda: jnp.zeros(()), compiler_options={option: value}).lower().compile()
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
 
 
 def _cores_as_devices() -> int:

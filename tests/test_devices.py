@@ -14,7 +14,7 @@ import pytest
 from small_model import small_model
 
 from configs import base
-from ddpo_jax import train
+from ddpo_jax import devices, train
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.devices import compiler_options, usable_cores
 from ddpo_jax.prompts import get_prompt_fn
@@ -126,12 +126,18 @@ def test_without_a_gpu_each_core_is_a_device(batch_size, forced, expected):
 
 
 @pytest.mark.parametrize("backend,flags,expected", [
-    ("cpu", "", {"xla_cpu_prefer_vector_width": 512}), ("gpu", "", {}),
+    ("cpu", "", {"xla_cpu_prefer_vector_width": 512}),
+    ("gpu", "", {"xla_gpu_dot_merger_threshold_mb": 1}), ("tpu", "", {}),
     ("cpu", "--xla_cpu_prefer_vector_width=128", {})])
 def test_compiler_options(monkeypatch, backend, flags, expected):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setenv("XLA_FLAGS", flags)
   assert compiler_options() == expected
+
+
+def test_options_that_xla_does_not_know_are_left_out():
+  assert devices._is_known("xla_cpu_prefer_vector_width", 512)
+  assert not devices._is_known("xla_cpu_no_such_option", 512)
 
 
 _COUNT_ARENAS = """

@@ -56,28 +56,6 @@ def test_attention_to_an_odd_number_of_keys(length):
   assert {n % 8 for n in seen} == {0}
 
 
-def test_lora_joined_with_its_matrix(monkeypatch):
-  """Values and all gradients are those of the formula; a GPU's layer is of this form."""
-  keys = jax.random.split(jax.random.key(0), 4)
-  shapes = ((24, 16), (16, 12), (16, 3), (3, 12))
-  arguments = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
-  formula = lambda x, kernel, down, up: x @ kernel + (x @ down) @ up
-  loss = lambda multiply: lambda *args: jnp.sin(multiply(*args)).sum()
-  grads = [jax.grad(loss(multiply), argnums=range(4))(*arguments)
-           for multiply in (layers.multiply_with_lora, formula)]
-  for ours, expected in zip(*grads):
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
-
-  x, kernel, down, up = arguments
-  linear = layers.Linear(16, 12, dtype=jnp.float32, rngs=nnx.Rngs(0))
-  linear.kernel[...], linear.bias[...] = kernel, jnp.arange(12.0)
-  linear.lora_down, linear.lora_up = nnx.LoRAParam(down), nnx.LoRAParam(up)
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  np.testing.assert_allclose(linear(x), formula(*arguments) + jnp.arange(12.0),
-                             rtol=1e-5, atol=1e-5)
-  assert "custom_vjp" in str(jax.make_jaxpr(linear)(x))
-
-
 @pytest.mark.parametrize("layer", (
     functools.partial(norms.GroupNorm(64, 8, epsilon=1e-5, dtype=jnp.bfloat16,
                                       rngs=nnx.Rngs(0)), act=jax.nn.silu),

@@ -172,43 +172,6 @@ class Conv1x1(Conv):
     return _add_bias(self, y)
 
 
-@jax.custom_vjp
-def multiply_with_lora(x: Float[Array, "rows I"], kernel: Float[Array, "I O"],
-                        down: Float[Array, "I rank"], up: Float[Array, "rank O"]
-                        ) -> Float[Array, "rows O"]:
-  """x @ kernel + (x @ down) @ up.
-
-  x is multiplied once, by [kernel, down], and the gradient once as well, by [kernelᵀ, upᵀ].
-  Two products by themselves would read the activations twice, and whether XLA joins them
-  depends on its version: jax 0.12's does not.
-  """
-  return _multiply_with_lora_forward(x, kernel, down, up)[0]
-
-
-def _multiply_with_lora_forward(x: jax.Array, kernel: jax.Array, down: jax.Array,
-                                up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  joined = x @ jnp.concatenate([kernel, down], axis=1)
-  y, low = jnp.split(joined, [kernel.shape[1]], axis=1)
-  return y + low @ up, (x, low, kernel, down, up)
-
-
-def _multiply_with_lora_backward(saved: tuple[jax.Array, ...], grad: jax.Array
-                                 ) -> tuple[jax.Array, ...]:
-  x, low, kernel, down, up = saved
-  joined = grad @ jnp.concatenate([kernel, up]).T
-  grad_x, grad_low = jnp.split(joined, [kernel.shape[0]], axis=1)
-  # The kernel is frozen: XLA leaves its gradient out.
-  return grad_x + grad_low @ down.T, x.T @ grad, x.T @ grad_low, low.T @ grad
-
-
-multiply_with_lora.defvjp(_multiply_with_lora_forward, _multiply_with_lora_backward)
-
-
-def _multiply_and_add_lora(x: jax.Array, kernel: jax.Array, down: jax.Array,
-                           up: jax.Array) -> jax.Array:
-  return x @ kernel + (x @ down) @ up
-
-
 class Linear(nnx.Linear):
   """A linear layer that LoRA can be attached to (`lora.py` does)."""
 
@@ -223,15 +186,13 @@ class Linear(nnx.Linear):
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
     rows = inputs.reshape(-1, inputs.shape[-1])
     rows, kernel = rows.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    on_processor = jax.default_backend() == "cpu"
-    if self.lora_down is None or self.lora_up is None:
-      trained = isinstance(self.kernel, nnx.LoRAParam)  # see `folding.py`
-      y = processor.multiply(rows, kernel) if trained and on_processor else rows @ kernel
+    if isinstance(self.kernel, nnx.LoRAParam) and jax.default_backend() == "cpu":
+      y = processor.multiply(rows, kernel)  # see `folding.py`
     else:
+      y = rows @ kernel
+    if self.lora_down is not None and self.lora_up is not None:
       down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
-      # Joined products gain nothing on a processor.
-      multiply = _multiply_and_add_lora if on_processor else multiply_with_lora
-      y = multiply(rows, kernel, down, up)
+      y += (rows @ down) @ up
     y = _add_bias(self, y)
     return y.reshape(*inputs.shape[:-1], -1)
 
