@@ -46,7 +46,7 @@ def _mean_and_variance(x: jax.Array, num_groups: int | None) -> tuple[jax.Array,
   """
   exact = x.astype(jnp.float32)
   mean = _means(exact, num_groups)
-  if x.dtype == jnp.float32 or num_groups is None:
+  if x.dtype == jnp.float32:
     return mean, _means(jnp.square(exact - mean), num_groups)
   return mean, jnp.maximum(_means(jnp.square(exact), num_groups) - jnp.square(mean), 0.0)
 
