@@ -131,20 +131,33 @@ def test_equal_batches_cure_the_drift_on_a_processor():
   assert float(first_step(setup, jax.random.key(0))[1].ratio_drift) < 1e-5
 
 
-@pytest.mark.parametrize("options,apart", (
-    ({}, True), ({"train_batch": 2, "timesteps_per_batch": 2}, True),
-    ({"checkpointing": "blocks"}, False)), ids=str)
-def test_a_sampler_that_rounds_as_the_update_does(options, apart):
-  """In bf16, where equal batches alone need not help."""
-  options = {"train_batch": 4, "recompute": True} | options
+@pytest.mark.parametrize("options", (
+    {}, {"train_batch": 2, "timesteps_per_batch": 2}, {"checkpointing": "blocks"}), ids=str)
+def test_a_sampler_that_rounds_as_the_update_does(options):
+  """In bf16, where with JAX 0.10 equal batches alone leave 1e-2 without checkpointing."""
+  setup = make(jnp.bfloat16, recompute=True, round_as_update=True,
+               **{"train_batch": 4} | options)
+  assert float(first_step(setup, jax.random.key(0))[1].ratio_drift) < 1e-5
 
-  def drift(**more):
-    return float(first_step(make(jnp.bfloat16, **options, **more),
-                            jax.random.key(0))[1].ratio_drift)
 
-  assert drift(round_as_update=True) < 1e-5
-  if apart:
-    assert drift(round_as_update=False) > 1e-3
+def test_the_sampler_keeps_what_a_backward_pass_needs():
+  """And computes the same."""
+  unet = UNet2DConditionModel(UNetConfig.from_dict(UNET), dtype=jnp.float32, rngs=nnx.Rngs(0))
+  lora.inject_lora(unet, 4, jax.random.key(1))
+  split = lora.partition(unet)
+  inputs = jnp.ones((4, 16, 16, 4)), jnp.full(4, 500), jnp.ones((4, TOKENS, 32))
+
+  def compiled(policy):
+    return jax.jit(lambda never, *args: policy(never)(*args)).lower(
+        jnp.array(False), *inputs).compile()
+
+  plain = compiled(lambda never: nnx.merge(*split))
+  trained = compiled(lambda never: rounding.TrainedPolicy.create(split, never))
+  assert " conditional(" in trained.as_text() and " conditional(" not in plain.as_text()
+  temporaries = [x.memory_analysis().temp_size_in_bytes for x in (plain, trained)]
+  assert temporaries[1] > 2 * temporaries[0]
+  np.testing.assert_allclose(*(x(jnp.array(False), *inputs) for x in (plain, trained)),
+                             rtol=1e-5, atol=1e-6)
 
 
 def test_recomputed_log_probs_cure_the_drift(half):
