@@ -43,7 +43,8 @@ def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) 
   linear in theirs: it can be summed over microbatches first, and handed on to up and down
   once. On GPUs the gradient of the whole matrix would cost more than it saves, and half
   precision would lose what up·down adds. There the rank is padded to what tensor cores
-  multiply, which XLA would do in each call.
+  multiply, which XLA would do in each call, and self-attention multiplies its input by the
+  three matrices `down` of queries, keys and values at once.
 
   Returns:
     The same network; what was given if it has no LoRA.
@@ -61,6 +62,9 @@ def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) 
   else:
     for linear in adapted:
       _pad_rank(linear)
+    for _, module in nnx.iter_graph(unet):
+      if isinstance(module, layers.Attention) and not module.takes_context:
+        _join_down(module)
   return lora.partition(unet)
 
 
@@ -71,12 +75,17 @@ def round_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) ->
   then that of the weights given.
   """
   unet = nnx.merge(graphdef, trained, frozen)
-  adapted = _adapted(unet)
-  for linear in adapted:
-    assert linear.lora_down is not None and linear.lora_up is not None
-    linear.lora_down = nnx.LoRAParam(linear.lora_down[...].astype(linear.dtype))
-    linear.lora_up = nnx.LoRAParam(linear.lora_up[...].astype(linear.dtype))
-  return lora.partition(unet) if adapted else (graphdef, trained, frozen)
+  found = False
+  for _, module in nnx.iter_graph(unet):
+    if not isinstance(module, (layers.Linear, layers.Attention)):
+      continue
+    dtype = (module if isinstance(module, layers.Linear) else module.to_q).dtype
+    for name in ("lora_down", "lora_up"):
+      weight = getattr(module, name, None)
+      if weight is not None:
+        setattr(module, name, nnx.LoRAParam(weight[...].astype(dtype)))
+        found = True
+  return lora.partition(unet) if found else (graphdef, trained, frozen)
 
 
 def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
@@ -128,3 +137,19 @@ def _pad_rank(linear: layers.Linear) -> None:
   missing = -down.shape[1] % _TENSOR_CORE
   linear.lora_down = nnx.LoRAParam(jnp.pad(down, ((0, 0), (0, missing))))
   linear.lora_up = nnx.LoRAParam(jnp.pad(up, ((0, missing), (0, 0))))
+
+
+def _join_down(attention: layers.Attention) -> None:
+  """Of queries, keys and values; each `up` gets zeros for the columns of the others."""
+  projections = attention.to_q, attention.to_k, attention.to_v
+  if any(linear.lora_down is None for linear in projections):
+    return
+  downs = [linear.lora_down[...] for linear in projections if linear.lora_down is not None]
+  attention.lora_down = nnx.LoRAParam(jnp.concatenate(downs, axis=1))
+  total, before = attention.lora_down.shape[1], 0
+  for linear, down in zip(projections, downs):
+    assert linear.lora_up is not None
+    after = total - before - down.shape[1]
+    linear.lora_up = nnx.LoRAParam(jnp.pad(linear.lora_up[...], ((before, after), (0, 0))))
+    linear.lora_down = None
+    before += down.shape[1]

@@ -182,7 +182,9 @@ class Linear(nnx.Linear):
     self.lora_down: nnx.LoRAParam | None = nnx.data(None)  # [in, rank]
     self.lora_up: nnx.LoRAParam | None = nnx.data(None)  # [rank, out]
 
-  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None, *,
+               low: Float[Array, "rows rank"] | None = None) -> jax.Array:
+    """`low` is what up is multiplied with, where down's product is known already."""
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
     rows = inputs.reshape(-1, inputs.shape[-1])
     rows, kernel = rows.astype(self.dtype), self.kernel[...].astype(self.dtype)
@@ -190,9 +192,11 @@ class Linear(nnx.Linear):
       y = processor.multiply(rows, kernel)  # see `folding.py`
     else:
       y = rows @ kernel
-    if self.lora_down is not None and self.lora_up is not None:
-      down, up = (w[...].astype(self.dtype) for w in (self.lora_down, self.lora_up))
-      y += (rows @ down) @ up
+    if self.lora_down is not None:
+      low = rows @ self.lora_down[...].astype(self.dtype)
+    if self.lora_up is not None:
+      assert low is not None
+      y += low @ self.lora_up[...].astype(self.dtype)
     y = _add_bias(self, y)
     return y.reshape(*inputs.shape[:-1], -1)
 
@@ -285,12 +289,18 @@ class Attention(nnx.Module):
     self.to_k = linear(context_dim, features, use_bias=False)
     self.to_v = linear(context_dim, features, use_bias=False)
     self.to_out = nnx.List([linear(features, features)])
+    # Of self-attention's first three together, see `folding.py`.
+    self.lora_down: nnx.LoRAParam | None = nnx.data(None)
 
   def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-    context = x if context is None else context
-    out = multi_head_attention(self.to_q(x), self.to_k(context), self.to_v(context),
-                               self.num_heads)
-    return self.to_out[0](out)
+    if self.lora_down is not None:
+      rows = x.reshape(-1, x.shape[-1]).astype(self.to_q.dtype)
+      low = rows @ self.lora_down[...].astype(rows.dtype)
+      query, key, value = (layer(x, low=low) for layer in (self.to_q, self.to_k, self.to_v))
+    else:
+      context = x if context is None else context
+      query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+    return self.to_out[0](multi_head_attention(query, key, value, self.num_heads))
 
 
 class ResnetBlock(nnx.Module):
