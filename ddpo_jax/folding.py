@@ -75,17 +75,14 @@ def round_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) ->
   then that of the weights given.
   """
   unet = nnx.merge(graphdef, trained, frozen)
-  found = False
-  for _, module in nnx.iter_graph(unet):
-    if not isinstance(module, (layers.Linear, layers.Attention)):
-      continue
-    dtype = (module if isinstance(module, layers.Linear) else module.to_q).dtype
-    for name in ("lora_down", "lora_up"):
-      weight = getattr(module, name, None)
-      if weight is not None:
-        setattr(module, name, nnx.LoRAParam(weight[...].astype(dtype)))
-        found = True
-  return lora.partition(unet) if found else (graphdef, trained, frozen)
+  dtype = next((linear.dtype for _, linear in lora.attention_projections(unet)), None)
+
+  def rounded(weight: nnx.Variable) -> nnx.Variable:
+    is_lora = isinstance(weight, nnx.LoRAParam)
+    return weight.replace(weight[...].astype(dtype)) if is_lora else weight
+
+  is_leaf = lambda node: isinstance(node, nnx.Variable)
+  return graphdef, jax.tree.map(rounded, trained, is_leaf=is_leaf), frozen
 
 
 def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
@@ -142,8 +139,6 @@ def _pad_rank(linear: layers.Linear) -> None:
 def _join_down(attention: layers.Attention) -> None:
   """Of queries, keys and values; each `up` gets zeros for the columns of the others."""
   projections = attention.to_q, attention.to_k, attention.to_v
-  if any(linear.lora_down is None for linear in projections):
-    return
   downs = [linear.lora_down[...] for linear in projections if linear.lora_down is not None]
   attention.lora_down = nnx.LoRAParam(jnp.concatenate(downs, axis=1))
   total, before = attention.lora_down.shape[1], 0

@@ -19,6 +19,12 @@ class PPOInfo:
   ratio_drift: Float32[Array, ""]  # largest |ratio − 1|
 
 
+def ratio_deviation(log_prob: Float[Array, "*pairs"], old_log_prob: Float[Array, "*pairs"]
+                    ) -> Float[Array, "*pairs"]:
+  """|r − 1|, without a gradient."""
+  return jax.lax.stop_gradient(jnp.abs(jnp.exp(log_prob - old_log_prob) - 1.0))
+
+
 def ppo_loss(log_prob: Float[Array, " B"], old_log_prob: Float[Array, " B"],
              advantages: Float[Array, " B"], clip_range: float, adv_clip_max: float
              ) -> tuple[Float[Array, ""], PPOInfo]:
@@ -47,7 +53,7 @@ def ppo_loss(log_prob: Float[Array, " B"], old_log_prob: Float[Array, " B"],
   ratio = jnp.exp(log_ratio)
   clipped = jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range)
   loss = jnp.mean(jnp.maximum(-advantages * ratio, -advantages * clipped))
-  deviation = jax.lax.stop_gradient(jnp.abs(ratio - 1.0))
+  deviation = ratio_deviation(log_prob, old_log_prob)
   info = PPOInfo(approx_kl=0.5 * jnp.mean(jnp.square(jax.lax.stop_gradient(log_ratio))),
                  clipfrac=jnp.mean((deviation > clip_range).astype(jnp.float32)),
                  ratio_drift=jnp.max(deviation))

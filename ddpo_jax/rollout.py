@@ -42,7 +42,7 @@ class SamplingConfig:
   num_batches: int  # per epoch
   guidance_scale: float
   eta: float
-  samples_at_once: int  # of a batch
+  samples_at_once: int  # at most, of a batch
   decode_batch_size: int  # images decoded at a time; bounds the decoder's memory
   round_as_update: bool  # see `rounding.TrainedPolicy`
 
@@ -107,7 +107,7 @@ def make_generate(config: SamplingConfig, models: StableDiffusion,
     def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
       context = guidance_context(embeddings, negative_embedding, config.guidance_scale)
       folded = folding.fold_prompts(*unet, context)
-      policy: Policy = (rounding.TrainedPolicy.create(folded, never)
+      policy: Policy = (rounding.TrainedPolicy(*folded, never)
                         if config.round_as_update else nnx.merge(*folded))
       return sample(policy, schedule, embeddings, negative_embedding,
                     guidance_scale=config.guidance_scale, eta=config.eta, key=keys)

@@ -17,8 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from ddpo_jax.folding import Split
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +28,18 @@ class TrainedPolicy:
   """
 
   graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
-  config: Any = dataclasses.field(metadata={"static": True})  # of the network
   trained: nnx.State
   frozen: nnx.State
   never: Bool[Array, ""]  # false, which the compiler must not know
 
-  @classmethod
-  def create(cls, unet: Split, never: Bool[Array, ""]) -> TrainedPolicy:
-    return cls(unet[0], nnx.merge(*unet).config, unet[1], unet[2], never)
+  @property
+  def config(self) -> Any:
+    return self._network(self.trained).config
 
   def __call__(self, latents: Float[Array, "B h w C"], timesteps: Int[Array, " B"],
                text_embeddings: Float[Array, "B L D"]) -> Float32[Array, "B h w C"]:
     def predict(trained: nnx.State) -> jax.Array:
-      unet = nnx.merge(self.graphdef, trained, self.frozen)
-      return unet(latents, timesteps, text_embeddings)
+      return self._network(trained)(latents, timesteps, text_embeddings)
 
     prediction, backward = jax.vjp(predict, self.trained)
     zero = jnp.zeros_like(prediction, jnp.float32, shape=())
@@ -55,3 +51,6 @@ class TrainedPolicy:
     # Added in float32: in the network's own dtype XLA would do it within a convolution.
     return prediction.astype(jnp.float32) + jax.lax.cond(
         self.never, run, lambda _: zero, backward)
+
+  def _network(self, trained: nnx.State) -> Any:
+    return nnx.merge(self.graphdef, trained, self.frozen)

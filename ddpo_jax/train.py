@@ -28,7 +28,7 @@ from ddpo_jax import (
   update,
   validation,
 )
-from ddpo_jax.config import BatchPlan, Config, check_continues, largest_part
+from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
 from ddpo_jax.devices import host_memory, plan_batches, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
@@ -184,11 +184,9 @@ def load_models(cfg: Config, models: StableDiffusion | None = None) -> StableDif
 
 
 def make_sampling_config(cfg: Config, plan: BatchPlan) -> SamplingConfig:
-  round_as_update = cfg.train.recompute_log_probs and _rounds_coarsely(cfg)
-  at_once = samples_at_once(plan.sample_batch_size)
-  if round_as_update:  # in the update's shapes
-    of_update = samples_at_once(plan.train_batch_size * cfg.train.timesteps_per_batch)
-    at_once = largest_part(plan.sample_batch_size, of_update)
+  round_as_update = _must_round_alike(cfg)
+  pairs_of_update = plan.train_batch_size * cfg.train.timesteps_per_batch
+  at_once = samples_at_once(pairs_of_update if round_as_update else plan.sample_batch_size)
   return SamplingConfig(
       batch_size=plan.sample_batch_size, num_batches=cfg.sample.num_batches_per_epoch,
       guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta, samples_at_once=at_once,
@@ -204,13 +202,13 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
       clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
       loss_scaling=cfg.mixed_precision == "fp16",
-      recompute_log_probs=cfg.train.recompute_log_probs and _rounds_coarsely(cfg))
+      recompute_log_probs=_must_round_alike(cfg))
 
 
-def _rounds_coarsely(cfg: Config) -> bool:
-  """Whether rounding moves ratios by more than PPO's clip range allows (docs/gpu.md)."""
+def _must_round_alike(cfg: Config) -> bool:
+  """Whether rounding could move ratios by more than PPO's clip range allows (docs/gpu.md)."""
   uses_tf32 = cfg.allow_tf32 and jax.default_backend() == "gpu"
-  return cfg.mixed_precision != "no" or uses_tf32
+  return cfg.train.recompute_log_probs and (cfg.mixed_precision != "no" or uses_tf32)
 
 
 def compile_update(trainer: Trainer) -> None:

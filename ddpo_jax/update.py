@@ -403,7 +403,7 @@ def _packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
   """How gradients are added up, and how to get them back.
 
   Those of small weights as one vector on a GPU, where each addition is a kernel of its own,
-  and LoRA's for Stable Diffusion are 256.
+  and LoRA's for Stable Diffusion are 224.
   """
   small = all(weight.size <= _LARGEST_PACKED for weight in jax.tree.leaves(weights))
   if jax.default_backend() == "cpu" or not small:
@@ -452,7 +452,7 @@ def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedu
   advantages = jnp.broadcast_to(samples.advantages[:, None], step.shape)
   loss, info = ppo.ppo_loss(log_prob, old_log_prob, advantages, config.clip_range,
                             config.adv_clip_max)
-  drift = jnp.max(jnp.abs(jnp.exp(jax.lax.stop_gradient(log_prob) - given) - 1.0))
+  drift = jnp.max(ppo.ratio_deviation(log_prob, given))
   return loss, dataclasses.replace(info, ratio_drift=drift), log_prob
 
 

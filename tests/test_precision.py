@@ -64,7 +64,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
   # Compiled as the trainer's: in registers of another width fp16 rounds otherwise.
   def draw(params, embeddings, key, never):
     split = graphdef, params, frozen
-    policy = (rounding.TrainedPolicy.create(split, never) if round_as_update
+    policy = (rounding.TrainedPolicy(*split, never) if round_as_update
               else nnx.merge(*split))
     return sample(policy, schedule, embeddings, negative, guidance_scale=guidance_scale,
                   eta=1.0, key=key)
@@ -152,7 +152,7 @@ def test_the_sampler_keeps_what_a_backward_pass_needs():
         jnp.array(False), *inputs).compile()
 
   plain = compiled(lambda never: nnx.merge(*split))
-  trained = compiled(lambda never: rounding.TrainedPolicy.create(split, never))
+  trained = compiled(lambda never: rounding.TrainedPolicy(*split, never))
   assert " conditional(" in trained.as_text() and " conditional(" not in plain.as_text()
   temporaries = [x.memory_analysis().temp_size_in_bytes for x in (plain, trained)]
   assert temporaries[1] > 2 * temporaries[0]

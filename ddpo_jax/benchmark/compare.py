@@ -141,8 +141,7 @@ def share_of_peak(cfg: Config, results: Mapping[str, Any]) -> dict[str, float]:
   peak = results["matmul_peak"]["flops_per_second"]
   of = lambda part: flops[part]["counted"]
   image = cfg.sample.num_steps * of("denoising_step") + of("decode")  # prompts are known
-  rescored = statistics.mean(epoch["rescored"] for epoch in results["epochs"][_JAX])
-  timestep = of("training_timestep") + rescored * of("denoising_step")
+  timestep = of("training_timestep") + _rescored(results) * of("denoising_step")
   return {"sampling": image * rate["images_per_second"][0] / peak,
           "training": timestep * rate["sample_timesteps_per_second"][0] / peak}
 
@@ -161,13 +160,12 @@ def describe(results: Mapping[str, Any]) -> str:
       ratio = "" if name == _JAX else f"   ddpo_jax: {_ratio(key, ours, rate):.2f} times as fast"
       lines.append(f"  {key:28} {median:10.3f}  ({least:.3f} to {largest:.3f}){ratio}")
     lines += [f"  {key:28} {value / 1e9:10.3f} GB" for key, value in memory.items() if value]
-  epochs = results["epochs"][_JAX]
-  lines += ["", "ratios drift by up to {:.1e} between sampler and update; log-probabilities were "
-            "computed anew for {:.0%} of training".format(
-                max(epoch["sampler_drift"] for epoch in epochs),
-                statistics.mean(epoch["rescored"] for epoch in epochs))]
-  lines += ["decoding: {:.2f} images/s".format(
-      results["decode"]["images"] / results["decode"]["seconds"]),
+  drift = max(epoch["sampler_drift"] for epoch in results["epochs"][_JAX])
+  lines += [
+      "", f"ratios drift by up to {drift:.1e} between sampler and update; log-probabilities "
+      f"were computed anew for {_rescored(results):.0%} of training",
+      "decoding: {:.2f} images/s".format(
+          results["decode"]["images"] / results["decode"]["seconds"]),
       "JPEG reward of 256 images of 512x512: {seconds:.2f} s in two threads, "
       "{seconds_one_by_one:.2f} s one by one".format(**results["jpeg"]),
       "large matrix product: {:.3f} TFLOP/s".format(
@@ -178,6 +176,11 @@ def describe(results: Mapping[str, Any]) -> str:
     compiled = "" if count["compiled"] is None else f"{count['compiled'] / 1e9:10.2f}"
     lines.append(f"  {part:18} {count['counted'] / 1e9:10.2f} {compiled}")
   return "\n".join(lines)
+
+
+def _rescored(results: Mapping[str, Any]) -> float:
+  """For what part of the optimizer steps log-probabilities were computed anew."""
+  return statistics.mean(epoch["rescored"] for epoch in results["epochs"][_JAX])
 
 
 def _ratio(key: str, ours: Mapping[str, list], theirs: Mapping[str, list]) -> float:
