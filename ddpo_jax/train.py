@@ -377,15 +377,20 @@ def _first_step(trainer: Trainer, rescoring: update.RescoringUpdate, batch: Batc
   return batch, metrics
 
 
-def num_rescored(trainer: Trainer, drift: float) -> int:
-  """How many of an epoch's optimizer steps need other log-probabilities than the sampler's.
+def leaves_sampler(trainer: Trainer, drift: float) -> bool:
+  """Whether an epoch's optimizer steps read other log-probabilities than the sampler's.
 
   Args:
     trainer: whose update may be able to compute them.
     drift: the `ratio_drift` of the epoch's first optimizer step.
   """
   acceptable = drift <= diagnostics.largest_drift(trainer.cfg)  # False where it is not finite
-  if acceptable or not isinstance(trainer.update, update.RescoringUpdate):
+  return not acceptable and isinstance(trainer.update, update.RescoringUpdate)
+
+
+def num_rescored(trainer: Trainer, drift: float) -> int:
+  """For how many of an epoch's optimizer steps they are computed; the first has its own."""
+  if not leaves_sampler(trainer, drift):
     return 0
   every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps
   # Where every timestep is trained, one inner epoch reads all that the others do.
@@ -420,7 +425,7 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
       "images_per_second": len(rewards) / rollout.sampling_seconds,
       "loss": mean("loss"), "approx_kl": mean("approx_kl"),
       "clipfrac": mean("clipfrac"), "grad_norm": mean("grad_norm"),
-      "ratio_drift": 0.0 if num_rescored(trainer, drift) else drift,
+      "ratio_drift": 0.0 if leaves_sampler(trainer, drift) else drift,
       "sampler_drift": drift,
       "skipped_steps": int(sum(step.skipped for step in steps)),
       "learning_rate": trainer.cfg.train.learning_rate,
