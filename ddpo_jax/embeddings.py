@@ -7,15 +7,23 @@ from collections.abc import Sequence
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 from tqdm import tqdm
 
 from ddpo_jax.console import hide_bars
 from ddpo_jax.models import StableDiffusion
+from ddpo_jax.models.clip import CLIPTextModel
 from ddpo_jax.models.pretrained import tokenize
 
 _REMEMBERED = 4096  # prompts; half a gigabyte of Stable Diffusion's in half precision
+
+
+def embedding_shape(text_encoder: CLIPTextModel) -> jax.ShapeDtypeStruct:
+  """Shape [1, L, D] and dtype of a prompt's embedding."""
+  token_ids = jax.ShapeDtypeStruct((1, text_encoder.config.max_position_embeddings), jnp.int32)
+  return jax.eval_shape(lambda encoder, ids: encoder(ids), text_encoder, token_ids)
 
 
 class PromptEncoder:

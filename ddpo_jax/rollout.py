@@ -22,7 +22,6 @@ from ddpo_jax.console import hide_bars
 from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
-from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.vae import to_uint8
@@ -156,8 +155,6 @@ class RolloutWorker:
     negative = self._encode([""])
     self.negative_embedding = jax.make_array_from_callback(  # [1, L, D]
         negative.shape, jax.sharding.NamedSharding(mesh, P()), lambda index: negative[index])
-
-    self.latent_shape = (*native_size(models.unet), models.unet.config.in_channels)
 
   @property
   def samples_per_epoch(self) -> int:

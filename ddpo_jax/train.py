@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 import time
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 import numpy as np
+import optax
 from tqdm import tqdm
 
 from ddpo_jax import (
@@ -32,8 +35,11 @@ from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
 from ddpo_jax.devices import host_memory, plan_batches, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
-from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.layers import place_weights, set_compute_dtype
+from ddpo_jax.diffusion.sampler import native_size
+from ddpo_jax.embeddings import embedding_shape
+from ddpo_jax.models import StableDiffusion, Unread, open_pretrained
+from ddpo_jax.models.layers import place_weights, placed_shapes, set_compute_dtype
+from ddpo_jax.models.unet import UNet2DConditionModel
 from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
 from ddpo_jax.types import Batch, Interrupted, PromptFn, RewardFn, TrainState, Trajectory
@@ -87,35 +93,21 @@ def train(cfg: Config) -> pathlib.Path:
     configure_jax(cfg)
   run = prepared.run
   say(plan.describe())
-  trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns)
-  first_epoch = resume(trainer, run) if cfg.resume_from else 0
-  with distributed.failing_together():
-    tracker = tracking.Tracker(run, cfg, first_epoch)
-  checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
-  checkpointer.drop_after(first_epoch - 1)
-  say(f"Writing to {run}")
-  try:
-    with interruptible() as stop:
-      say("Compiling")
-      compile_update(trainer)
-      if first_epoch == 0:
-        evaluate(trainer, tracker, 0)
-      for epoch in range(first_epoch, cfg.num_epochs):
-        before = checkpoint_of(trainer)
-        try:
-          run_epoch(trainer, tracker, epoch, stop, started)
-        except Exception:
-          # An epoch is a pure function of the state before it, so nothing is lost: neither
-          # by a signal, nor where a reward fails or training gets no finite numbers.
-          if epoch > 0:
-            checkpointer.save(epoch - 1, *before)
-          raise
-        evaluate(trainer, tracker, epoch + 1)
-        if (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.num_epochs:
-          checkpointer.save(epoch, *checkpoint_of(trainer))
-  finally:
-    checkpointer.close()
-    tracker.close()
+  model = open_model(cfg)
+  with interruptible() as stop:
+    say("Compiling, and reading the model")
+    trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
+    first_epoch = resume(trainer, run) if cfg.resume_from else 0
+    with distributed.failing_together():
+      tracker = tracking.Tracker(run, cfg, first_epoch)
+    checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
+    try:
+      checkpointer.drop_after(first_epoch - 1)
+      say(f"Writing to {run}")
+      run_epochs(trainer, tracker, checkpointer, first_epoch, stop, started)
+    finally:
+      checkpointer.close()
+      tracker.close()
   return run
 
 
@@ -130,57 +122,70 @@ def configure_jax(cfg: Config) -> None:
 
 
 def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
-          reward_fns: Mapping[str, RewardFn], models: StableDiffusion | None = None
-          ) -> Trainer:
-  """Loads the model, attaches LoRA, and puts everything where training needs it.
-
-  With `models` there is nothing to load.
-  """
+          reward_fns: Mapping[str, RewardFn], model: Unread[StableDiffusion]) -> Trainer:
+  """Compiles the update, reads the model meanwhile, and puts it where training needs it."""
   # In order of the processes, so that each has a run of consecutive samples.
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (update.AXIS,))
   replicated = jax.sharding.NamedSharding(mesh, P())
-  with host_memory():
-    models = load_models(cfg, models)
-    graphdef, params, frozen_unet = lora.partition(models.unet, cfg.use_lora)
-  schedule = DDIMSchedule.create(models.noise_schedule, cfg.sample.num_steps)
-  frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
+  schedule = DDIMSchedule.create(model.shapes.noise_schedule, cfg.sample.num_steps)
   optimizer = update.make_optimizer(
       cfg.train.learning_rate, cfg.train.adam_beta1, cfg.train.adam_beta2,
       cfg.train.adam_weight_decay, cfg.train.adam_epsilon, cfg.train.max_grad_norm)
-  update_config = make_update_config(cfg, plan)
-  state = update.init_state(params, optimizer, update_config.loss_scaling)
+  with futures.ThreadPoolExecutor(1) as pool:
+    # Into host memory alone, so that kernels are timed on a device that is at rest.
+    reading = pool.submit(_read_into_host_memory, model)
+    compiled = compile_update(cfg, plan, mesh, schedule, optimizer, model.shapes)
+  models = reading.result()
+  with host_memory():
+    graphdef, params, frozen_unet = lora.partition(prepare_unet(cfg, models.unet), cfg.use_lora)
+    state = update.init_state(params, optimizer, uses_loss_scaling(cfg))
+  frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
   worker = RolloutWorker(
       make_sampling_config(cfg, plan),
       models, graphdef, frozen, schedule, prompt_fn, reward_fns, cfg.seed, mesh)
   tracking_config = cfg.per_prompt_stat_tracking
   return Trainer(
       cfg=cfg, plan=plan, mesh=mesh, worker=worker, frozen_unet=frozen.unet,
-      update=update.make_update(update_config, graphdef, schedule, optimizer, mesh),
-      state=jax.device_put(state, replicated),
+      update=compiled, state=jax.device_put(state, replicated),
       stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
           tracking_config.buffer_size, tracking_config.min_count),
       combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None,
       watch=diagnostics.Watch(cfg))
 
 
-def load_models(cfg: Config, models: StableDiffusion | None = None) -> StableDiffusion:
-  """The pretrained model in the dtype asked for, ready to be partitioned."""
-  dtype = DTYPES[cfg.mixed_precision]
-  if models is None:
-    models = load_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype)
-  models.unet.gradient_checkpointing = cfg.train.gradient_checkpointing
+def open_model(cfg: Config) -> Unread[StableDiffusion]:
+  """The pretrained model in the dtype asked for; a hub's is downloaded."""
+  return open_pretrained(cfg.pretrained.model, cfg.pretrained.revision,
+                         DTYPES[cfg.mixed_precision])
+
+
+def load_models(cfg: Config) -> StableDiffusion:
+  """The pretrained model, with a UNet that is ready to be partitioned."""
+  models = open_model(cfg).read()
+  prepare_unet(cfg, models.unet)
+  return models
+
+
+def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+  """Makes what training needs of a pretrained UNet, in place, and returns it."""
+  unet.gradient_checkpointing = cfg.train.gradient_checkpointing
   if not cfg.use_lora:
-    # What the optimizer changes stays float32; the network computes in `dtype`.
-    weights = jax.tree.map(lambda w: w.astype(jnp.float32), nnx.state(models.unet))
-    nnx.update(models.unet, weights)
-    set_compute_dtype(models.unet, dtype)
+    # What the optimizer changes stays float32; the network computes in its own dtype.
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), nnx.state(unet))
+    nnx.update(unet, weights)
+    set_compute_dtype(unet, DTYPES[cfg.mixed_precision])
   elif cfg.lora.init_from:
-    lora.import_lora(models.unet, cfg.lora.init_from)
+    lora.import_lora(unet, cfg.lora.init_from)
   else:
     key = jax.random.fold_in(jax.random.key(cfg.seed), _LORA_STREAM)
-    lora.inject_lora(models.unet, cfg.lora.rank, key)
-  return models
+    lora.inject_lora(unet, cfg.lora.rank, key)
+  return unet
+
+
+def _read_into_host_memory(model: Unread[StableDiffusion]) -> StableDiffusion:
+  with host_memory():
+    return model.read()
 
 
 def make_sampling_config(cfg: Config, plan: BatchPlan) -> SamplingConfig:
@@ -201,8 +206,13 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       timesteps_per_batch=cfg.train.timesteps_per_batch,
       guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
       clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
-      loss_scaling=cfg.mixed_precision == "fp16",
+      loss_scaling=uses_loss_scaling(cfg),
       recompute_log_probs=_must_round_alike(cfg))
+
+
+def uses_loss_scaling(cfg: Config) -> bool:
+  """Whether gradients could be too small for the numbers that they are computed in."""
+  return cfg.mixed_precision == "fp16"
 
 
 def _must_round_alike(cfg: Config) -> bool:
@@ -211,28 +221,47 @@ def _must_round_alike(cfg: Config) -> bool:
   return cfg.train.recompute_log_probs and (cfg.mixed_precision != "no" or uses_tf32)
 
 
-def compile_update(trainer: Trainer) -> None:
+def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
+                   schedule: DDIMSchedule, optimizer: optax.GradientTransformation,
+                   shapes: StableDiffusion) -> update.Update:
   """Compiles the update for arrays of the shapes that an epoch will have.
 
   Before anything is sampled, and not beside it: on a processor both would use the same cores
   and hold memory at once; on a GPU the compiler times kernels, which nothing may disturb, and
   the sampler's, compiled later, are those that it has chosen for the update.
+
+  Args:
+    cfg: the run's.
+    plan: likewise.
+    mesh: the devices.
+    schedule: the sampler's.
+    optimizer: that will be used.
+    shapes: the model as it is read, with shapes in the place of its weights.
   """
-  cfg, plan = trainer.cfg, trainer.plan
-  sharded = jax.sharding.NamedSharding(trainer.mesh, P(None, update.AXIS))
+  unet = nnx.eval_shape(functools.partial(prepare_unet, cfg), shapes.unet)
+  graphdef, params, frozen = lora.partition(unet, cfg.use_lora)
+  config = make_update_config(cfg, plan)
+  state = jax.eval_shape(
+      lambda params: update.init_state(params, optimizer, config.loss_scaling), params)
+  replicated = jax.sharding.NamedSharding(mesh, P())
+  everywhere: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+  sharded = jax.sharding.NamedSharding(mesh, P(None, update.AXIS))
   samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
-  abstract: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+  of_each: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
       (*samples, *shape), dtype, sharding=sharded)
-  negative = trainer.worker.negative_embedding
+  embedding = embedding_shape(shapes.text_encoder)
+  latent_shape = (*native_size(unet), unet.config.in_channels)
   batch = Batch(
-      trajectory=Trajectory(
-          latents=abstract(cfg.sample.num_steps + 1, *trainer.worker.latent_shape),
-          log_probs=abstract(cfg.sample.num_steps)),
-      text_embeddings=abstract(*negative.shape[1:], dtype=negative.dtype),
-      negative_embedding=negative, advantages=abstract())
-  arguments = (trainer.state, trainer.frozen_unet, batch, jax.random.key(0), jnp.int32(0))
-  trainer.update = update.compile_for(trainer.update, *arguments)
+      trajectory=Trajectory(latents=of_each(cfg.sample.num_steps + 1, *latent_shape),
+                            log_probs=of_each(cfg.sample.num_steps)),
+      text_embeddings=of_each(*embedding.shape[1:], dtype=embedding.dtype),
+      negative_embedding=everywhere(embedding), advantages=of_each())
+  compiled = update.compile_for(
+      update.make_update(config, graphdef, schedule, optimizer, mesh),
+      jax.tree.map(everywhere, state), placed_shapes(frozen, replicated), batch,
+      jax.random.key(0), jnp.int32(0))
   memory.return_freed_memory()  # the compiler's, or what reading its program took
+  return compiled
 
 
 def resume(trainer: Trainer, run: pathlib.Path) -> int:
@@ -273,6 +302,28 @@ def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
   meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": of(trainer.stat_tracker),
           "reward_stats": of(trainer.combiner)}
   return jax.tree.map(jnp.copy, trainer.state), meta
+
+
+def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
+               checkpointer: checkpoint.Checkpointer, first_epoch: int, stop: Stop,
+               started: float) -> None:
+  """All that are left, with an evaluation before the first and checkpoints on the way."""
+  cfg = trainer.cfg
+  if first_epoch == 0:
+    evaluate(trainer, tracker, 0)
+  for epoch in range(first_epoch, cfg.num_epochs):
+    before = checkpoint_of(trainer)
+    try:
+      run_epoch(trainer, tracker, epoch, stop, started)
+    except Exception:
+      # An epoch is a pure function of the state before it, so nothing is lost: neither
+      # by a signal, nor where a reward fails or training gets no finite numbers.
+      if epoch > 0:
+        checkpointer.save(epoch - 1, *before)
+      raise
+    evaluate(trainer, tracker, epoch + 1)
+    if (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.num_epochs:
+      checkpointer.save(epoch, *checkpoint_of(trainer))
 
 
 def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Stop,

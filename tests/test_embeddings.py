@@ -1,5 +1,6 @@
 """Prompts are embedded once, one by one, by an encoder that then leaves the device."""
 
+import dataclasses
 import gc
 import pathlib
 import weakref
@@ -12,7 +13,6 @@ from configs import base
 from ddpo_jax import embeddings, train
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.embeddings import PromptEncoder
-from ddpo_jax.models import load_pretrained
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 
@@ -68,12 +68,16 @@ def test_the_trainer_keeps_no_second_copy_of_the_weights():
   config.sample.batch_size = config.train.batch_size = 2
   config.per_prompt_stat_tracking.min_count = 2
   cfg = resolve(config)
-  models = load_pretrained(GOLDEN_SD)
-  table = jax.tree.leaves(models.text_encoder.embeddings.token_embedding)[0].shape
+  model, held = train.open_model(cfg), []
+
+  def read():
+    models = model.read()
+    held.extend(map(weakref.ref, (models, models.unet, models.vae, models.text_encoder)))
+    return models
+
+  table = jax.tree.leaves(model.shapes.text_encoder.embeddings.token_embedding)[0].shape
   trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
-                        get_rewards(cfg.reward_fn, {}), models)
-  held = [weakref.ref(part) for part in (models, models.unet, models.vae, models.text_encoder)]
-  del models
+                        get_rewards(cfg.reward_fn, {}), dataclasses.replace(model, read=read))
   gc.collect()
   assert [part() for part in held] == [None] * 4
   weights = jax.tree.leaves((trainer.frozen_unet, trainer.worker._frozen, trainer.state))

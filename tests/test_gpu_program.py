@@ -132,6 +132,18 @@ def test_kernels_lie_output_first(convolution):
   np.testing.assert_allclose(program(placed, x), program(weights, x), rtol=1e-5)
 
 
+def test_a_program_compiled_for_shapes_takes_the_weights_as_they_lie(convolution):
+  """The update is compiled while its weights are still in files."""
+  program, weights, x, replicated = convolution
+  abstract = layers.placed_shapes(jax.eval_shape(lambda: weights), replicated,
+                                  output_first=True)
+  compiled = program.lower(abstract, x).compile()
+  placed = layers.place_weights(weights, replicated, output_first=True)
+  np.testing.assert_array_equal(compiled(placed, x), program(placed, x))
+  with pytest.raises(ValueError, match="layout"):
+    compiled(layers.place_weights(weights, replicated), x)
+
+
 def test_kernels_stay_as_they_are_on_a_cpu(convolution):
   _, weights, _, replicated = convolution
   placed = layers.place_weights(weights, replicated)

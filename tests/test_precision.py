@@ -213,7 +213,7 @@ def test_training_recomputes_where_needed(monkeypatch, noise, expected):
   config.per_prompt_stat_tracking.min_count = 2
   cfg = resolve(config)
   trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
-                        get_rewards(cfg.reward_fn, {}))
+                        get_rewards(cfg.reward_fn, {}), train.open_model(cfg))
   rollout = trainer.worker.run(trainer.state.params, epoch=0)
   batch = train.make_batch(trainer, rollout, np.arange(4, dtype=np.float32))
   log_probs = batch.trajectory.log_probs

@@ -144,6 +144,24 @@ def test_wrong_tensors_are_listed(folder, stem, change, message):
   assert str(error.value).count(" tensors ") == 1  # one problem, said once
 
 
+def test_opened_and_not_read(folder, tiny_sd):
+  """The shapes, dtypes and structure that reading gives; the weights are read when asked for."""
+  model = pretrained.open_pretrained(folder, dtype=jnp.float16)
+  read = model.read()
+  for part in ("unet", "vae", "text_encoder"):
+    (graphdef, shapes), (of_read, weights) = (
+        nnx.split(getattr(each, part)) for each in (model.shapes, read))
+    assert graphdef == of_read
+    assert jax.tree.structure(shapes) == jax.tree.structure(weights)
+    for shape, weight in zip(jax.tree.leaves(shapes), jax.tree.leaves(weights)):
+      assert isinstance(shape, jax.ShapeDtypeStruct)
+      assert (shape.shape, shape.dtype) == (weight.shape, weight.dtype)
+  opened = pretrained.open_pretrained(folder)
+  (folder / f"{UNET}.safetensors").unlink()
+  with pytest.raises(UserError, match="cannot be read as safetensors"):
+    opened.read()
+
+
 def edit_json(path, **changes):
   path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 

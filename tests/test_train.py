@@ -1,15 +1,22 @@
 """Whole runs of the loop on the golden files' tiny model: files, resume, failures."""
 
+import dataclasses
 import json
+import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import metrics_of, weights_of, without_times
 from small_model import small_model
 
 from configs import base
-from ddpo_jax import checkpoint, train
+from ddpo_jax import checkpoint, train, update
 from ddpo_jax.config import resolve
+from ddpo_jax.devices import plan_batches
+from ddpo_jax.prompts import get_prompt_fn
+from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import UserError
 
 
@@ -81,6 +88,40 @@ def test_run_folder_and_resume(make_config, tmp_path):
   assert (run / "rewards.jsonl").read_text() == (
       tmp_path / "other" / "rewards.jsonl").read_text()
   np.testing.assert_array_equal(weights_of(run, 2), weights_of(tmp_path / "other", 2))
+
+
+def test_the_model_is_read_while_the_update_compiles(make_config, monkeypatch):
+  compiling = threading.Event()
+  compile_for = update.compile_for
+
+  def begin(*arguments):
+    compiling.set()
+    return compile_for(*arguments)
+
+  def wait():
+    assert compiling.wait(timeout=60)
+    return model.read()
+
+  cfg = make_config()
+  model = train.open_model(cfg)
+  monkeypatch.setattr(update, "compile_for", begin)
+  trainer = train.build(cfg, plan_batches(cfg), get_prompt_fn("simple_animals"),
+                        get_rewards(cfg.reward_fn, {}), dataclasses.replace(model, read=wait))
+  assert {leaf.dtype for leaf in jax.tree.leaves(trainer.frozen_unet)} == {jnp.dtype("float32")}
+
+
+def test_weights_that_cannot_be_read_end_the_run(make_config, monkeypatch, tmp_path):
+  """Found while the update compiles, and said as where it is found before."""
+  def unreadable(cfg):
+    def read():
+      raise UserError("the disk is gone")
+    return dataclasses.replace(open_model(cfg), read=read)
+
+  open_model = train.open_model
+  monkeypatch.setattr(train, "open_model", unreadable)
+  with pytest.raises(UserError, match="the disk is gone"):
+    train.train(make_config())
+  assert not (tmp_path / "run").exists()
 
 
 def test_nan_reward_stops_the_run_and_names_the_sample(make_config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent import futures
 import dataclasses
 import functools
@@ -23,9 +22,9 @@ from ddpo_jax import memory, train
 from ddpo_jax.benchmark import flops
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
-from ddpo_jax.devices import host_memory, plan_batches
+from ddpo_jax.devices import plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
-from ddpo_jax.models import StableDiffusion
+from ddpo_jax.models import StableDiffusion, Unread
 from ddpo_jax.models.pretrained import PARTS, ConstantRngs, load_clip_tokenizer, resolve
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
@@ -39,13 +38,11 @@ class JaxSide:
     train.configure_jax(cfg)
     self._cfg = cfg
     self._plan = plan_batches(cfg)
-    with host_memory():
-      self._models = random_models(cfg)
+    model = random_model(cfg)
+    self._shapes = model.shapes
     self._trainer = train.build(
         cfg, self._plan, get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs),
-        get_rewards(cfg.reward_fn, cfg.reward_kwargs), self._models)
-    # The trainer has placed the weights; training holds no others.
-    self._models = dataclasses.replace(self._models, unet=_without_weights(self._models.unet))
+        get_rewards(cfg.reward_fn, cfg.reward_kwargs), model)
     self._epoch = 0
     self._pool = futures.ThreadPoolExecutor(2)  # as many as the trainer's rewards have
 
@@ -66,8 +63,6 @@ class JaxSide:
   def _run_epoch(self, first_step_only: bool) -> dict[str, Any]:
     trainer = self._trainer
     started = time.perf_counter()
-    if self._epoch == 0:
-      train.compile_update(trainer)
     rollout = trainer.worker.run(trainer.state.params, self._epoch)
     sampled = time.perf_counter()
     batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))
@@ -85,12 +80,10 @@ class JaxSide:
 
   def decode(self) -> dict[str, Any]:
     """The autoencoder alone, as many images at a time as in sampling."""
-    vae, unet = self._models.vae, self._models.unet
+    config = self._shapes.unet.config
     count = min(self._cfg.sample.decode_batch_size, self._cfg.sample.batch_size)
-    size = unet.config.sample_size
-    latents = jnp.ones((count, size, size, unet.config.in_channels))
-    graphdef, weights = nnx.split(vae)
-    weights = jax.device_put(weights, jax.devices()[0])
+    latents = jnp.ones((count, config.sample_size, config.sample_size, config.in_channels))
+    graphdef, weights = nnx.split(_with_random_weights(self._shapes.vae))
     decode = jax.jit(lambda weights, x: nnx.merge(graphdef, weights).decode(x))
     return {"images": count, "seconds": median_seconds(
         lambda: jax.block_until_ready(decode(weights, latents)))}
@@ -109,7 +102,9 @@ class JaxSide:
 
   def flops(self) -> dict[str, Any]:
     """Of one sample: counted from the shapes, and by the compiler, in FLOP."""
-    return flops.of_models(self._models, guided=self._cfg.sample.guidance_scale > 1)
+    unet = nnx.eval_shape(functools.partial(train.prepare_unet, self._cfg), self._shapes.unet)
+    return flops.of_models(dataclasses.replace(self._shapes, unet=unet),
+                           guided=self._cfg.sample.guidance_scale > 1)
 
   def jpeg(self) -> dict[str, Any]:
     """JPEG rewards of 256 images of 512×512, smooth with some grain, as photographs are."""
@@ -126,12 +121,7 @@ class JaxSide:
             "seconds_one_by_one": median_seconds(one_by_one, repeats=1)}
 
 
-def _without_weights(module: Any) -> Any:
-  graphdef, state = nnx.split(module)
-  return nnx.merge(graphdef, jax.eval_shape(lambda: state))
-
-
-def random_models(cfg: Config) -> StableDiffusion:
+def random_model(cfg: Config) -> Unread[StableDiffusion]:
   """The model that the config names, with random weights: no file is read.
 
   Time and memory do not depend on the weights' values. (Of a hub id, whatever it is, the
@@ -139,18 +129,26 @@ def random_models(cfg: Config) -> StableDiffusion:
   """
   configs = model_configs(cfg.pretrained.model)
   dtype = train.DTYPES[cfg.mixed_precision]
-  modules: dict[str, Any] = {name: _random_module(functools.partial(
-      module, config.from_dict(configs[name]), dtype=dtype))
-      for name, (module, config) in PARTS.items()}
-  return StableDiffusion(
+
+  def shapes(module: Any, config: Any) -> nnx.Module:
+    return nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=ConstantRngs()))
+
+  modules: dict[str, Any] = {name: shapes(module, config.from_dict(configs[name]))
+                             for name, (module, config) in PARTS.items()}
+  model = StableDiffusion(
       tokenizer=load_clip_tokenizer(resolve("tiny") / "tokenizer"),  # as many tokens as any
       noise_schedule=NoiseSchedule.from_config(configs["scheduler"]), **modules)
 
+  def read() -> StableDiffusion:
+    drawn: Any = {name: _with_random_weights(module) for name, module in modules.items()}
+    return dataclasses.replace(model, **drawn)
 
-def _random_module(build: Callable[..., nnx.Module]) -> nnx.Module:
-  """Weights of the size that a trained network's have: normal, of variance 1/fan-in."""
-  module = nnx.eval_shape(lambda: build(rngs=ConstantRngs()))
-  graphdef, state = nnx.split(module)
+  return Unread(model, read)
+
+
+def _with_random_weights(shapes: nnx.Module) -> Any:
+  """Of the size that a trained network's have: normal, of variance 1/fan-in."""
+  graphdef, state = nnx.split(shapes)
   # A prime number of them, repeated, so that no two rows of a matrix are the same.
   normal = np.random.default_rng(0).standard_normal(1_048_573, np.float32)
 

@@ -400,15 +400,29 @@ def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
     sharding: where to put them.
     output_first: whether to reorder; on GPUs if None.
   """
+  def place(weight: jax.Array) -> jax.Array:
+    # As it is first: the device puts it in order.
+    return jax.device_put(jax.device_put(weight, sharding),
+                          _format(weight, sharding, output_first))
+
+  return jax.tree.map(place, weights)
+
+
+def placed_shapes(weights: Any, sharding: jax.sharding.Sharding, *,
+                  output_first: bool | None = None) -> Any:
+  """What `place_weights` would make of them, for a program that is compiled before."""
+  return jax.tree.map(
+      lambda weight: jax.ShapeDtypeStruct(
+          weight.shape, weight.dtype, sharding=_format(weight, sharding, output_first)),
+      weights)
+
+
+def _format(weight: Any, sharding: jax.sharding.Sharding, output_first: bool | None
+            ) -> jax.sharding.Sharding | Format:
   if output_first is None:
     devices: Any = sharding.device_set
     output_first = all(device.platform == "gpu" for device in devices)
-
-  def place(weight: jax.Array) -> jax.Array:
-    is_convolution = weight.ndim == 4 and weight.shape[:2] != (1, 1)  # those are matrices
-    weight = jax.device_put(weight, sharding)
-    if output_first and is_convolution:
-      weight = jax.device_put(weight, Format(Layout(_OUTPUT_FIRST), sharding))
-    return weight
-
-  return jax.tree.map(place, weights)
+  is_convolution = weight.ndim == 4 and weight.shape[:2] != (1, 1)  # those are matrices
+  if output_first and is_convolution:
+    return Format(Layout(_OUTPUT_FIRST), sharding)
+  return sharding

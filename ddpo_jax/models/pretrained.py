@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from flax import nnx
 import huggingface_hub
@@ -63,7 +63,17 @@ PARTS: dict[str, tuple[Any, Any]] = {
     "unet": (UNet2DConditionModel, UNetConfig), "vae": (AutoencoderKL, VAEConfig),
     "text_encoder": (CLIPTextModel, CLIPTextConfig)}
 
+T = TypeVar("T")
+
 _LISTED = 8  # names shown in a message before "and N more"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread(Generic[T]):
+  """A model whose files are known to hold it, and whose weights are still to be read."""
+
+  shapes: T  # the model, with shapes and dtypes in the place of its weights
+  read: Callable[[], T]
 
 
 @dataclasses.dataclass
@@ -107,6 +117,15 @@ def load_pretrained(path: str | os.PathLike, revision: str | None = None,
     UserError: if the folder, a file or a tensor is missing, misshapen or too many, or if
       a config asks for what is not built here.
   """
+  return open_pretrained(path, revision, dtype).read()
+
+
+def open_pretrained(path: str | os.PathLike, revision: str | None = None,
+                    dtype: DTypeLike = jnp.float32) -> Unread[StableDiffusion]:
+  """`load_pretrained` without the weights: downloads and checks, so that only these are left.
+
+  Its arguments are the same, and what it raises.
+  """
   folder = resolve(path, revision)
   _check_pipeline(folder)
   configs = {name: _read_config(folder / name / "config.json", config_cls.from_dict)
@@ -117,10 +136,14 @@ def load_pretrained(path: str | os.PathLike, revision: str | None = None,
            for name, stem in _WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")
   _check_parts_fit(folder, **configs, tokens=len(tokenizer))
-  modules: dict[str, Any] = {
-      name: load_module(functools.partial(cls, configs[name], dtype=dtype), files[name])
-      for name, (cls, _) in PARTS.items()}
-  return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
+  parts = {name: open_module(functools.partial(cls, configs[name], dtype=dtype), files[name])
+           for name, (cls, _) in PARTS.items()}
+
+  def model(modules: dict[str, Any]) -> StableDiffusion:
+    return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
+
+  return Unread(shapes=model({name: part.shapes for name, part in parts.items()}),
+                read=lambda: model({name: part.read() for name, part in parts.items()}))
 
 
 @dataclasses.dataclass
@@ -250,10 +273,46 @@ def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
     UserError: lists tensors that are missing, unknown, there twice, or of another shape;
       or says why the config describes no network.
   """
-  graphdef, state = nnx.split(_abstract(build, files[0].parent))
+  return open_module(build, files, renames).read()
+
+
+def open_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
+                renames: Sequence[tuple[str, str]] = _RENAMES) -> Unread[nnx.Module]:
+  """`load_module` without the weights: of the files it reads what tensors they hold."""
+  shapes = _abstract(build, files[0].parent)
+  graphdef, state = nnx.split(shapes)
+  sources = _find_tensors(state, files, renames)
+
+  def read() -> nnx.Module:
+    loaded = []
+    for file, found in sources.items():
+      with _open(file) as tensors:
+        for source in found:
+          shape, dtype = source.variable.shape, source.variable.dtype
+          tensor = tensors.get_tensor(source.name).transpose(source.axes).reshape(shape)
+          loaded.append((source.path, source.variable.replace(jnp.asarray(tensor, dtype))))
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+  return Unread(shapes, read)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """Where a variable of a module is found in a file, and what it is there."""
+
+  path: tuple[Any, ...]  # in the module
+  variable: nnx.Variable
+  name: str  # in the file
+  axes: tuple[int, ...]  # in the order in which the module has them
+
+
+def _find_tensors(state: nnx.State, files: Sequence[pathlib.Path],
+                  renames: Sequence[tuple[str, str]]) -> dict[pathlib.Path, list[_Source]]:
+  """Which of each file's tensors belongs where; raises UserError if they are not the state's."""
   paths = {_file_name(path): (path, variable) for path, variable in
            nnx.to_flat_state(state)}
-  missing, loaded, unknown, twice, misshapen = set(paths), {}, [], [], []
+  sources: dict[pathlib.Path, list[_Source]] = {file: [] for file in files}
+  missing, unknown, twice, misshapen = set(paths), [], [], []
   for file in files:
     with _open(file) as tensors:
       for name in tensors.keys():
@@ -268,16 +327,15 @@ def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
           continue
         missing.remove(key)
         path, variable = paths[key]
-        axes = _axes(str(path[-1]), tensors.get_slice(name).get_shape(), variable.shape)
+        shape = tensors.get_slice(name).get_shape()
+        axes = _axes(str(path[-1]), shape, variable.shape)
         if axes is None:
-          misshapen.append(f"{name} {tensors.get_slice(name).get_shape()}, which does "
-                           f"not fit {list(variable.shape)}")
-          continue
-        tensor = tensors.get_tensor(name).transpose(axes).reshape(variable.shape)
-        loaded[path] = variable.replace(jnp.asarray(tensor, variable.dtype))
+          misshapen.append(f"{name} {shape}, which does not fit {list(variable.shape)}")
+        else:
+          sources[file].append(_Source(path, variable, name, axes))
   _refuse(files, {"missing": sorted(missing), "not part of the model": unknown,
                   "there twice": twice, "misshapen": misshapen})
-  return nnx.merge(graphdef, nnx.from_flat_state(list(loaded.items())))
+  return sources
 
 
 def save_module(module: nnx.Module, path: str | os.PathLike, *,
