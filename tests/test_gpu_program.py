@@ -1,6 +1,7 @@
 """What the program for a GPU is made of, as far as it can be run without one."""
 
 import functools
+import types
 
 from flax import nnx
 import jax
@@ -85,15 +86,21 @@ def test_long_attention_holds_no_square():
   assert temporaries(chunked) < square
 
 
-@pytest.mark.parametrize("shape,dtype,backend,expected", [
-    ((2, 4096, 8, 40), jnp.bfloat16, "gpu", "cudnn"),
-    ((2, 1024, 8, 80), jnp.float16, "gpu", "cudnn"),
-    ((2, 256, 8, 160), jnp.bfloat16, "gpu", "xla"),  # refused before Hopper
-    ((2, 77, 12, 64), jnp.bfloat16, "gpu", "xla"),  # an odd number of queries
-    ((2, 4096, 8, 40), jnp.float32, "gpu", "xla"),
-    ((2, 4096, 8, 40), jnp.bfloat16, "cpu", "xla")])
-def test_implementation(monkeypatch, shape, dtype, backend, expected):
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+@pytest.mark.parametrize("shape,dtype,capability,expected", [
+    ((2, 4096, 8, 40), jnp.bfloat16, "9.0", "cudnn"),
+    ((2, 1024, 8, 80), jnp.float16, "8.6", "cudnn"),
+    ((2, 1024, 8, 80), jnp.float16, "12.0", "cudnn"),
+    ((2, 256, 8, 160), jnp.bfloat16, "9.0", "xla"),  # refused before Hopper
+    ((2, 77, 12, 64), jnp.bfloat16, "9.0", "xla"),  # an odd number of queries
+    ((2, 4096, 8, 40), jnp.float32, "9.0", "xla"),
+    ((2, 4096, 8, 40), jnp.float16, "7.5", "xla"),  # a T4: cuDNN has no plan for it
+    ((2, 4096, 8, 40), jnp.bfloat16, "gfx942", "xla"),  # not CUDA
+    ((2, 4096, 8, 40), jnp.bfloat16, None, "xla")])
+def test_implementation(monkeypatch, shape, dtype, capability, expected):
+  """Of a GPU with this compute capability; None is a processor."""
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if capability is None else "gpu")
   assert layers.attention_implementation(jax.ShapeDtypeStruct(shape, dtype)) == expected
 
 

@@ -27,6 +27,8 @@ MAX_SCORES = 2**21
 # The axes of an [H, W, I, O] kernel from the slowest in memory to the fastest.
 _OUTPUT_FIRST = (3, 0, 1, 2)
 
+_AMPERE = 8  # its compute capability
+
 
 def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """x Φ(x) and its derivative, in float32; of erf, which takes half of erfc's time."""
@@ -204,14 +206,23 @@ class Linear(nnx.Linear):
 def attention_implementation(query: Float[Array, "B T N H"]) -> str:
   """Which implementation of `jax.nn.dot_product_attention` serves these queries.
 
-  cuDNN's flash attention needs a GPU and half precision; its backward refuses odd
-  numbers of queries and, before Hopper, head sizes over 128. Those cases are small, and
-  XLA's own attention serves them.
+  cuDNN's flash attention needs half precision and one of NVIDIA's GPUs from Ampere on; its
+  backward refuses odd numbers of queries and, before Hopper, head sizes over 128. Those
+  cases are small, or the GPU is old, and XLA's own attention serves them.
   """
   half = query.dtype in (jnp.float16, jnp.bfloat16)
   _, length, _, head_dim = query.shape
   fits = length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
-  return "cudnn" if jax.default_backend() == "gpu" and half and fits else "xla"
+  return "cudnn" if half and fits and _compute_capability() >= _AMPERE else "xla"
+
+
+def _compute_capability() -> int:
+  """CUDA's, such as 9 for 9.0, of the default backend's devices; 0 where they have none."""
+  if jax.default_backend() != "gpu":
+    return 0
+  device: Any = jax.local_devices()[0]
+  major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+  return int(major) if major.isdecimal() else 0  # AMD's are called "gfx942"
 
 
 def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B S N*H"],
