@@ -102,8 +102,11 @@ class TorchSide:
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-8)
     batch["advantages"] = torch.tensor(advantages, dtype=torch.float32, device=self.device)
     self.train(batch)
+    trained = self.now()
+    if self.device.type == "cuda":
+      torch.cuda.empty_cache()  # for the other sides, whose turn it is
     return {"sampling_seconds": sampled - started, "reward_seconds": scored - sampled,
-            "training_seconds": self.now() - scored, "images": len(rewards)}
+            "training_seconds": trained - scored, "images": len(rewards)}
 
   def now(self):
     if self.device.type == "cuda":

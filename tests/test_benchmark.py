@@ -1,7 +1,9 @@
 """The benchmark runs on both sides, and counts what it says it counts."""
 
+import argparse
 import json
 import subprocess
+import sys
 
 from flax import nnx
 import jax
@@ -10,7 +12,10 @@ import pytest
 from runs import ROOT, start
 from small_model import small_model
 
+from configs import demo
 from ddpo_jax.benchmark import compare, flops
+from ddpo_jax.benchmark.side import Side
+from ddpo_jax.config import resolve
 from ddpo_jax.models import layers
 
 
@@ -69,3 +74,73 @@ def test_rates():
 @pytest.mark.parametrize("key,expected", (("epoch_seconds", 2.0), ("images_per_second", 0.5)))
 def test_ratio_is_ours_over_theirs_in_speed(key, expected):
   assert compare._ratio(key, {key: [1.0]}, {key: [2.0]}) == expected
+
+
+class FakeSide:
+  """Answers at once; ends when it is asked for what is in `ends_at`."""
+
+  def __init__(self, name, *ends_at):
+    self.name, self.ends_at = name, ends_at
+
+  def call(self, method):
+    if method in self.ends_at:
+      raise RuntimeError(f"{self.name} ended with status 1")
+    return {"images": 4, "sampling_seconds": 1.0, "reward_seconds": 0.0,
+            "training_seconds": 1.0, "seconds": 1.0}
+
+  def close(self):
+    pass
+
+
+def test_a_reference_that_ends_is_left_out(capsys):
+  """Where torch.compile finds no compiler, or memory is short, the others are measured."""
+  sides = [FakeSide("ddpo_jax"), FakeSide("torch"), FakeSide("torch.compile", "epoch")]
+  epochs = compare.run_rounds(sides, 2)
+  assert {name: len(of) for name, of in epochs.items()} == {"ddpo_jax": 2, "torch": 2}
+  assert "torch.compile ended with status 1; going on without it" in capsys.readouterr().err
+  with pytest.raises(RuntimeError, match="ddpo_jax ended"):
+    compare.run_rounds([FakeSide("ddpo_jax", "epoch"), FakeSide("torch")], 2)
+
+
+def test_what_was_measured_is_kept(monkeypatch, tmp_path):
+  """A benchmark that is cut short leaves what it had."""
+  config = demo.get_config()
+  config.compilation_cache = ""
+  monkeypatch.setattr(compare, "Side", lambda name, *_: FakeSide(name, "flops"))
+  options = argparse.Namespace(skip_start=False, reference=["torch"], torch_compile=False,
+                               rounds=1, output=str(tmp_path / "results.json"))
+  with pytest.raises(RuntimeError):
+    compare.measure(resolve(config), ["benchmark.py", "--config=demo.py"], options)
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert results["start"] == {"cold": 1.0, "warm": 1.0}
+  assert results["rates"]["ddpo_jax"]["images_per_second"] == [4.0, 4.0, 4.0]
+  assert set(results["epochs"]) == set(results["memory"]) == {"ddpo_jax", "torch"}
+
+
+def test_sides_leave_each_other_memory(monkeypatch):
+  """JAX would take most of a GPU at once; with no other side beside it, it may."""
+  given = {}
+  monkeypatch.setattr(compare, "Side", lambda name, command, environment=None:
+                      given.update({name: environment}))
+  for reference in ([], ["torch"]):
+    options = argparse.Namespace(reference=reference, torch_compile=True)
+    compare.start_sides(["ours"], ["benchmark.py"], options)
+    assert given["ddpo_jax"] == ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if reference else None)
+  assert set(given) == {"ddpo_jax", "torch", "torch.compile"}
+
+
+@pytest.mark.parametrize("user,expected", ((None, "false"), ("true", "true")))
+def test_a_side_gets_variables_that_the_user_has_not_set(monkeypatch, user, expected):
+  if user is not None:
+    monkeypatch.setenv("A_VARIABLE", user)
+  tell = "import json, os; input(); print(json.dumps(os.environ['A_VARIABLE']))"
+  side = Side("side", [sys.executable, "-c", tell], {"A_VARIABLE": "false"})
+  assert side.call("") == expected
+  side.close()
+
+
+def test_a_reference_that_is_not_installed_is_refused(monkeypatch, capsys):
+  monkeypatch.setattr(compare, "_is_installed", lambda name: name != "peft")
+  assert compare.main(["benchmark.py", "--reference", "torch"]) == 2
+  assert capsys.readouterr().err.strip() == (
+      "--reference=torch needs peft: pip install -e '.[test]'")

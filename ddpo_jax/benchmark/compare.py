@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+import contextlib
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -21,6 +23,9 @@ from ddpo_jax.types import UserError
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DEFAULT = str(_ROOT / "configs" / "single_gpu.py") + ":compressibility"
 _JAX = "ddpo_jax"
+_NEEDED = ("torch", "diffusers", "peft", "transformers")  # by scripts/torch_reference.py
+# By itself JAX takes three quarters of a GPU's memory at once, which the other sides need too.
+_SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _DESCRIPTION = """Measures start, epochs, memory and FLOP of a config, on random weights.
 
 All fields of the config can be set as for train.py. A model that is neither "tiny" nor a
@@ -44,10 +49,7 @@ def _run(argv: Sequence[str]) -> None:
     from ddpo_jax.benchmark.jax_side import JaxSide  # imports JAX: only in its own process
     serve(lambda: JaxSide(cfg))
     return
-  results = measure(cfg, [argv[0], *rest], options)
-  print(describe(results))
-  if options.output:
-    pathlib.Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
+  print(describe(measure(cfg, [argv[0], *rest], options)))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -66,59 +68,96 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   options, rest = parser.parse_known_args(arguments)
   if options.rounds < 1:
     raise UserError(f"--rounds={options.rounds} must be at least 1")
+  missing = [name for name in _NEEDED if options.reference and not _is_installed(name)]
+  if missing:
+    raise UserError(f"--reference=torch needs {', '.join(missing)}: pip install -e '.[test]'")
   # `--config FILE` -> `--config=FILE`, so that the default can step in.
   joined = " ".join(rest).replace("--config ", "--config=").split() if rest else []
   return options, joined
 
 
+def _is_installed(module: str) -> bool:
+  return importlib.util.find_spec(module) is not None
+
+
 def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
             ) -> dict[str, Any]:
-  """Everything, as it goes into the JSON file."""
+  """Everything, as it goes into the JSON file: part by part, so that none is lost."""
+  results: dict[str, Any] = {"command": " ".join(command), "config": cfg.to_dict()}
+
+  def note(**measured: Any) -> None:
+    results.update(measured)
+    if options.output:
+      pathlib.Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
+
   ours = [sys.executable, *command, "--side"]
-  results: dict[str, Any] = {
-      "command": " ".join(command), "config": cfg.to_dict(),
-      "start": None if options.skip_start else measure_start(ours)}
-  sides = [Side(_JAX, ours)]
-  if options.reference:
-    reference = str(_ROOT / "scripts" / "torch_reference.py")
-    theirs = [sys.executable, reference, *command[1:]]
-    sides.append(Side("torch", theirs))
-    if options.torch_compile:
-      sides.append(Side("torch.compile", [*theirs, "--compile"]))
-  results["machine"] = {side.name: side.call("describe") for side in sides}
-  epochs = run_rounds(sides, options.rounds)
-  plan = BatchPlan.create(cfg, num_devices=1)
-  results["epochs"] = epochs
-  results["rates"] = {name: rates(of, plan.num_train_timesteps)
-                      for name, of in epochs.items()}
-  results["memory"] = {side.name: side.call("memory") for side in sides}
-  for side in sides[1:]:
-    side.close()
-  for part in ("decode", "jpeg", "matmul_peak", "flops"):
-    results[part] = sides[0].call(part)
-  sides[0].close()
-  results["of_peak"] = share_of_peak(cfg, results)
+  with contextlib.ExitStack() as stack:
+    note(start=None)
+    if not options.skip_start:
+      # What a cold start compiles, the rounds need not compile again.
+      cache = stack.enter_context(tempfile.TemporaryDirectory())
+      ours.append(f"--config.compilation_cache={cache}")
+      note(start=measure_start(ours))
+    sides = start_sides(ours, command, options)
+    note(machine={side.name: side.call("describe") for side in sides})
+    epochs = run_rounds(sides, options.rounds)
+    sides = [side for side in sides if side.name in epochs]
+    plan = BatchPlan.create(cfg, num_devices=1)
+    note(epochs=epochs, rates={name: rates(of, plan.num_train_timesteps)
+                               for name, of in epochs.items()})
+    note(memory={side.name: side.call("memory") for side in sides})
+    for side in sides[1:]:
+      side.close()
+    for part in ("decode", "jpeg", "matmul_peak", "flops"):
+      note(**{part: sides[0].call(part)})
+    sides[0].close()
+  note(of_peak=share_of_peak(cfg, results))
   return results
 
 
 def measure_start(command: Sequence[str]) -> dict[str, float]:
-  """Seconds from the start of a process to its first optimizer step."""
+  """Seconds from the start of a process to its first optimizer step.
+
+  Args:
+    command: of a side whose compilation cache is empty.
+  """
   seconds = {}
-  with tempfile.TemporaryDirectory() as cache:
-    for kind in ("cold", "warm"):
-      side = Side(f"{_JAX} ({kind} start)",
-                  [*command, f"--config.compilation_cache={cache}"])
-      seconds[kind] = side.call("first_step")["seconds"]
-      side.close()
+  for kind in ("cold", "warm"):
+    side = Side(f"{_JAX} ({kind} start)", command)
+    seconds[kind] = side.call("first_step")["seconds"]
+    side.close()
   return seconds
 
 
+def start_sides(ours: Sequence[str], command: Sequence[str], options: argparse.Namespace
+                ) -> list[Side]:
+  """This package's side first, and those that it is to be compared with."""
+  if not options.reference:
+    return [Side(_JAX, ours)]
+  theirs = [sys.executable, str(_ROOT / "scripts" / "torch_reference.py"), *command[1:]]
+  sides = [Side(_JAX, ours, _SHARING), Side("torch", theirs)]
+  if options.torch_compile:
+    sides.append(Side("torch.compile", [*theirs, "--compile"]))
+  return sides
+
+
 def run_rounds(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, Any]]]:
-  """Epochs of each side in turn; the first of each, which compiles, is not counted."""
+  """Epochs of each side in turn; the first of each, which compiles, is not counted.
+
+  A side that ends, for lack of memory or of what `torch.compile` needs, is left out, if it
+  is not the first.
+  """
   epochs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
   for round_number in tqdm(range(rounds + 1), desc="Rounds", unit="round", disable=None):
-    for side in sides:
-      epoch = side.call("epoch")
+    for side in [side for side in sides if side.name in epochs]:
+      try:
+        epoch = side.call("epoch")
+      except RuntimeError as error:
+        if side is sides[0]:
+          raise
+        print(f"{error}; going on without it", file=sys.stderr, flush=True)
+        del epochs[side.name]
+        continue
       if round_number > 0:
         epochs[side.name].append(epoch)
   return epochs

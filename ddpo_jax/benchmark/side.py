@@ -65,11 +65,13 @@ def peak_rss() -> int:
 class Side:
   """Talks to a side's process."""
 
-  def __init__(self, name: str, command: Sequence[str]):
+  def __init__(self, name: str, command: Sequence[str],
+               environment: Mapping[str, str] | None = None):
+    """Starts it, with the variables of `environment` where the user has not set them."""
     self.name = name
     self._process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, _STARTED: str(time.time())})
+        env={**(environment or {}), **os.environ, _STARTED: str(time.time())})
     assert self._process.stdin and self._process.stdout  # both are pipes
     self._calls, self._replies = self._process.stdin, self._process.stdout
 
