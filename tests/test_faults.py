@@ -325,6 +325,16 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, folder):
       "mixed_precision='fp16'")
 
 
+@pytest.mark.parametrize("variable", (None, *diagnostics._MEMORY_FRACTIONS))
+def test_out_of_memory_of_a_gpu(monkeypatch, folder, variable):
+  """JAX leaves a quarter of it alone, if nobody has said how much it may take."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  if variable is not None:
+    monkeypatch.setenv(variable, "0.9")
+  line = diagnostics.out_of_memory(make_config(folder, "memory"))
+  assert ("XLA_CLIENT_MEM_FRACTION=0.95" in line) == (variable is None)
+
+
 def test_what_is_to_be_lowered_is_a_valid_config(folder):
   """Until nothing is left: each piece of advice, taken, resolves."""
   cfg = make_config(folder, "advice")
