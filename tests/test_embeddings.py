@@ -2,12 +2,12 @@
 
 import dataclasses
 import gc
-import pathlib
 import weakref
 
 import jax
 import numpy as np
 import pytest
+from small_model import small_model
 
 from configs import base
 from ddpo_jax import embeddings, train
@@ -16,7 +16,6 @@ from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 
-GOLDEN_SD = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 PROMPTS = ["a cat", "", "a dog on a very long leash", "a cat"]
 
 
@@ -64,7 +63,7 @@ def test_only_so_many_are_remembered(encoder, monkeypatch):
 def test_the_trainer_keeps_no_second_copy_of_the_weights():
   """What was read from the files goes when the weights are where training needs them."""
   config = base.get_config()
-  config.pretrained.model, config.mixed_precision = str(GOLDEN_SD), "no"
+  config.pretrained.model, config.mixed_precision = str(small_model()), "no"
   config.sample.batch_size = config.train.batch_size = 2
   config.per_prompt_stat_tracking.min_count = 2
   cfg = resolve(config)
