@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import timeit
 
 from flax import nnx
 import jax
@@ -13,7 +14,7 @@ from runs import ROOT, start
 from small_model import small_model
 
 from configs import demo
-from ddpo_jax.benchmark import compare, flops
+from ddpo_jax.benchmark import compare, flops, profile
 from ddpo_jax.benchmark.side import Side
 from ddpo_jax.config import resolve
 from ddpo_jax.models import layers
@@ -24,7 +25,7 @@ def test_both_sides_do_the_same_work(tmp_path):
   """Small enough to be no measurement; the sides are processes of their own."""
   process = start([
       str(ROOT / "scripts" / "benchmark.py"), "--config", str(ROOT / "configs" / "demo.py"),
-      "--reference", "torch", "--rounds", "1", "--skip_start",
+      "--reference", "torch", "--rounds", "1", "--skip_start", "--profile",
       "--output", str(tmp_path / "results.json"),
       f"--config.pretrained.model={small_model()}", "--config.sample.num_steps=2",
       "--config.sample.batch_size=4", "--config.train.batch_size=2",
@@ -38,6 +39,9 @@ def test_both_sides_do_the_same_work(tmp_path):
   for side in results["memory"].values():
     assert side["peak_rss_bytes"] > 1e8
   assert results["jpeg"]["images"] == 256
+  for part in ("sampling", "training"):
+    profile = results["profile"][part]
+    assert 0 < profile["busy_seconds"] and profile["operations"]
   assert "times as fast" in printed
 
 
@@ -76,6 +80,24 @@ def test_ratio_is_ours_over_theirs_in_speed(key, expected):
   assert compare._ratio(key, {key: [1.0]}, {key: [2.0]}) == expected
 
 
+def test_a_profile_adds_up_what_is_of_one_kind():
+  operations = [("fusion.12", 1.0), ("fusion.3", 2.0), ("dot", 4.0), ("while.1", 9.0),
+                ("sm90_gemm_64x64_3", 0.5)]
+  assert profile.summarize(operations) == {"busy_seconds": 7.5, "operations": [
+      ("dot", 4.0, 1), ("fusion", 3.0, 2), ("sm90_gemm_64x64", 0.5, 1)]}
+
+
+def test_a_profile_sees_what_is_done():
+  """Half a second of products, of which the middle is looked at."""
+  x = jnp.ones((256, 256))
+  product = jax.jit(lambda x: x @ x)
+  one = min(timeit.repeat(lambda: product(x).block_until_ready(), number=10)) / 10
+  seen = profile.during(
+      lambda: [product(x).block_until_ready() for _ in range(int(0.5 / one))], 0.5)
+  assert 0 < seen["seconds"] < 0.5
+  assert seen["operations"] and seen["busy_seconds"] > 0.05 * seen["seconds"]
+
+
 class FakeSide:
   """Answers at once; ends when it is asked for what is in `ends_at`."""
 
@@ -108,7 +130,7 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
   config.compilation_cache = ""
   monkeypatch.setattr(compare, "Side", lambda name, *_: FakeSide(name, "flops"))
   options = argparse.Namespace(skip_start=False, reference=["torch"], torch_compile=False,
-                               rounds=1, output=str(tmp_path / "results.json"))
+                               rounds=1, profile=False, output=str(tmp_path / "results.json"))
   with pytest.raises(RuntimeError):
     compare.measure(resolve(config), ["benchmark.py", "--config=demo.py"], options)
   results = json.loads((tmp_path / "results.json").read_text())

@@ -26,6 +26,7 @@ _JAX = "ddpo_jax"
 _NEEDED = ("torch", "diffusers", "peft", "transformers")  # by scripts/torch_reference.py
 # By itself JAX takes three quarters of a GPU's memory at once, which the other sides need too.
 _SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_LISTED = 20  # of a profile's operations; all are in the JSON file
 _DESCRIPTION = """Measures start, epochs, memory and FLOP of a config, on random weights.
 
 All fields of the config can be set as for train.py. A model that is neither "tiny" nor a
@@ -63,6 +64,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
                       help="and once more with torch.compile")
   parser.add_argument("--skip_start", action="store_true",
                       help="do not measure a cold and a warm start")
+  parser.add_argument("--profile", action="store_true",
+                      help="say which operations take the time of sampling and training")
   parser.add_argument("--output", help="write the results into this file, as JSON")
   parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
   options, rest = parser.parse_known_args(arguments)
@@ -110,6 +113,7 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
       side.close()
     for part in ("decode", "jpeg", "matmul_peak", "flops"):
       note(**{part: sides[0].call(part)})
+    note(profile=sides[0].call("profile") if options.profile else None)
     sides[0].close()
   note(of_peak=share_of_peak(cfg, results))
   return results
@@ -214,7 +218,17 @@ def describe(results: Mapping[str, Any]) -> str:
   for part, count in results["flops"].items():
     compiled = "" if count["compiled"] is None else f"{count['compiled'] / 1e9:10.2f}"
     lines.append(f"  {part:18} {count['counted'] / 1e9:10.2f} {compiled}")
+  for part, profile in (results["profile"] or {}).items():
+    lines += ["", *_describe_profile(part, profile)]
   return "\n".join(lines)
+
+
+def _describe_profile(part: str, profile: Mapping[str, Any]) -> list[str]:
+  lines = [f"{part}: {profile['busy_seconds']:.2f} s of operations in {profile['seconds']:.2f} s"]
+  for name, seconds, count in profile["operations"][:_LISTED]:
+    share = seconds / profile["busy_seconds"]
+    lines.append(f"  {share:6.1%} {count:8} of {seconds / count * 1e6:8.1f} us  {name[:90]}")
+  return lines
 
 
 def _rescored(results: Mapping[str, Any]) -> float:

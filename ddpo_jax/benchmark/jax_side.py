@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ddpo_jax import memory, train
-from ddpo_jax.benchmark import flops
+from ddpo_jax.benchmark import flops, profile
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
 from ddpo_jax.devices import plan_batches
@@ -44,6 +44,7 @@ class JaxSide:
         cfg, self._plan, get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs),
         get_rewards(cfg.reward_fn, cfg.reward_kwargs), model)
     self._epoch = 0
+    self._last: dict[str, Any] = {}  # what the last epoch took
     self._pool = futures.ThreadPoolExecutor(2)  # as many as the trainer's rewards have
 
   def describe(self) -> dict[str, Any]:
@@ -71,12 +72,28 @@ class JaxSide:
     for metrics in () if first_step_only else steps:
       jax.device_get(metrics)
     self._epoch += 1
-    return {"sampling_seconds": sampled - started - rollout.reward_seconds,
+    self._last = {"sampling_seconds": sampled - started - rollout.reward_seconds,
             "reward_seconds": rollout.reward_seconds,
             "training_seconds": time.perf_counter() - sampled,
             "images": self._plan.samples_per_epoch, "sampler_drift": drift,
             "rescored": (train.num_rescored(trainer, drift)
                          / self._plan.optimizer_steps_per_epoch)}
+    return self._last
+
+  def profile(self) -> dict[str, Any]:
+    """Of one more epoch: which operations take how much of sampling and training."""
+    trainer = self._trainer
+    rollouts = []
+    sampling = profile.during(
+        lambda: rollouts.append(trainer.worker.run(trainer.state.params, self._epoch)),
+        self._last["sampling_seconds"])
+    batch = train.make_batch(trainer, rollouts[0], train.total_rewards(trainer, rollouts[0]))
+    training = profile.during(
+        lambda: jax.device_get(list(
+            train.optimizer_steps(trainer, batch, self._epoch, train.Stop()))),
+        self._last["training_seconds"])
+    self._epoch += 1
+    return {"sampling": sampling, "training": training}
 
   def decode(self) -> dict[str, Any]:
     """The autoencoder alone, as many images at a time as in sampling."""
