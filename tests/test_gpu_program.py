@@ -43,6 +43,22 @@ def test_attention_in_chunks(length, max_scores):
              query, key, value)
 
 
+@pytest.mark.parametrize("max_scores,shape", [
+    (12288, (2, 64, 2, 8)), (6144, (1, 64, 2, 8)), (3072, (1, 64, 1, 8)), (768, (1, 16, 1, 8))])
+def test_attention_in_parts(max_scores, shape):
+  """All at once, a sample, a head, a quarter of its queries."""
+  seen = []
+
+  def spy(query, key, value):
+    seen.append(query.shape)
+    return attend(query, key, value)
+
+  query, key, value = draw(64, 48)
+  check_same(lambda *args: layers.attend_in_parts(spy, *args, max_scores, max_scores),
+             query, key, value)
+  assert set(seen) == {shape}
+
+
 @pytest.mark.parametrize("length", (77, 1, 80))
 def test_attention_to_an_odd_number_of_keys(length):
   """The padding that cuDNN needs, before another implementation of the same function."""

@@ -24,6 +24,10 @@ from ddpo_jax.types import UserError
 # Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
 MAX_SCORES = 2**21
 
+# On a processor attention takes so many scores at a time, or those of so many queries of one
+# head: what its caches hold.
+_CACHED_SCORES, _CACHED_SCORES_OF_HEAD = 3 * 2**20, 2**20
+
 # The axes of an [H, W, I, O] kernel from the slowest in memory to the fastest.
 _OUTPUT_FIRST = (3, 0, 1, 2)
 
@@ -245,8 +249,9 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
   attend: Callable[..., jax.Array] = functools.partial(
       jax.nn.dot_product_attention, is_causal=is_causal, implementation=implementation)
   if on_processor and not is_causal:
-    attend = processor.attend
-  if implementation == "cudnn":
+    out = attend_in_parts(processor.attend, query, key, value, _CACHED_SCORES,
+                          _CACHED_SCORES_OF_HEAD)
+  elif implementation == "cudnn":
     out = attend_to_even(attend, query, key, value)
   elif not is_causal and query.shape[1] * key.shape[1] > MAX_SCORES:
     out = attend_in_chunks(attend, query, key, value, MAX_SCORES)
@@ -268,6 +273,30 @@ def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N 
   padding = ((0, 0), (0, -length % 8), (0, 0), (0, 0))
   return attend(query, jnp.pad(key, padding), jnp.pad(value, padding),
                 key_value_seq_lengths=jnp.full(batch, length, jnp.int32))
+
+
+def attend_in_parts(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+                    key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
+                    max_scores: int, max_scores_of_head: int) -> Float[Array, "B T N H"]:
+  """Attention of all samples at a time, of one, or of some queries of one head.
+
+  The largest of these that has at most so many scores. Each score is read several times; from
+  memory that takes longer than all products together.
+  """
+  batch, length, heads, features = query.shape
+  scores_of_head = length * key.shape[1]
+  if batch * heads * scores_of_head <= max_scores:
+    return attend(query, key, value)
+  if heads * scores_of_head <= max_scores:
+    return jax.lax.map(lambda one: attend(*(x[None] for x in one))[0], (query, key, value))
+
+  def of_head(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    query, key, value = one
+    return attend_in_chunks(attend, query, key, value, max_scores_of_head)
+
+  by_heads = lambda x: x.swapaxes(1, 2).reshape(batch * heads, 1, x.shape[1], 1, features)
+  out = jax.lax.map(of_head, (by_heads(query), by_heads(key), by_heads(value)))
+  return out.reshape(batch, heads, length, features).swapaxes(1, 2)
 
 
 def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
