@@ -16,8 +16,9 @@ from jaxtyping import Array, Float
 
 from ddpo_jax.models import winograd
 
-# Winograd's transforms cost more than they save with fewer channels and with more pixels.
-_LEAST_CHANNELS, _MOST_PIXELS = 32, 16
+# Winograd's transforms cost more than they save with fewer channels and with more pixels; where
+# the kernel's is there already, with more pixels than a quarter of the channels.
+_LEAST_CHANNELS, _MOST_PIXELS, _CHANNELS_PER_PIXEL = 32, 16, 4
 
 # Up to so many pixels XLA's convolution is ten times slower than the same as a product, and
 # up to so many output channels twice as slow as products that are shifted.
@@ -54,16 +55,18 @@ def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
     prepared: `prepare(kernel)`, where that has been computed outside of a loop; no gradient
       flows into it.
   """
-  if _by_winograd(x, kernel):
+  if _by_winograd(x, kernel, prepared):
     return winograd.convolve(x, _transformed(kernel, prepared))
   return _convolve_otherwise(x, kernel)
 
 
-def _by_winograd(x: jax.Array, kernel: jax.Array) -> bool:
+def _by_winograd(x: jax.Array, kernel: jax.Array, prepared: Prepared | None) -> bool:
   """Whether Winograd's convolution serves these."""
   height, width = x.shape[1:3]
-  fits = height % 2 == width % 2 == 0 and height * width <= _MOST_PIXELS
-  return fits and x.dtype == jnp.float32 and min(kernel.shape[2:]) >= _LEAST_CHANNELS
+  channels = min(kernel.shape[2:])
+  most = _MOST_PIXELS if prepared is None else max(_MOST_PIXELS, channels // _CHANNELS_PER_PIXEL)
+  fits = height % 2 == width % 2 == 0 and height * width <= most
+  return fits and x.dtype == jnp.float32 and channels >= _LEAST_CHANNELS
 
 
 def _transformed(kernel: jax.Array, prepared: Prepared | None) -> winograd.Transformed:
@@ -127,7 +130,7 @@ def _convolve_forward(x: jax.Array, kernel: jax.Array, prepared: Prepared | None
 def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
                        ) -> tuple[jax.Array, jax.Array, None]:
   x, kernel, prepared = saved
-  if _by_winograd(grad, kernel):
+  if _by_winograd(grad, kernel, prepared):
     grad_x = winograd.gradient(grad, _transformed(kernel, prepared))
   else:
     grad_x = _convolve_otherwise(grad, _turn(kernel) if prepared is None else prepared.turned)

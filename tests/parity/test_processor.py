@@ -51,6 +51,20 @@ def test_convolution(size, channels, as_products):
   assert ("conv_general_dilated" in program) != as_products
 
 
+@pytest.mark.parametrize("size,channels,as_products", [
+    ((4, 6), (96, 100), True), ((4, 6), (96, 95), False), ((8, 8), (256, 256), True)])
+def test_convolution_of_many_channels(size, channels, as_products):
+  """As products only where what depends on the kernel has been computed before."""
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
+  prepared = processor.prepare(jnp.float32(kernel))
+  convolve = lambda x, kernel: processor.convolve(x, kernel, prepared)
+  check(convolve, convolution, x, kernel)
+  for function, expected in ((convolve, not as_products), (processor.convolve, True)):
+    program = str(jax.make_jaxpr(function)(jnp.float32(x), jnp.float32(kernel)))
+    assert ("conv_general_dilated" in program) == expected
+
+
 def convolution_of_doubled(x, kernel):
   return convolution(x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), kernel)
 
