@@ -86,7 +86,8 @@ def _is_installed(module: str) -> bool:
 def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
             ) -> dict[str, Any]:
   """Everything, as it goes into the JSON file: part by part, so that none is lost."""
-  results: dict[str, Any] = {"command": " ".join(command), "config": cfg.to_dict()}
+  results: dict[str, Any] = {
+      "command": " ".join(command), "config": cfg.to_dict(), "start": None, "profile": None}
 
   def note(**measured: Any) -> None:
     results.update(measured)
@@ -95,7 +96,6 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
 
   ours = [sys.executable, *command, "--side"]
   with contextlib.ExitStack() as stack:
-    note(start=None)
     if not options.skip_start:
       # What a cold start compiles, the rounds need not compile again.
       cache = stack.enter_context(tempfile.TemporaryDirectory())
@@ -113,7 +113,8 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
       side.close()
     for part in ("decode", "jpeg", "matmul_peak", "flops"):
       note(**{part: sides[0].call(part)})
-    note(profile=sides[0].call("profile") if options.profile else None)
+    if options.profile:
+      note(profile=sides[0].call("profile"))
     sides[0].close()
   note(of_peak=share_of_peak(cfg, results))
   return results
