@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.models import layers, norms
+from ddpo_jax.models import attention, layers, norms
 from ddpo_jax.types import UserError
 
 
@@ -242,7 +242,7 @@ class _SelfAttention(nnx.Module):
     self.out_proj = linear()
 
   def __call__(self, x: jax.Array, *, is_causal: bool) -> jax.Array:
-    out = layers.multi_head_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x),
+    out = attention.multi_head_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x),
                                       self.num_heads, is_causal=is_causal)
     return self.out_proj(out)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from ddpo_jax.models import layers, norms
+from ddpo_jax.models import attention, layers, norms
 from ddpo_jax.types import UserError
 
 _EPSILON = 1e-6
@@ -84,7 +84,7 @@ class _Attention(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     h = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-    h = layers.multi_head_attention(self.to_q(h), self.to_k(h), self.to_v(h), 1)
+    h = attention.multi_head_attention(self.to_q(h), self.to_k(h), self.to_v(h), 1)
     return x + self.to_out[0](h).reshape(x.shape)
 
 

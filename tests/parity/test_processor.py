@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.models import doubling, layers, processor
+from ddpo_jax.models import attention, doubling, processor
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -95,7 +95,7 @@ def test_product():
   check(processor.multiply, torch.matmul, rng.normal(size=(70, 24)), rng.normal(size=(24, 40)))
 
 
-def attention(query, key, value):
+def torch_attention(query, key, value):
   heads_first = lambda x: x.transpose(1, 2)
   return heads_first(functional.scaled_dot_product_attention(
       *map(heads_first, (query, key, value))))
@@ -105,7 +105,7 @@ def attention(query, key, value):
 def test_attention(query_length, key_length):
   rng = np.random.default_rng(0)
   draw = lambda length: rng.normal(size=(2, length, 4, 16))
-  check(processor.attend, attention, draw(query_length), draw(key_length), draw(key_length))
+  check(processor.attend, torch_attention, draw(query_length), draw(key_length), draw(key_length))
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
@@ -113,6 +113,6 @@ def test_attention_in_half_precision(dtype):
   rng = np.random.default_rng(0)
   inputs = [rng.normal(size=(2, length, 32)) for length in (16, 7, 7)]
   split = lambda x: x.reshape(*x.shape[:2], 4, 8)
-  check(lambda *x: layers.multi_head_attention(*x, num_heads=4),
-        lambda *x: attention(*map(split, x)).reshape(2, 16, 32), *inputs,
+  check(lambda *x: attention.multi_head_attention(*x, num_heads=4),
+        lambda *x: torch_attention(*map(split, x)).reshape(2, 16, 32), *inputs,
         dtype=jnp.dtype(dtype), tolerance=1e-2)

@@ -1,0 +1,154 @@
+"""Scaled dot-product attention, by whatever serves it best on the device there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddpo_jax.console import say
+from ddpo_jax.models import processor
+
+# Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
+MAX_SCORES = 2**21
+
+# On a processor attention takes so many scores at a time, or those of so many queries of one
+# head: what its caches hold.
+_CACHED_SCORES, _CACHED_SCORES_OF_HEAD = 3 * 2**20, 2**20
+
+
+def implementation(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"]) -> str:
+  """Which implementation of `jax.nn.dot_product_attention` serves these queries and keys.
+
+  cuDNN's flash attention needs a GPU and half precision; its backward refuses odd numbers of
+  queries and, before Hopper, head sizes over 128. Those cases are small, and XLA's own
+  attention serves them.
+  """
+  half = query.dtype in (jnp.float16, jnp.bfloat16)
+  _, length, _, head_dim = query.shape
+  fits = length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
+  if not (jax.default_backend() == "gpu" and half and fits):
+    return "xla"
+  one = lambda x: jax.ShapeDtypeStruct((1, x.shape[1], 1, head_dim), query.dtype)
+  return "cudnn" if _cudnn_serves(jax.local_devices()[0], one(query), one(key)) else "xla"
+
+
+@functools.cache
+def _cudnn_serves(device: jax.Device, query: jax.ShapeDtypeStruct, key: jax.ShapeDtypeStruct
+                  ) -> bool:
+  """Whether this GPU has cuDNN's flash attention, forward and backward, for these shapes.
+
+  The library is asked, as that depends on its version and on the GPU: it has none before
+  Ampere, and on others than NVIDIA's there is no such library. A program that is compiled
+  for a GPU which is not here is compiled for one that has it.
+  """
+  if device.platform != "gpu":
+    return True
+
+  def there_and_back(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    out, backward = jax.vjp(functools.partial(attend_to_even, _flash_attention),
+                            query, key, value)
+    return backward(out)
+
+  try:
+    jax.jit(there_and_back).lower(query, key, key).compile()
+  except (RuntimeError, NotImplementedError, ValueError) as error:
+    reason = str(error).strip().partition("\n")[0]
+    say(f"cuDNN has no flash attention for {query.shape[1]} queries and {key.shape[1]} keys of "
+        f"size {query.shape[3]} here ({reason}); XLA's own attention is used, which is slower. "
+        "On one of NVIDIA's GPUs from Ampere on, a newer cuDNN can help.")
+    return False
+  return True
+
+
+_flash_attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+
+
+def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B S N*H"],
+                         value: Float[Array, "B S N*H"], num_heads: int, *,
+                         is_causal: bool = False) -> Float[Array, "n*B T N*H"]:
+  """Scaled dot-product attention of N heads with H features each.
+
+  No buffer grows with T·S, except where flash attention is not to be had and that
+  product is small. Keys and values may be fewer than queries: of several queries in a row.
+  """
+  dtype, shape = query.dtype, query.shape
+  query = query.reshape(key.shape[0], -1, shape[-1])
+  split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
+  query, key, value = split(query), split(key), split(value)
+  on_processor = jax.default_backend() == "cpu"
+  if dtype != jnp.float32 and on_processor:
+    # XLA has no half-precision product with float32 accumulation there.
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+  attend: Callable[..., jax.Array] = functools.partial(
+      jax.nn.dot_product_attention, is_causal=is_causal, implementation="xla")
+  if on_processor and not is_causal:
+    out = attend_in_parts(processor.attend, query, key, value, _CACHED_SCORES,
+                          _CACHED_SCORES_OF_HEAD)
+  elif not is_causal and implementation(query, key) == "cudnn":
+    out = attend_to_even(_flash_attention, query, key, value)
+  elif not is_causal and query.shape[1] * key.shape[1] > MAX_SCORES:
+    out = attend_in_chunks(attend, query, key, value, MAX_SCORES)
+  else:
+    out = attend(query, key, value)
+  return out.reshape(shape).astype(dtype)
+
+
+def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+                   key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]
+                   ) -> Float[Array, "B T N H"]:
+  """Attention to an odd number of keys (the 77 tokens of a prompt) by a kernel that refuses it.
+
+  Keys and values are padded to a multiple of 8, and the padding is masked.
+  """
+  batch, length = key.shape[:2]
+  if length % 2 == 0:
+    return attend(query, key, value)
+  padding = ((0, 0), (0, -length % 8), (0, 0), (0, 0))
+  return attend(query, jnp.pad(key, padding), jnp.pad(value, padding),
+                key_value_seq_lengths=jnp.full(batch, length, jnp.int32))
+
+
+def attend_in_parts(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+                    key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
+                    max_scores: int, max_scores_of_head: int) -> Float[Array, "B T N H"]:
+  """Attention of all samples at a time, of one, or of some queries of one head.
+
+  The largest of these that has at most so many scores. Each score is read several times; from
+  memory that takes longer than all products together.
+  """
+  batch, length, heads, features = query.shape
+  scores_of_head = length * key.shape[1]
+  if batch * heads * scores_of_head <= max_scores:
+    return attend(query, key, value)
+  if heads * scores_of_head <= max_scores:
+    return jax.lax.map(lambda one: attend(*(x[None] for x in one))[0], (query, key, value))
+
+  def of_head(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    query, key, value = one
+    return attend_in_chunks(attend, query, key, value, max_scores_of_head)
+
+  by_heads = lambda x: x.swapaxes(1, 2).reshape(batch * heads, 1, x.shape[1], 1, features)
+  out = jax.lax.map(of_head, (by_heads(query), by_heads(key), by_heads(value)))
+  return out.reshape(batch, heads, length, features).swapaxes(1, 2)
+
+
+def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+                     key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
+                     max_scores: int) -> Float[Array, "B T N H"]:
+  """Attention of a few queries at a time, so that T·S scores are never held at once.
+
+  The backward pass computes the scores again. The largest equal chunks are taken that
+  have at most `max_scores` scores for each sample and head.
+  """
+  batch, length, heads, features = query.shape
+  chunks = min(length, -(-length * key.shape[1] // max_scores))
+  while length % chunks:
+    chunks += 1
+  queries = query.reshape(batch, chunks, -1, heads, features).swapaxes(0, 1)
+  out = jax.lax.map(jax.checkpoint(lambda q: attend(q, key, value)), queries)
+  return out.swapaxes(0, 1).reshape(query.shape)

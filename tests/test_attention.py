@@ -1,0 +1,152 @@
+"""Attention's ways of being computed: which is taken where, and that they agree."""
+
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpo_jax.models import attention
+
+P = jax.sharding.PartitionSpec
+attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+
+
+def draw(query_length, key_length, heads=2, features=8):
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = [(2, length, heads, features) for length in (query_length, key_length, key_length)]
+  return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+def check_same(other, query, key, value):
+  """Values and gradients are those of plain attention."""
+  def loss(attention, *args):
+    return jnp.sin(attention(*args)).sum()
+
+  expected, expected_grads = jax.value_and_grad(functools.partial(loss, attend),
+                                                argnums=(0, 1, 2))(query, key, value)
+  actual, grads = jax.value_and_grad(functools.partial(loss, other),
+                                     argnums=(0, 1, 2))(query, key, value)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+  for a, b in zip(grads, expected_grads):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", (64, 60, 61))
+@pytest.mark.parametrize("max_scores", (10, 1000, 10_000))
+def test_attention_in_chunks(length, max_scores):
+  query, key, value = draw(length, 48)
+  check_same(lambda *args: attention.attend_in_chunks(attend, *args, max_scores),
+             query, key, value)
+
+
+@pytest.mark.parametrize("max_scores,shape", [
+    (12288, (2, 64, 2, 8)), (6144, (1, 64, 2, 8)), (3072, (1, 64, 1, 8)), (768, (1, 16, 1, 8))])
+def test_attention_in_parts(max_scores, shape):
+  """All at once, a sample, a head, a quarter of its queries."""
+  seen = []
+
+  def spy(query, key, value):
+    seen.append(query.shape)
+    return attend(query, key, value)
+
+  query, key, value = draw(64, 48)
+  check_same(lambda *args: attention.attend_in_parts(spy, *args, max_scores, max_scores),
+             query, key, value)
+  assert set(seen) == {shape}
+
+
+@pytest.mark.parametrize("length", (77, 1, 80))
+def test_attention_to_an_odd_number_of_keys(length):
+  """The padding that cuDNN needs, before another implementation of the same function."""
+  seen = []
+
+  def spy(query, key, value, **kwargs):
+    seen.append(key.shape[1])
+    return attend(query, key, value, **kwargs)
+
+  query, key, value = draw(16, length)
+  check_same(functools.partial(attention.attend_to_even, spy), query, key, value)
+  assert {n % 8 for n in seen} == {0}
+
+
+def test_long_attention_holds_no_square():
+  """4096 tokens of the VAE's single head of 512, forward and backward."""
+  tokens = 4096
+  x = jax.ShapeDtypeStruct((1, tokens, 64), jnp.float32)
+  square = 4 * tokens**2
+
+  def temporaries(function):
+    compiled = jax.jit(jax.grad(lambda x: function(x).sum())).lower(x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  plain = lambda x: attend(x[:, :, None], x[:, :, None], x[:, :, None])
+  assert temporaries(plain) > square
+  chunked = lambda x: attention.multi_head_attention(x, x, x, 1)
+  assert temporaries(chunked) < square
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+  """The default backend is a GPU, and its device is of the platform that this returns."""
+  device = mock.Mock(platform="gpu")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  attention._cudnn_serves.cache_clear()
+  yield device
+  attention._cudnn_serves.cache_clear()
+
+
+@pytest.mark.parametrize("shape,dtype,expected", [
+    ((2, 4096, 8, 40), jnp.bfloat16, "cudnn"),
+    ((2, 1024, 8, 80), jnp.float16, "cudnn"),
+    ((2, 256, 8, 160), jnp.bfloat16, "xla"),  # refused before Hopper
+    ((2, 77, 12, 64), jnp.bfloat16, "xla"),  # an odd number of queries
+    ((2, 4096, 8, 40), jnp.float32, "xla")])
+@pytest.mark.parametrize("keys", (77, 4096))
+def test_implementation(on_a_gpu, monkeypatch, shape, dtype, expected, keys):
+  """Where cuDNN has what is asked of it: here attention of another kind stands for its."""
+  def flash_attention(*inputs, **kwargs):  # processors have no products in half precision
+    return attend(*(x.astype(jnp.float32) for x in inputs), **kwargs).astype(dtype)
+
+  monkeypatch.setattr(attention, "_flash_attention", flash_attention)
+  query, key = (jax.ShapeDtypeStruct((2, length, *shape[2:]), dtype)
+                for length in (shape[1], keys))
+  assert attention.implementation(query, key) == expected
+
+
+def test_a_program_for_a_gpu_that_is_not_here(on_a_gpu):
+  """It is compiled for one with cuDNN, although the processor has none."""
+  on_a_gpu.platform = "cpu"
+  x = jax.ShapeDtypeStruct((2, 64, 2, 8), jnp.bfloat16)
+  assert attention.implementation(x, x) == "cudnn"
+
+
+def test_a_processor_has_no_cudnn():
+  x = jax.ShapeDtypeStruct((2, 64, 2, 8), jnp.bfloat16)
+  assert attention.implementation(x, x) == "xla"
+
+
+def test_a_gpu_without_flash_attention(on_a_gpu, capsys):
+  """It is found while a program is traced, said once, and XLA's attention taken.
+
+  This machine is such a GPU: JAX says that cuDNN is not detected.
+  """
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
+                       devices=jax.devices()[:2])
+  query, key, value = (x.reshape(*x.shape[:2], -1).astype(jnp.bfloat16) for x in draw(64, 77))
+
+  def attend_all(*inputs):
+    loss = lambda *x: attention.multi_head_attention(*x, num_heads=2).astype(jnp.float32).sum()
+    return jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2))(*inputs)
+
+  mapped = jax.jit(jax.shard_map(attend_all, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+  for grad, x in zip(mapped(query, key, value), (query, key, value)):
+    assert grad.shape == x.shape and jnp.isfinite(grad).all()
+  mapped.clear_cache()
+  mapped(query, key, value)
+  said = capsys.readouterr()
+  assert (said.out + said.err).count("cuDNN has no flash attention for 64 queries and 77 keys") == 1
+  assert "cuDNN is not detected" in said.out + said.err
