@@ -57,12 +57,15 @@ def _cudnn_serves(device: jax.Device, query: jax.ShapeDtypeStruct, key: jax.Shap
   try:
     jax.jit(there_and_back).lower(query, key, key).compile()
   except (RuntimeError, NotImplementedError, ValueError) as error:
-    reason = str(error).strip().partition("\n")[0]
-    say(f"cuDNN has no flash attention for {query.shape[1]} queries and {key.shape[1]} keys of "
-        f"size {query.shape[3]} here ({reason}); XLA's own attention is used, which is slower. "
-        "On one of NVIDIA's GPUs from Ampere on, a newer cuDNN can help.")
+    _say_once(str(error).strip().partition("\n")[0][:200])
     return False
   return True
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+  say(f"cuDNN's flash attention cannot be used here ({reason}): XLA's takes its place, which is "
+      "slower and needs more memory")
 
 
 _flash_attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
