@@ -84,7 +84,7 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
   split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
   query, key, value = split(query), split(key), split(value)
   on_processor = jax.default_backend() == "cpu"
-  if dtype != jnp.float32 and on_processor:
+  if dtype != jnp.float32 and on_processor and is_causal:
     # XLA has no half-precision product with float32 accumulation there.
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
   attend: Callable[..., jax.Array] = functools.partial(

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddpo_jax.models import processor
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # Up to so many pixels processors are quicker with one matrix product for each place.
 _FEW_PIXELS = 16
@@ -64,11 +66,12 @@ def convolve_doubled(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"]
   """
   if of_places is None:
     of_places = kernels_of_places(kernel)
-  return (_as_products if _few(x) else _as_convolution)(x, of_places)
+  return (_as_products if _few(x, kernel) else _as_convolution)(x, of_places)
 
 
-def _few(x: jax.Array) -> bool:
-  return jax.default_backend() == "cpu" and x.shape[1] * x.shape[2] <= _FEW_PIXELS
+def _few(x: jax.Array, kernel: jax.Array) -> bool:
+  return jax.default_backend() == "cpu" and (
+      x.shape[1] * x.shape[2] <= _FEW_PIXELS or processor.favours_product(x, kernel))
 
 
 def _as_convolution(x: jax.Array, of_places: tuple[jax.Array, ...]) -> jax.Array:
@@ -91,7 +94,7 @@ def _as_products(x: jax.Array, of_places: tuple[jax.Array, ...]) -> jax.Array:
     around = jnp.concatenate([padded[:, a + i:a + i + height, b + j:b + j + width]
                               for i in (0, 1) for j in (0, 1)], axis=-1)
     rows = jax.lax.optimization_barrier(around).reshape(-1, 4 * channels)
-    y = rows @ of_places[2 * a + b].reshape(4 * channels, -1)
+    y = processor.multiply(rows, of_places[2 * a + b].reshape(4 * channels, -1))
     return jax.lax.optimization_barrier(y).reshape(batch, height, width, -1)
 
   return _interleave([[place(a, b) for b in (0, 1)] for a in (0, 1)])
@@ -111,9 +114,10 @@ def _forward(x: jax.Array, kernel: jax.Array, of_places: tuple[jax.Array, ...] |
 
 def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
   x, kernel, of_places = saved
-  if _few(x):
+  if _few(x, kernel):
     places = kernels_of_places(kernel) if of_places is None else of_places
-    (grad_x,) = jax.linear_transpose(lambda x: _as_products(x, places), x)(grad)
+    _, backward = jax.vjp(lambda x: _as_products(x, places), x)
+    (grad_x,) = backward(grad)
   else:
     grad_x = jax.lax.conv_general_dilated(grad, _spread(kernel), (2, 2), ((1, 1), (1, 1)),
                                           dimension_numbers=_LAYOUT)

@@ -118,6 +118,13 @@ def _add_bias(layer: nnx.Conv | nnx.Linear, y: jax.Array) -> jax.Array:
   return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
 
 
+def _multiply(rows: Float[Array, "rows I"], kernel: Float[Array, "I O"]
+              ) -> Float[Array, "rows O"]:
+  if jax.default_backend() == "cpu":
+    return processor.multiply(rows, kernel)
+  return rows @ kernel
+
+
 class Conv(nnx.Conv):
   """A convolution with a square kernel and torch's symmetric padding."""
 
@@ -165,8 +172,9 @@ class Conv1x1(Conv):
     super().__init__(in_channels, out_channels, 1, dtype=dtype, rngs=rngs)
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    y = inputs.astype(self.dtype) @ self.kernel[0, 0].astype(self.dtype)
-    return _add_bias(self, y)
+    rows = inputs.reshape(-1, inputs.shape[-1]).astype(self.dtype)
+    y = _multiply(rows, self.kernel[0, 0].astype(self.dtype))
+    return _add_bias(self, y.reshape(*inputs.shape[:-1], -1))
 
 
 class Linear(nnx.Linear):
@@ -184,16 +192,13 @@ class Linear(nnx.Linear):
     """`low` is what up is multiplied with, where down's product is known already."""
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
     rows = inputs.reshape(-1, inputs.shape[-1])
-    rows, kernel = rows.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    if isinstance(self.kernel, nnx.LoRAParam) and jax.default_backend() == "cpu":
-      y = processor.multiply(rows, kernel)  # see `folding.py`
-    else:
-      y = rows @ kernel
+    rows = rows.astype(self.dtype)
+    y = _multiply(rows, self.kernel[...].astype(self.dtype))
     if self.lora_down is not None:
-      low = rows @ self.lora_down[...].astype(self.dtype)
+      low = _multiply(rows, self.lora_down[...].astype(self.dtype))
     if self.lora_up is not None:
       assert low is not None
-      y += low @ self.lora_up[...].astype(self.dtype)
+      y += _multiply(low, self.lora_up[...].astype(self.dtype))
     y = _add_bias(self, y)
     return y.reshape(*inputs.shape[:-1], -1)
 

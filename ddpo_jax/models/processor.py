@@ -24,6 +24,9 @@ _LEAST_CHANNELS, _MOST_PIXELS, _CHANNELS_PER_PIXEL = 32, 16, 4
 # up to so many output channels twice as slow as products that are shifted.
 _FEW_PIXELS = 4
 _FEW_OUTPUTS = 3
+# In half precision products are quicker with so many channels too: for all pixels at once, or
+# for so many at a time, whose neighbourhoods stay in the caches.
+_MANY_CHANNELS, _SOME_PIXELS, _MANY_PIXELS, _PIXELS_AT_ONCE = 256, 256, 128 * 128, 1024
 # With up to so many channels it writes out the neighbourhood of each pixel first.
 _FEW_CHANNELS = 16
 
@@ -73,9 +76,21 @@ def _transformed(kernel: jax.Array, prepared: Prepared | None) -> winograd.Trans
   return winograd.transform(kernel) if prepared is None else prepared.transformed
 
 
+def favours_product(x: jax.Array, kernel: jax.Array) -> bool:
+  """Whether XLA's convolution, which widens half precision, is slower than a product."""
+  return _favours_products(x, kernel, _SOME_PIXELS)
+
+
+def _favours_products(x: jax.Array, kernel: jax.Array, most_pixels: int) -> bool:
+  return (x.dtype != jnp.float32 and x.shape[1] * x.shape[2] <= most_pixels
+          and min(kernel.shape[2:]) >= _MANY_CHANNELS)
+
+
 def _convolve_otherwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  if x.shape[1] * x.shape[2] <= _FEW_PIXELS:
+  if x.shape[1] * x.shape[2] <= _FEW_PIXELS or favours_product(x, kernel):
     return _as_product(x, kernel)
+  if _favours_products(x, kernel, _MANY_PIXELS):
+    return _as_products_in_parts(x, kernel)
   if kernel.shape[3] <= _FEW_OUTPUTS:
     return _as_shifted_products(x, kernel)
   if max(kernel.shape[2:]) <= _FEW_CHANNELS and x.shape[2] % 2 == 0:
@@ -93,7 +108,42 @@ def _as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   around = jnp.concatenate([padded[:, i:i + height, j:j + width]
                             for i in range(3) for j in range(3)], axis=-1)
-  return around @ kernel.reshape(-1, kernel.shape[-1])
+  rows = around.reshape(-1, around.shape[-1])
+  return _product(rows, kernel.reshape(-1, kernel.shape[-1])).reshape(*x.shape[:3], -1)
+
+
+def _as_products_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same for some rows of an image after the other, by a product for each row of windows."""
+  batch, height, width, channels = x.shape
+  rows = max(n for n in range(1, height + 1)
+             if height % n == 0 and (n == 1 or n * width <= _PIXELS_AT_ONCE))
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  of_windows = kernel.reshape(3, 3 * channels, -1)
+
+  def of_part(part: jax.Array) -> jax.Array:
+    image, first = part // (height // rows), part % (height // rows) * rows
+    taken = jax.lax.dynamic_index_in_dim(padded, image, keepdims=False)
+    taken = jax.lax.dynamic_slice_in_dim(taken, first, rows + 2)
+    beside = jnp.concatenate([taken[:, j:j + width] for j in range(3)], axis=-1)
+    beside = jax.lax.optimization_barrier(beside)
+    y = sum((_sums("rwi,io->rwo", beside[i:i + rows], of_windows[i]) for i in range(3)),
+            jnp.float32(0))
+    return y.astype(x.dtype)
+
+  parts = jax.lax.map(of_part, jnp.arange(batch * height // rows))
+  return parts.reshape(batch, height, width, -1)
+
+
+def _gradient_of_product(grad: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Of `_as_product` in x: products with the kernel as it lies, shifted and added up."""
+  batch, height, width, _ = grad.shape
+  channels = kernel.shape[2]
+  products = _sums("ro,co->rc", grad.reshape(-1, grad.shape[-1]),
+                   kernel.reshape(9 * channels, -1))
+  parts = jnp.pad(products.reshape(batch, height, width, 9, channels),
+                  ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+  return sum((parts[:, 2 - i:2 - i + height, 2 - j:2 - j + width, 3 * i + j]
+              for i in range(3) for j in range(3)), jnp.float32(0)).astype(grad.dtype)
 
 
 def _as_shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -132,6 +182,8 @@ def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
   x, kernel, prepared = saved
   if _by_winograd(grad, kernel, prepared):
     grad_x = winograd.gradient(grad, _transformed(kernel, prepared))
+  elif favours_product(grad, kernel):
+    grad_x = _gradient_of_product(grad, kernel)
   else:
     grad_x = _convolve_otherwise(grad, _turn(kernel) if prepared is None else prepared.turned)
   of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
@@ -147,21 +199,31 @@ def multiply(x: Float[Array, "rows I"], kernel: Float[Array, "I O"]) -> Float[Ar
 
   XLA's library multiplies such a matrix twice as fast as one whose axes are exchanged by name.
   """
-  return x @ kernel
+  return _product(x, kernel)
 
 
 def _multiply_forward(x: jax.Array, kernel: jax.Array
                       ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  return x @ kernel, (x, kernel)
+  return _product(x, kernel), (x, kernel)
 
 
 def _multiply_backward(saved: tuple[jax.Array, ...], grad: jax.Array
                        ) -> tuple[jax.Array, jax.Array]:
   x, kernel = saved
-  return grad @ kernel.T, _transposed(x) @ grad
+  of_x = _sums("ro,io->ri", grad, kernel).astype(grad.dtype)  # with kernel.T it takes twice as long
+  return of_x, _product(_transposed(x), grad)
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+  """x @ y with float32 sums, rounded to the factors' dtype.
+
+  Only where it is asked for such sums XLA's library multiplies bfloat16 as it is, twice as fast
+  as float32 on a processor that can; else both factors become float32 first.
+  """
+  return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _transposed(x: Float[Array, "... n m"]) -> Float[Array, "... m n"]:
@@ -193,7 +255,7 @@ def _attend_backward(saved: tuple[Any, ...], grad: jax.Array
                      ) -> tuple[jax.Array, jax.Array, jax.Array]:
   query, key, value, weights, out = saved
   grad = grad.swapaxes(1, 2)
-  mean = (grad * out).sum(axis=-1)
+  mean = jnp.sum(grad * out, axis=-1, dtype=jnp.float32)
   backward = _backward_columns if _in_columns(query) else _backward_rows
   of_query, of_key, of_value = backward(query, key, value, weights, mean, grad)
   return (of_query.swapaxes(1, 2), of_key.swapaxes(1, 2) * _scale(query),
@@ -216,27 +278,32 @@ def _in_columns(query: Float[Array, "B N T H"]) -> bool:
   return query.shape[2] >= _MANY_QUERIES
 
 
+_sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)  # see `_product`
+
+
 def _forward_rows(query: jax.Array, key: jax.Array, value: jax.Array
                   ) -> tuple[jax.Array, jax.Array]:
-  weights = jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", query, key))
-  return weights, weights @ value
+  weights = jax.nn.softmax(_sums("bnth,bnsh->bnts", query, key)).astype(query.dtype)
+  return weights, _product(weights, value)
 
 
 def _backward_rows(query: jax.Array, key: jax.Array, value: jax.Array, weights: jax.Array,
                    mean: jax.Array, grad: jax.Array
                    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  of_weights = jnp.einsum("bnth,bnsh->bnts", grad, value)
-  of_scores = jax.lax.optimization_barrier(weights * (of_weights - mean[..., None]))
-  return of_scores @ key, _transposed(of_scores) @ query, _transposed(weights) @ grad
+  of_weights = _sums("bnth,bnsh->bnts", grad, value)
+  of_scores = (weights * (of_weights - mean[..., None])).astype(query.dtype)
+  of_scores = jax.lax.optimization_barrier(of_scores)
+  return (_product(of_scores, key), _product(_transposed(of_scores), query),
+          _product(_transposed(weights), grad))
 
 
 def _forward_columns(query: jax.Array, key: jax.Array, value: jax.Array
                      ) -> tuple[jax.Array, jax.Array]:
   # Each product by itself: what XLA fuses them with slows them down.
   apart = jax.lax.optimization_barrier
-  scores = apart(jnp.einsum("bnsh,bnth->bnst", key, apart(query)))
-  weights = apart(jax.nn.softmax(scores, axis=-2))
-  out = apart(_transposed(value) @ weights)
+  scores = apart(_sums("bnsh,bnth->bnst", key, apart(query)))
+  weights = apart(jax.nn.softmax(scores, axis=-2).astype(query.dtype))
+  out = apart(_product(_transposed(value), weights))
   return weights, out.swapaxes(-1, -2)
 
 
@@ -245,7 +312,7 @@ def _backward_columns(query: jax.Array, key: jax.Array, value: jax.Array,
                       ) -> tuple[jax.Array, jax.Array, jax.Array]:
   apart = jax.lax.optimization_barrier
   grad = apart(grad)
-  of_weights = apart(jnp.einsum("bnsh,bnth->bnst", value, grad))
-  of_scores = apart(weights * (of_weights - mean[..., None, :]))
-  of_query = apart(_transposed(key) @ of_scores)
-  return of_query.swapaxes(-1, -2), of_scores @ query, weights @ grad
+  of_weights = apart(_sums("bnsh,bnth->bnst", value, grad))
+  of_scores = apart((weights * (of_weights - mean[..., None, :])).astype(query.dtype))
+  of_query = apart(_product(_transposed(key), of_scores))
+  return of_query.swapaxes(-1, -2), _product(of_scores, query), _product(weights, grad)

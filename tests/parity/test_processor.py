@@ -65,6 +65,21 @@ def test_convolution_of_many_channels(size, channels, as_products):
     assert ("conv_general_dilated" in program) == expected
 
 
+@pytest.mark.parametrize("size,channels,as_products", [
+    ((2, 3), (256, 260), True), ((4, 4), (260, 256), True), ((6, 8), (256, 256), True),
+    ((5, 40), (256, 256), True), ((6, 8), (256, 255), False), ((10, 21), (256, 256), False)])
+def test_convolution_in_half_precision(monkeypatch, size, channels, as_products):
+  """Of all pixels at once, or of some rows at a time: two, or one where that is too long."""
+  for name, value in (("_SOME_PIXELS", 16), ("_MANY_PIXELS", 200), ("_PIXELS_AT_ONCE", 16)):
+    monkeypatch.setattr(processor, name, value)
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
+  for dtype, tolerance in ((jnp.bfloat16, 1e-2), (jnp.float16, 1e-3)):
+    check(processor.convolve, convolution, x, kernel, dtype=dtype, tolerance=tolerance)
+    program = str(jax.make_jaxpr(processor.convolve)(dtype(x), dtype(kernel)))
+    assert ("conv_general_dilated" in program) != as_products
+
+
 def convolution_of_doubled(x, kernel):
   return convolution(x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), kernel)
 
@@ -90,9 +105,24 @@ def test_half_precision_is_not_transformed():
   check(processor.convolve, convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
 
 
-def test_product():
+def test_doubled_image_of_many_channels_in_half_precision():
   rng = np.random.default_rng(0)
-  check(processor.multiply, torch.matmul, rng.normal(size=(70, 24)), rng.normal(size=(24, 40)))
+  x, kernel = rng.normal(size=(1, 4, 6, 256)), rng.normal(size=(3, 3, 256, 256))
+  check(doubling.convolve_doubled, convolution_of_doubled, x, kernel, dtype=jnp.bfloat16,
+        tolerance=2e-2)
+  program = str(jax.make_jaxpr(doubling.convolve_doubled)(jnp.bfloat16(x), jnp.bfloat16(kernel)))
+  assert "conv_general_dilated" not in program
+
+
+@pytest.mark.parametrize("dtype,tolerance", (("float32", TOLERANCE), ("bfloat16", 1e-2)))
+def test_product(dtype, tolerance):
+  """In half precision it is asked for with float32 sums, forward and backward."""
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(70, 24)), rng.normal(size=(24, 40))
+  check(processor.multiply, torch.matmul, x, y, dtype=jnp.dtype(dtype), tolerance=tolerance)
+  gradients = jax.grad(lambda x, y: processor.multiply(x, y).sum().astype(jnp.float32), (0, 1))
+  program = str(jax.make_jaxpr(gradients)(jnp.asarray(x, dtype), jnp.asarray(y, dtype)))
+  assert program.count("preferred_element_type=float32") == program.count("dot_general") == 3
 
 
 def torch_attention(query, key, value):
