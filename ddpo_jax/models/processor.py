@@ -193,12 +193,19 @@ def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-@jax.custom_vjp
 def multiply(x: Float[Array, "rows I"], kernel: Float[Array, "I O"]) -> Float[Array, "rows O"]:
   """x @ kernel, whose gradient in the kernel is of x laid out in columns.
 
   XLA's library multiplies such a matrix twice as fast as one whose axes are exchanged by name.
   """
+  # Inside of `jax.shard_map` either may differ between devices alone; its gradient would not
+  # have its type. A zero like the other's makes them differ alike, and XLA drops it.
+  zero_like = functools.partial(jnp.zeros_like, shape=())
+  return _multiply(x + zero_like(kernel), kernel + zero_like(x))
+
+
+@jax.custom_vjp
+def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return _product(x, kernel)
 
 
@@ -214,7 +221,7 @@ def _multiply_backward(saved: tuple[jax.Array, ...], grad: jax.Array
   return of_x, _product(_transposed(x), grad)
 
 
-multiply.defvjp(_multiply_forward, _multiply_backward)
+_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
