@@ -243,7 +243,7 @@ class _SelfAttention(nnx.Module):
 
   def __call__(self, x: jax.Array, *, is_causal: bool) -> jax.Array:
     out = attention.multi_head_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x),
-                                      self.num_heads, is_causal=is_causal)
+                                         self.num_heads, is_causal=is_causal)
     return self.out_proj(out)
 
 
