@@ -140,7 +140,7 @@ def test_half_precision(dtype, tolerance, folder, images):
 
 def test_computes_in_the_dtype_asked_for(folder, images):
   """No product of the program is of numbers of another type."""
-  for dtype in ("float32", "bfloat16"):
+  for dtype, name in (("float32", "f32"), ("bfloat16", "bf16")):
     products = []
 
     def score(model, head, pixels, products=products):
@@ -152,7 +152,7 @@ def test_computes_in_the_dtype_asked_for(folder, images):
 
     clip = load_clip(folder, dtype=jnp.dtype(dtype))
     clip_rewards._Program(score, clip.images, clip.model, None, dtype, 8)(images)
-    assert len(products) > 10 and set(products) == {{"float32": "f32", "bfloat16": "bf16"}[dtype]}
+    assert len(products) > 10 and set(products) == {name}
 
 
 @pytest.mark.parametrize("batch_size,sizes", [(1, [1] * 6), (4, [3, 3]), (5, [3, 3]),

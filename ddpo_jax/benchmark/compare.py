@@ -26,7 +26,7 @@ _JAX = "ddpo_jax"
 _NEEDED = ("torch", "diffusers", "peft", "transformers")  # by scripts/torch_reference.py
 # By itself JAX takes three quarters of a GPU's memory at once, which the other sides need too.
 _SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-_LISTED = 20  # of a profile's operations; all are in the JSON file
+_LISTED = 20  # of a profile's operations; more are in the JSON file
 _DESCRIPTION = """Measures start, epochs, memory and FLOP of a config, on random weights.
 
 All fields of the config can be set as for train.py. A model that is neither "tiny" nor a

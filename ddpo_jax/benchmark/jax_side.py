@@ -72,12 +72,13 @@ class JaxSide:
     for metrics in () if first_step_only else steps:
       jax.device_get(metrics)
     self._epoch += 1
-    self._last = {"sampling_seconds": sampled - started - rollout.reward_seconds,
-            "reward_seconds": rollout.reward_seconds,
-            "training_seconds": time.perf_counter() - sampled,
-            "images": self._plan.samples_per_epoch, "sampler_drift": drift,
-            "rescored": (train.num_rescored(trainer, drift)
-                         / self._plan.optimizer_steps_per_epoch)}
+    self._last = {
+        "sampling_seconds": sampled - started - rollout.reward_seconds,
+        "reward_seconds": rollout.reward_seconds,
+        "training_seconds": time.perf_counter() - sampled,
+        "images": self._plan.samples_per_epoch, "sampler_drift": drift,
+        "rescored": (train.num_rescored(trainer, drift)
+                     / self._plan.optimizer_steps_per_epoch)}
     return self._last
 
   def profile(self) -> dict[str, Any]:

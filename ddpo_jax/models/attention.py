@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddpo_jax.config import largest_part
 from ddpo_jax.console import say
 from ddpo_jax.models import processor
 
@@ -19,6 +20,9 @@ MAX_SCORES = 2**21
 # On a processor attention takes so many scores at a time, or those of so many queries of one
 # head: what its caches hold.
 _CACHED_SCORES, _CACHED_SCORES_OF_HEAD = 3 * 2**20, 2**20
+
+_xla_attention = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+_flash_attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
 def implementation(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"]) -> str:
@@ -68,9 +72,6 @@ def _say_once(reason: str) -> None:
       "slower and needs more memory")
 
 
-_flash_attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-
-
 def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B S N*H"],
                          value: Float[Array, "B S N*H"], num_heads: int, *,
                          is_causal: bool = False) -> Float[Array, "n*B T N*H"]:
@@ -80,24 +81,23 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
   product is small. Keys and values may be fewer than queries: of several queries in a row.
   """
   dtype, shape = query.dtype, query.shape
+  on_processor = jax.default_backend() == "cpu"
   query = query.reshape(key.shape[0], -1, shape[-1])
   split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
   query, key, value = split(query), split(key), split(value)
-  on_processor = jax.default_backend() == "cpu"
-  if dtype != jnp.float32 and on_processor and is_causal:
-    # XLA has no half-precision product with float32 accumulation there.
-    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-  attend: Callable[..., jax.Array] = functools.partial(
-      jax.nn.dot_product_attention, is_causal=is_causal, implementation="xla")
-  if on_processor and not is_causal:
+  if is_causal:
+    # Of half precision it asks for products that XLA does not know on a processor.
+    widen = lambda x: x.astype(jnp.float32) if on_processor else x
+    out = _xla_attention(widen(query), widen(key), widen(value), is_causal=True)
+  elif on_processor:
     out = attend_in_parts(processor.attend, query, key, value, _CACHED_SCORES,
                           _CACHED_SCORES_OF_HEAD)
-  elif not is_causal and implementation(query, key) == "cudnn":
+  elif implementation(query, key) == "cudnn":
     out = attend_to_even(_flash_attention, query, key, value)
-  elif not is_causal and query.shape[1] * key.shape[1] > MAX_SCORES:
-    out = attend_in_chunks(attend, query, key, value, MAX_SCORES)
+  elif query.shape[1] * key.shape[1] > MAX_SCORES:
+    out = attend_in_chunks(_xla_attention, query, key, value, MAX_SCORES)
   else:
-    out = attend(query, key, value)
+    out = _xla_attention(query, key, value)
   return out.reshape(shape).astype(dtype)
 
 
@@ -149,9 +149,7 @@ def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T 
   have at most `max_scores` scores for each sample and head.
   """
   batch, length, heads, features = query.shape
-  chunks = min(length, -(-length * key.shape[1] // max_scores))
-  while length % chunks:
-    chunks += 1
-  queries = query.reshape(batch, chunks, -1, heads, features).swapaxes(0, 1)
+  chunk = largest_part(length, max(1, max_scores // key.shape[1]))
+  queries = query.reshape(batch, -1, chunk, heads, features).swapaxes(0, 1)
   out = jax.lax.map(jax.checkpoint(lambda q: attend(q, key, value)), queries)
   return out.swapaxes(0, 1).reshape(query.shape)

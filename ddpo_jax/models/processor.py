@@ -7,6 +7,7 @@ their own. On GPUs cuDNN has kernels for both, and nothing of this is used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ddpo_jax.config import largest_part
 from ddpo_jax.models import winograd
 
 # Winograd's transforms cost more than they save with fewer channels and with more pixels; where
@@ -115,8 +117,7 @@ def _as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _as_products_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """The same for some rows of an image after the other, by a product for each row of windows."""
   batch, height, width, channels = x.shape
-  rows = max(n for n in range(1, height + 1)
-             if height % n == 0 and (n == 1 or n * width <= _PIXELS_AT_ONCE))
+  rows = largest_part(height, max(1, _PIXELS_AT_ONCE // width))
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   of_windows = kernel.reshape(3, 3 * channels, -1)
 
@@ -136,25 +137,28 @@ def _as_products_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _gradient_of_product(grad: jax.Array, kernel: jax.Array) -> jax.Array:
   """Of `_as_product` in x: products with the kernel as it lies, shifted and added up."""
-  batch, height, width, _ = grad.shape
-  channels = kernel.shape[2]
-  products = _sums("ro,co->rc", grad.reshape(-1, grad.shape[-1]),
-                   kernel.reshape(9 * channels, -1))
-  parts = jnp.pad(products.reshape(batch, height, width, 9, channels),
-                  ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
-  return sum((parts[:, 2 - i:2 - i + height, 2 - j:2 - j + width, 3 * i + j]
-              for i in range(3) for j in range(3)), jnp.float32(0)).astype(grad.dtype)
+  matrix = kernel.reshape(-1, kernel.shape[3])
+  products = _sums("ro,co->rc", grad.reshape(-1, grad.shape[-1]), matrix)
+  products = products.reshape(*grad.shape[:3], 9, -1)
+  return _add_shifted(products, range(9)[::-1]).astype(grad.dtype)
 
 
 def _as_shifted_products(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """The same as one product of each pixel with all nine matrices, shifted and added up."""
-  batch, height, width, channels = x.shape
+  channels = x.shape[3]
   matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
   products = jax.lax.optimization_barrier(x.reshape(-1, channels) @ matrix)
-  parts = jnp.pad(products.reshape(batch, height, width, 9, -1),
-                  ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
-  return jnp.sum(jnp.stack([parts[:, i:i + height, j:j + width, 3 * i + j]
-                            for i in range(3) for j in range(3)]), axis=0)
+  return _add_shifted(products.reshape(*x.shape[:3], 9, -1), range(9))
+
+
+def _add_shifted(products: Float[Array, "B h w 9 C"], order: Sequence[int]
+                 ) -> Float[Array, "B h w C"]:
+  """Adds up those of a pixel's neighbours, row by row, `order` saying which of each one's."""
+  height, width = products.shape[1:3]
+  parts = jnp.pad(products, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+  return jnp.sum(jnp.stack([
+      parts[:, place // 3:place // 3 + height, place % 3:place % 3 + width, which]
+      for place, which in enumerate(order)]), axis=0)
 
 
 def _two_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
