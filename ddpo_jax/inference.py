@@ -24,8 +24,9 @@ from ddpo_jax.config import resolve as resolve_config
 from ddpo_jax.console import say
 from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.pretrained import find_weights, resolve, save_module
+from ddpo_jax.models.hub import find_weights, resolve
 from ddpo_jax.models.vae import to_uint8
+from ddpo_jax.models.weights import save_module
 from ddpo_jax.prompts import load_lines
 from ddpo_jax.types import UserError
 

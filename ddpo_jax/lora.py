@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from ddpo_jax.models import layers
-from ddpo_jax.models.pretrained import save_tensors
+from ddpo_jax.models.weights import save_tensors
 from ddpo_jax.types import UserError
 
 FORMATS = ("diffusers", "kohya")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_jax import shapes, words
+from ddpo_jax import tiny_scenes, words
 from ddpo_jax.config import masked, shown
 from ddpo_jax.types import PromptFn, UserError
 
@@ -95,7 +95,7 @@ def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
       "answers": [number, noun]}
 
 
-def tiny_shapes(rng: np.random.Generator, max_count: int = len(shapes.COUNTS),
+def tiny_shapes(rng: np.random.Generator, max_count: int = len(tiny_scenes.COUNTS),
                 pool: int = 0, short: bool = False
                 ) -> tuple[str, dict[str, Any]]:
   """What the embedded model understands, such as "two red circles on a blue background".
@@ -105,12 +105,12 @@ def tiny_shapes(rng: np.random.Generator, max_count: int = len(shapes.COUNTS),
   "two red circles on a blue", lack a word that the model has not learnt to do without: it
   guesses the background's colour.
   """
-  if not 1 <= max_count <= len(shapes.COUNTS):
+  if not 1 <= max_count <= len(tiny_scenes.COUNTS):
     raise UserError(f"prompt_fn_kwargs.max_count={max_count} must be in "
-                    f"1..{len(shapes.COUNTS)}")
+                    f"1..{len(tiny_scenes.COUNTS)}")
   if pool:
     rng = np.random.default_rng(int(rng.integers(pool)))
-  return shapes.random_prompt(rng, max_count, short)
+  return tiny_scenes.random_prompt(rng, max_count, short)
 
 
 PROMPT_FUNCTIONS = {f.__name__: f for f in (

@@ -38,7 +38,8 @@ from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import embedding_shape
 from ddpo_jax.models import StableDiffusion, Unread, open_pretrained
-from ddpo_jax.models.layers import place_weights, placed_shapes, set_compute_dtype
+from ddpo_jax.models.layers import set_compute_dtype
+from ddpo_jax.models.placement import place_weights, placed_shapes, replicate
 from ddpo_jax.models.unet import UNet2DConditionModel
 from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rollout import FrozenModels, Rollout, RolloutWorker, SamplingConfig
@@ -147,7 +148,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   tracking_config = cfg.per_prompt_stat_tracking
   return Trainer(
       cfg=cfg, plan=plan, mesh=mesh, worker=worker, frozen_unet=frozen.unet,
-      update=compiled, state=jax.device_put(state, replicated),
+      update=compiled, state=replicate(state, replicated),
       stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
           tracking_config.buffer_size, tracking_config.min_count),
       combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None,

@@ -22,7 +22,7 @@ from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import plan_batches
-from ddpo_jax.models import pretrained
+from ddpo_jax.models import hub
 from ddpo_jax.prompts import draw_prompts, get_prompt_fn
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
 from ddpo_jax.types import PromptFn, RewardFn, UserError
@@ -209,9 +209,9 @@ def model_size(cfg: Config) -> ModelSize | None:
     UserError: if a file is missing, truncated or of another kind.
   """
   model = cfg.pretrained.model
-  if model != pretrained.TINY and not pathlib.Path(model).expanduser().is_dir():
+  if model != hub.TINY and not pathlib.Path(model).expanduser().is_dir():
     return None
-  folder = pretrained.resolve(model)
+  folder = hub.resolve(model)
   shapes = {part: _shapes(folder / part, stem) for part, stem in _PARTS.items()}
   unet, vae, text = (_read_config(folder / part / "config.json") for part in _PARTS)
   side = unet["sample_size"] if isinstance(unet.get("sample_size"), int) else 64
@@ -228,7 +228,7 @@ def model_size(cfg: Config) -> ModelSize | None:
 
 def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
-  for file in pretrained.find_weights(folder, stem):
+  for file in hub.find_weights(folder, stem):
     shapes |= _read_header("pretrained.model", file)
   return shapes
 

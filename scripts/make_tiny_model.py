@@ -1,4 +1,4 @@
-"""Trains the embedded Stable Diffusion from scratch, on pictures that `shapes.py` draws.
+"""Trains the embedded Stable Diffusion from scratch, on pictures that `tiny_scenes.py` draws.
 
     python scripts/make_tiny_model.py --output ddpo_jax/assets/tiny_sd
 
@@ -24,13 +24,13 @@ import optax
 from PIL import Image
 from tqdm import trange
 
-from ddpo_jax import shapes
+from ddpo_jax import tiny_scenes
 from ddpo_jax.diffusion import DDIMSchedule, NoiseSchedule, sample
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from ddpo_jax.models.pretrained import load_module, save_module
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig, to_uint8
+from ddpo_jax.models.weights import load_module, save_module
 
 _MAX_LENGTH = 77
 _TEXT_FEATURES = 128
@@ -51,7 +51,7 @@ VAE = {
     "latent_channels": 4, "block_out_channels": [16, 32, 64, 64], "layers_per_block": 1,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 8, "act_fn": "silu",
-    "sample_size": shapes.IMAGE_SIZE, "scaling_factor": 1.0,
+    "sample_size": tiny_scenes.IMAGE_SIZE, "scaling_factor": 1.0,
 }
 TEXT = {
     "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
@@ -105,7 +105,7 @@ def write_configs(folder: pathlib.Path) -> None:
   if vae_path.is_file():
     vae = {**VAE, "scaling_factor": json.loads(vae_path.read_text())["scaling_factor"]}
   write_json(vae_path, vae)
-  vocabulary, merges = byte_pair_encoding(shapes.vocabulary())
+  vocabulary, merges = byte_pair_encoding(tiny_scenes.vocabulary())
   special = {"bos_token": _BOS, "eos_token": _EOS, "unk_token": _EOS, "pad_token": _EOS}
   tokenizer = folder / "tokenizer"
   write_json(tokenizer / "vocab.json", vocabulary)
@@ -231,7 +231,7 @@ def to_float(images: np.ndarray) -> jax.Array:
 
 def picture_batches(rng: np.random.Generator, size: int) -> Iterator[np.ndarray]:
   while True:
-    yield np.stack([shapes.draw(shapes.random_scene(rng), rng) for _ in range(size)])
+    yield np.stack([tiny_scenes.draw(tiny_scenes.random_scene(rng), rng) for _ in range(size)])
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -281,8 +281,8 @@ def make_latents(args: argparse.Namespace) -> None:
   rng, size = np.random.default_rng(args.seed + 2), 200
   latents, captions = [], []
   for _ in trange(args.pictures // size, desc="latents", mininterval=5):
-    scenes = [shapes.random_scene(rng) for _ in range(size)]
-    images = np.stack([shapes.draw(scene, rng) for scene in scenes])
+    scenes = [tiny_scenes.random_scene(rng) for _ in range(size)]
+    images = np.stack([tiny_scenes.draw(scene, rng) for scene in scenes])
     latents.append(np.asarray(encode(vae, to_float(images))))
     captions += [[s.caption(numeral=n), s.caption(texture=False, numeral=n),
                   s.caption(background=False, numeral=n)]

@@ -9,7 +9,8 @@ import tempfile
 
 from flax import nnx
 
-from ddpo_jax.models.pretrained import PARTS, save_module
+from ddpo_jax.models.pretrained import PARTS
+from ddpo_jax.models.weights import save_module
 
 GOLDEN_SD = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 UNET = {

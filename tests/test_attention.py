@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.models import attention
+from ddpo_jax.ops import attention
+from ddpo_jax.ops.chunked_attention import attend_in_chunks
+from ddpo_jax.ops.cpu.attention import attend_in_blocks
 
 P = jax.sharding.PartitionSpec
 attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
@@ -38,13 +40,13 @@ def check_same(other, query, key, value):
 @pytest.mark.parametrize("max_scores", (10, 1000, 10_000))
 def test_attention_in_chunks(length, max_scores):
   query, key, value = draw(length, 48)
-  check_same(lambda *args: attention.attend_in_chunks(attend, *args, max_scores),
+  check_same(lambda *args: attend_in_chunks(attend, *args, max_scores),
              query, key, value)
 
 
 @pytest.mark.parametrize("max_scores,shape", [
     (12288, (2, 64, 2, 8)), (6144, (1, 64, 2, 8)), (3072, (1, 64, 1, 8)), (768, (1, 16, 1, 8))])
-def test_attention_in_parts(max_scores, shape):
+def test_attention_in_blocks(max_scores, shape):
   """All at once, a sample, a head, a quarter of its queries."""
   seen = []
 
@@ -53,7 +55,7 @@ def test_attention_in_parts(max_scores, shape):
     return attend(query, key, value)
 
   query, key, value = draw(64, 48)
-  check_same(lambda *args: attention.attend_in_parts(spy, *args, max_scores, max_scores),
+  check_same(lambda *args: attend_in_blocks(spy, *args, max_scores, max_scores),
              query, key, value)
   assert set(seen) == {shape}
 

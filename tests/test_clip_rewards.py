@@ -316,13 +316,13 @@ def test_pickscore_s_tokenizer_is_that_of_its_origin(hub, folder, images):
 
 
 def test_files_chosen_of_hub_repositories():
-  from ddpo_jax.models import pretrained
+  from ddpo_jax.models import hub
   names = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5",
            "flax_model.msgpack", "open_clip_model.safetensors", "vocab.json", "merges.txt",
            "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "preprocessor_config.json", "README.md", "onnx/model.safetensors"]
-  chosen = pretrained.CLIP_REPOSITORY.choose(names)
+  chosen = hub.CLIP_REPOSITORY.choose(names)
   assert sorted(chosen) == sorted([
       "config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer.json",
       "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"])
-  assert "model.safetensors" not in pretrained.TOKENIZER_REPOSITORY.choose(names)
+  assert "model.safetensors" not in hub.TOKENIZER_REPOSITORY.choose(names)

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from configs import base
 from ddpo_jax import cli, lora, prompts, validation
 from ddpo_jax.config import inspect, resolve
-from ddpo_jax.models import pretrained
+from ddpo_jax.models import hub
 from ddpo_jax.rewards import aesthetic_head, llava, remote
 from ddpo_jax.types import UserError
 
@@ -111,7 +111,7 @@ def test_safetensors_index(file, content):
   index = file.parent / "model.safetensors.index.json"
   index.write_bytes(content)
   try:
-    found = pretrained._shards(index)
+    found = hub._shards(index)
   except UserError:
     return
   assert all(path.parent == file.parent for path in found)

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.models import layers, norms
+from ddpo_jax.models import layers, placement
+from ddpo_jax.ops.activations import geglu
 
 P = jax.sharding.PartitionSpec
 
 
 @pytest.mark.parametrize("layer", (
-    functools.partial(norms.GroupNorm(64, 8, epsilon=1e-5, dtype=jnp.bfloat16,
+    functools.partial(layers.GroupNorm(64, 8, epsilon=1e-5, dtype=jnp.bfloat16,
                                       rngs=nnx.Rngs(0)), act=jax.nn.silu),
-    norms.LayerNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), layers.gated_gelu))
+    layers.LayerNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), geglu))
 def test_the_backward_pass_keeps_the_input_alone(layer):
   """Where log-probabilities are recomputed XLA keeps all that it is told to."""
   x = jnp.ones((2, 32, 32, 64), jnp.bfloat16)
@@ -50,7 +51,7 @@ def convolution():
 
 def test_kernels_lie_output_first(convolution):
   program, weights, x, replicated = convolution
-  placed = layers.place_weights(weights, replicated, output_first=True)
+  placed = placement.place_weights(weights, replicated, output_first=True)
   assert placed["kernel"].format.layout.major_to_minor == (3, 0, 1, 2)
   assert placed["matrix"].format.layout.major_to_minor == (0, 1, 2, 3)
   for name, weight in weights.items():
@@ -64,16 +65,16 @@ def test_kernels_lie_output_first(convolution):
 def test_a_program_compiled_for_shapes_takes_the_weights_as_they_lie(convolution):
   """The update is compiled while its weights are still in files."""
   program, weights, x, replicated = convolution
-  abstract = layers.placed_shapes(jax.eval_shape(lambda: weights), replicated,
+  abstract = placement.placed_shapes(jax.eval_shape(lambda: weights), replicated,
                                   output_first=True)
   compiled = program.lower(abstract, x).compile()
-  placed = layers.place_weights(weights, replicated, output_first=True)
+  placed = placement.place_weights(weights, replicated, output_first=True)
   np.testing.assert_array_equal(compiled(placed, x), program(placed, x))
   with pytest.raises(ValueError, match="layout"):
-    compiled(layers.place_weights(weights, replicated), x)
+    compiled(placement.place_weights(weights, replicated), x)
 
 
 def test_kernels_stay_as_they_are_on_a_cpu(convolution):
   _, weights, _, replicated = convolution
-  placed = layers.place_weights(weights, replicated)
+  placed = placement.place_weights(weights, replicated)
   assert placed["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)

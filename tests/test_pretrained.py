@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ddpo_jax.models import load_pretrained, pretrained
+from ddpo_jax.models import hub as model_hub
+from ddpo_jax.models import load_pretrained, pretrained, weights
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
@@ -113,9 +114,9 @@ def test_dtype_asked_for(dtype):
 
 @pytest.mark.parametrize("part", ("unet", "vae", "text_encoder"))
 def test_saved_files_are_the_loaded_ones(part, tiny_sd, tmp_path):
-  pretrained.save_module(getattr(tiny_sd, part), tmp_path / "x.safetensors")
-  stem = pretrained._WEIGHT_NAMES[part]
-  original = {pretrained._canonical(k): v for k, v in
+  weights.save_module(getattr(tiny_sd, part), tmp_path / "x.safetensors")
+  stem = model_hub.WEIGHT_NAMES[part]
+  original = {weights._canonical(k): v for k, v in
               load_file(TINY / part / f"{stem}.safetensors").items()
               if "position_ids" not in k}
   saved = load_file(tmp_path / "x.safetensors")
@@ -268,7 +269,7 @@ def test_hub_configs_give_networks_of_the_known_size(name):
 @pytest.mark.parametrize("path", ("no_such_folder", "./owner/name", "a/b/c", ""))
 def test_neither_folder_nor_hub_id(path):
   with pytest.raises(UserError, match="does not exist"):
-    pretrained.resolve(path)
+    model_hub.resolve(path)
 
 
 def test_hub_files_are_chosen_once():
@@ -277,7 +278,7 @@ def test_hub_files_are_chosen_once():
            "text_encoder/config.json", "vae/config.json", f"{VAE}.safetensors",
            "tokenizer/vocab.json", "tokenizer/merges.txt", "v1-5-pruned.ckpt",
            "scheduler/scheduler_config.json", "safety_checker/model.safetensors"]
-  chosen = pretrained._choose_files(names)
+  chosen = model_hub.DIFFUSERS_REPOSITORY.choose(names)
   assert set(names) - set(chosen) == {
       f"{UNET}.bin", f"{UNET}.fp16.safetensors", "v1-5-pruned.ckpt",
       "safety_checker/model.safetensors"}

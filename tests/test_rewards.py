@@ -10,7 +10,7 @@ import numpy as np
 import PIL
 import pytest
 
-from ddpo_jax import shapes
+from ddpo_jax import tiny_scenes
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.rewards import (
   REWARD_FACTORIES,
@@ -127,9 +127,9 @@ def test_unknown_reward_lists_all_there_are():
 
 
 def drawn(rng, texture):
-  scene = shapes.random_scene(rng)
+  scene = tiny_scenes.random_scene(rng)
   scene = dataclasses.replace(scene, texture=texture)
-  return shapes.draw(scene, rng)[None], scene
+  return tiny_scenes.draw(scene, rng)[None], scene
 
 
 def alignment(images, color, background):
@@ -144,7 +144,7 @@ def test_color_alignment_knows_the_shapes_color(texture, least, most):
   for _ in range(60):
     image, scene = drawn(rng, texture)
     assert alignment(image, scene.color, scene.background) >= least, scene
-    for other in set(shapes.COLORS) - {scene.color, scene.background}:
+    for other in set(tiny_scenes.COLORS) - {scene.color, scene.background}:
       assert alignment(image, other, scene.background) < most, (scene, other)
 
 
@@ -152,9 +152,9 @@ def test_color_alignment_falls_with_the_share_of_another_color():
   rng = np.random.default_rng(0)
   scores = []
   for mixed in (0, 8, 16, 24, 32):
-    image = np.broadcast_to(np.uint8(shapes.COLORS["blue"]), (1, 64, 64, 3)).copy()
-    image[:, 16:48, 16:48] = shapes.COLORS["red"]
-    image[:, 16:16 + mixed, 16:48] = shapes.COLORS["yellow"]
+    image = np.broadcast_to(np.uint8(tiny_scenes.COLORS["blue"]), (1, 64, 64, 3)).copy()
+    image[:, 16:48, 16:48] = tiny_scenes.COLORS["red"]
+    image[:, 16:16 + mixed, 16:48] = tiny_scenes.COLORS["yellow"]
     scores.append(float(alignment(image, "red", "blue")[0]))
   np.testing.assert_allclose(scores, [1, 0.75, 0.5, 0.25, 0], atol=0.01)
   noise = rng.integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
@@ -162,25 +162,25 @@ def test_color_alignment_falls_with_the_share_of_another_color():
 
 
 def test_filling_the_picture_does_not_pay():
-  full = np.broadcast_to(np.uint8(shapes.COLORS["red"]), (1, 64, 64, 3))
-  empty = np.broadcast_to(np.uint8(shapes.COLORS["blue"]), (1, 64, 64, 3))
+  full = np.broadcast_to(np.uint8(tiny_scenes.COLORS["red"]), (1, 64, 64, 3))
+  empty = np.broadcast_to(np.uint8(tiny_scenes.COLORS["blue"]), (1, 64, 64, 3))
   assert alignment(full, "red", "blue") == 0
   assert alignment(empty, "red", "blue") == 0
   nearly = full.copy()
-  nearly[:, :6] = shapes.COLORS["blue"]
+  nearly[:, :6] = tiny_scenes.COLORS["blue"]
   assert alignment(nearly, "red", "blue") < 0.35
 
 
 def test_exchanged_colors_do_not_pay():
   """Nor do the shades of one background that another could have."""
   rng = np.random.default_rng(0)
-  for texture in shapes.TEXTURES:
+  for texture in tiny_scenes.TEXTURES:
     for _ in range(30):
       image, scene = drawn(rng, texture)
       assert alignment(image, scene.background, scene.color) < 0.1, scene
       if texture == "noisy":  # whose dark parts may well be black
         continue
-      for other in set(shapes.COLORS) - {scene.color, scene.background}:
+      for other in set(tiny_scenes.COLORS) - {scene.color, scene.background}:
         assert alignment(image, scene.color, other) < 0.2, (scene, other)
 
 

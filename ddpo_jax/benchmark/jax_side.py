@@ -25,7 +25,9 @@ from ddpo_jax.config import Config
 from ddpo_jax.devices import plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.models import StableDiffusion, Unread
-from ddpo_jax.models.pretrained import PARTS, ConstantRngs, load_clip_tokenizer, resolve
+from ddpo_jax.models.hub import resolve
+from ddpo_jax.models.pretrained import PARTS, load_clip_tokenizer
+from ddpo_jax.models.weights import ConstantRngs
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
 

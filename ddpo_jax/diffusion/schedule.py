@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 import numpy as np
 
+from ddpo_jax.model_config import read_fields
 from ddpo_jax.types import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -73,10 +74,7 @@ class NoiseSchedule:
     Raises:
       UserError: for a prediction type, beta schedule or spacing that is not known.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
-    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
-                             for k, v in values.items() if k in fields}
-    return cls(**known)
+    return read_fields(cls, values)
 
   @functools.cached_property
   def alphas_cumprod(self) -> Float32[np.ndarray, " num_train_timesteps"]:

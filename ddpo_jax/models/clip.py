@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.models import attention, layers, norms
+from ddpo_jax import model_config
+from ddpo_jax.models import layers
+from ddpo_jax.ops import attention
+from ddpo_jax.ops.activations import ACTIVATIONS
 from ddpo_jax.types import UserError
 
 
@@ -41,7 +44,7 @@ class CLIPTextConfig:
     Raises:
       UserError: for an activation that is not built.
     """
-    config = cls(**_known(cls, values))
+    config = model_config.read_fields(cls, values)
     _check_tower("text encoder", config)
     return config
 
@@ -67,7 +70,7 @@ class CLIPVisionConfig:
     Raises:
       UserError: for an activation, a size or a number of channels that is not built.
     """
-    config = cls(**_known(cls, values))
+    config = model_config.read_fields(cls, values)
     _check_tower("vision tower", config)
     if config.num_channels != 3:
       raise UserError(f"vision tower config: num_channels={config.num_channels!r} is not "
@@ -113,8 +116,9 @@ class CLIPConfig:
     if not isinstance(text.eos_token_id, int):
       raise UserError(f"CLIP config: text_config.eos_token_id={text.eos_token_id!r} is not "
                       "supported; must be one token's id")
-    scalars = _known(cls, {k: v for k, v in values.items() if k not in towers})
-    return cls(text, CLIPVisionConfig.from_dict(towers["vision_config"]), **scalars)
+    vision = CLIPVisionConfig.from_dict(towers["vision_config"])
+    return model_config.read_fields(cls, {**values, "text_config": text,
+                                          "vision_config": vision})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,14 +187,8 @@ def _size(field: str, value: Any) -> int | tuple[int, int]:
   return value
 
 
-def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-  """Those of `values` that are fields of `cls`."""
-  fields = {field.name for field in dataclasses.fields(cls)}
-  return {k: v for k, v in values.items() if k in fields}
-
-
 def _check_tower(kind: str, config: CLIPTextConfig | CLIPVisionConfig) -> None:
-  layers.check_activation(kind, "hidden_act", config.hidden_act)
+  model_config.check_activation(kind, "hidden_act", config.hidden_act)
   if config.hidden_size % config.num_attention_heads:
     raise UserError(
         f"{kind} config: num_attention_heads={config.num_attention_heads} must "
@@ -250,7 +248,7 @@ class _SelfAttention(nnx.Module):
 class _MLP(nnx.Module):
 
   def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    self.act = layers.ACTIVATIONS[config.hidden_act]
+    self.act = ACTIVATIONS[config.hidden_act]
     self.fc1 = layers.Linear(config.hidden_size, config.intermediate_size, dtype=dtype,
                              rngs=rngs)
     self.fc2 = layers.Linear(config.intermediate_size, config.hidden_size, dtype=dtype,
@@ -263,7 +261,7 @@ class _MLP(nnx.Module):
 class _EncoderLayer(nnx.Module):
 
   def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    norm = lambda: norms.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
+    norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
                                    dtype=dtype, rngs=rngs)
     self.self_attn = _SelfAttention(config, dtype=dtype, rngs=rngs)
     self.layer_norm1, self.layer_norm2 = norm(), norm()
@@ -294,7 +292,7 @@ class CLIPTextModel(nnx.Module):
     self.config = config
     self.embeddings = _Embeddings(config, dtype=dtype, rngs=rngs)
     self.encoder = _Encoder(config, dtype=dtype, rngs=rngs)
-    self.final_layer_norm = norms.LayerNorm(
+    self.final_layer_norm = layers.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, rngs=rngs)
 
   def __call__(self, token_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
@@ -324,7 +322,7 @@ class CLIPVisionModel(nnx.Module):
 
   def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs):
-    norm = lambda: norms.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
+    norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
                                    dtype=dtype, rngs=rngs)
     self.config = config
     self.embeddings = _VisionEmbeddings(config, dtype=dtype, rngs=rngs)

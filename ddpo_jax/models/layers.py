@@ -6,123 +6,23 @@ the file is its path in the module (see `pretrained.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import functools
-import math
 from typing import Any
 
 from flax import nnx
 import jax
-from jax.experimental.layout import Format, Layout
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.models import attention, doubling, norms, processor
-from ddpo_jax.types import UserError
-
-# The axes of an [H, W, I, O] kernel from the slowest in memory to the fastest.
-_OUTPUT_FIRST = (3, 0, 1, 2)
-
-
-def _gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """x Φ(x) and its derivative, in float32; of erf, which takes half of erfc's time."""
-  x = x.astype(jnp.float32)
-  cumulative = 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
-  density = jnp.exp(-0.5 * x * x) * (2 * math.pi)**-0.5
-  return x * cumulative, cumulative + x * density
-
-
-@jax.custom_jvp
-def _exact_gelu(x: jax.Array) -> jax.Array:
-  """x Φ(x), Φ the normal distribution's: GELU (arXiv:1606.08415), not approximated.
-
-  With a derivative of its own: JAX 0.12.0 cannot take erf's inside of `jax.shard_map`.
-  """
-  return _gelu_and_slope(x)[0].astype(x.dtype)
-
-
-@_exact_gelu.defjvp
-def _exact_gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]
-                    ) -> tuple[jax.Array, jax.Array]:
-  (x,), (tangent,) = primals, tangents
-  y, slope = (array.astype(x.dtype) for array in _gelu_and_slope(x))
-  return y, slope * tangent
-
-
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "mish": jax.nn.mish,
-    "relu": jax.nn.relu,
-    "gelu": _exact_gelu,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
-
-
-@jax.custom_vjp
-def gated_gelu(x: Float[Array, "... two_features"]) -> Float[Array, "... features"]:
-  """The first half of the features times the GELU of the second (arXiv:2002.05202).
-
-  Its backward pass keeps x alone. What JAX derives keeps three arrays of half its size,
-  written and read one by one.
-  """
-  return _gated_gelu_forward(x)[0]
-
-
-def _gated_gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  value, gate = jnp.split(x, 2, axis=-1)
-  return value * _exact_gelu(gate), x
-
-
-def _gated_gelu_backward(x: jax.Array, grad: jax.Array) -> tuple[jax.Array]:
-  value, gate = jnp.split(x, 2, axis=-1)
-  gelu, slope = _gelu_and_slope(gate)  # both in float32
-  return (jnp.concatenate([grad * gelu, grad * value.astype(jnp.float32) * slope],
-                          axis=-1).astype(x.dtype),)
-
-
-gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
-
-
-def check_supported(kind: str, values: Mapping[str, Any], fields: set[str],
-                    supported: Mapping[str, tuple[Any, ...]]) -> None:
-  """Refuses a config.json that asks for something the networks here do not build.
-
-  Args:
-    kind: what the file describes, for the message.
-    values: the file's content.
-    fields: names that the network reads.
-    supported: for the names it does not read, the values that mean what it builds.
-
-  Raises:
-    UserError: names the field and its value. A name that is in neither list passes
-      only while it asks for nothing (null, false).
-  """
-  for name, value in values.items():
-    if name in fields or name.startswith("_"):
-      continue
-    allowed = supported.get(name, (None, False))
-    if value not in allowed:
-      raise UserError(f"{kind} config: {name}={value!r} is not supported; "
-                      f"must be one of {', '.join(map(repr, allowed))}")
-
-
-def check_activation(kind: str, field: str, name: str) -> None:
-  if name not in ACTIVATIONS:
-    raise UserError(f"{kind} config: {field}={name!r} is not supported; "
-                    f"must be one of {', '.join(ACTIVATIONS)}")
+from ddpo_jax.ops import attention, convolution, normalization, upsampling
+from ddpo_jax.ops.activations import ACTIVATIONS
+from ddpo_jax.ops.matmul import matmul
 
 
 def _add_bias(layer: nnx.Conv | nnx.Linear, y: jax.Array) -> jax.Array:
   return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
-
-
-def _multiply(rows: Float[Array, "rows I"], kernel: Float[Array, "I O"]
-              ) -> Float[Array, "rows O"]:
-  if jax.default_backend() == "cpu":
-    return processor.multiply(rows, kernel)
-  return rows @ kernel
 
 
 class Conv(nnx.Conv):
@@ -135,32 +35,44 @@ class Conv(nnx.Conv):
     super().__init__(in_channels, out_channels, (kernel_size, kernel_size),
                      strides=stride, padding=((padding, padding),) * 2, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
-    self._centred = (kernel_size, stride, padding) == (3, 1, 1)
-    self._prepared: nnx.Variable | None = nnx.data(None)  # see `prepare`
+    self._same = (kernel_size, stride, padding) == (3, 1, 1)  # 3×3, and its output as large
+    self._prepared: nnx.Variable | None = nnx.data(None)
 
   def prepare(self) -> None:
     """Computes what depends on the kernel alone: for programs that use it many times."""
-    if self._centred:
-      kernel = self.kernel[...]
-      self._prepared = nnx.Variable((processor.prepare(kernel),
-                                     doubling.kernels_of_places(kernel)))
+    if self._same:
+      self._prepared = nnx.Variable(convolution.prepare(self.kernel[...]))
 
-  def _what_was_prepared(self) -> tuple[Any, Any]:
-    return (None, None) if self._prepared is None else self._prepared.get_value()
-
-  def of_doubled(self, inputs: jax.Array) -> jax.Array:
-    """What the call gives for inputs of twice the height and width, each pixel repeated."""
-    _, of_places = self._what_was_prepared()
-    y = doubling.convolve_doubled(inputs.astype(self.dtype),
-                                  self.kernel[...].astype(self.dtype), of_places)
-    return _add_bias(self, y)
+  def _what_was_prepared(self) -> Any:
+    return None if self._prepared is None else self._prepared.get_value()
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    if not self._centred or jax.default_backend() != "cpu":
+    if not self._same:
       return super().__call__(inputs, out_sharding)
-    prepared, _ = self._what_was_prepared()
-    y = processor.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
-                           prepared)
+    y = convolution.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
+                             self._what_was_prepared())
+    return _add_bias(self, y)
+
+
+class UpsampleConv(Conv):
+  """A 3×3 convolution of its input at twice the height and width, by nearest neighbours."""
+
+  def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    super().__init__(channels, channels, dtype=dtype, rngs=rngs)
+
+  def prepare(self) -> None:
+    self._prepared = nnx.Variable(upsampling.subpixel_kernels(self.kernel[...]))
+
+  def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    y = upsampling.upsample_and_convolve(
+        inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
+        self._what_was_prepared())
+    return _add_bias(self, y)
+
+  def cropped(self, inputs: jax.Array, height: int, width: int) -> jax.Array:
+    """The same, where only so much of the larger image is wanted, before it is convolved."""
+    larger = inputs.repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
+    y = convolution.convolve(larger.astype(self.dtype), self.kernel[...].astype(self.dtype))
     return _add_bias(self, y)
 
 
@@ -173,7 +85,7 @@ class Conv1x1(Conv):
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     rows = inputs.reshape(-1, inputs.shape[-1]).astype(self.dtype)
-    y = _multiply(rows, self.kernel[0, 0].astype(self.dtype))
+    y = matmul(rows, self.kernel[0, 0].astype(self.dtype))
     return _add_bias(self, y.reshape(*inputs.shape[:-1], -1))
 
 
@@ -193,14 +105,44 @@ class Linear(nnx.Linear):
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
     rows = inputs.reshape(-1, inputs.shape[-1])
     rows = rows.astype(self.dtype)
-    y = _multiply(rows, self.kernel[...].astype(self.dtype))
+    y = matmul(rows, self.kernel[...].astype(self.dtype))
     if self.lora_down is not None:
-      low = _multiply(rows, self.lora_down[...].astype(self.dtype))
+      low = matmul(rows, self.lora_down[...].astype(self.dtype))
     if self.lora_up is not None:
       assert low is not None
-      y += _multiply(low, self.lora_up[...].astype(self.dtype))
+      y += matmul(low, self.lora_up[...].astype(self.dtype))
     y = _add_bias(self, y)
     return y.reshape(*inputs.shape[:-1], -1)
+
+
+class GroupNorm(nnx.GroupNorm):
+  """Group normalisation with statistics in float32."""
+
+  def __init__(self, channels: int, num_groups: int, *, epsilon: float,
+               dtype: DTypeLike, rngs: nnx.Rngs):
+    super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
+                     param_dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
+               act: Callable[[jax.Array], jax.Array] = normalization.identity) -> jax.Array:
+    """[B, *pixels, C] -> the same shape; `act` is the activation that follows."""
+    assert mask is None and self.scale is not None and self.bias is not None
+    return normalization.normalize(self.num_groups, self.epsilon, act, self.dtype, x,
+                                   self.scale[...], self.bias[...])
+
+
+class LayerNorm(nnx.LayerNorm):
+  """Layer normalisation with statistics in float32, and torch's epsilon."""
+
+  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike,
+               rngs: nnx.Rngs):
+    super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
+                     use_fast_variance=False, rngs=rngs)
+
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    assert mask is None and self.scale is not None and self.bias is not None
+    return normalization.normalize(None, self.epsilon, normalization.identity, self.dtype, x,
+                                   self.scale[...], self.bias[...])
 
 
 class Attention(nnx.Module):
@@ -222,7 +164,7 @@ class Attention(nnx.Module):
   def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
     if self.lora_down is not None:
       rows = x.reshape(-1, x.shape[-1]).astype(self.to_q.dtype)
-      low = rows @ self.lora_down[...].astype(rows.dtype)
+      low = matmul(rows, self.lora_down[...].astype(rows.dtype))
       query, key, value = (layer(x, low=low) for layer in (self.to_q, self.to_k, self.to_v))
     else:
       context = x if context is None else context
@@ -238,11 +180,11 @@ class ResnetBlock(nnx.Module):
                rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     self.act = ACTIVATIONS[act_fn]
-    self.norm1 = norms.GroupNorm(in_channels, num_groups, epsilon=epsilon, **common)
+    self.norm1 = GroupNorm(in_channels, num_groups, epsilon=epsilon, **common)
     self.conv1 = Conv(in_channels, out_channels, **common)
     self.time_emb_proj = (None if time_dim is None else
                           Linear(time_dim, out_channels, **common))
-    self.norm2 = norms.GroupNorm(out_channels, num_groups, epsilon=epsilon, **common)
+    self.norm2 = GroupNorm(out_channels, num_groups, epsilon=epsilon, **common)
     self.conv2 = Conv(out_channels, out_channels, **common)
     self.conv_shortcut = (None if in_channels == out_channels else
                           Conv1x1(in_channels, out_channels, **common))
@@ -271,16 +213,16 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-  """Doubles height and width by repetition; `size` crops where a skip was odd."""
+  """Doubles height and width by nearest neighbours; `size` crops where a skip was odd."""
 
   def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-    self.conv = Conv(channels, channels, dtype=dtype, rngs=rngs)
+    self.conv = UpsampleConv(channels, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
     _, height, width, _ = x.shape
     if size is None or size == (2 * height, 2 * width):
-      return self.conv.of_doubled(x)
-    return self.conv(x.repeat(2, axis=1).repeat(2, axis=2)[:, :size[0], :size[1]])
+      return self.conv(x)
+    return self.conv.cropped(x, *size)
 
 
 def timestep_embedding(timesteps: Int[Array, " B"], dim: int, *, flip_sin_to_cos: bool,
@@ -312,44 +254,3 @@ def set_compute_dtype(module: nnx.Module, dtype: DTypeLike) -> None:
   for _, layer in nnx.iter_graph(module):
     if isinstance(layer, (nnx.Conv, nnx.Linear, nnx.GroupNorm, nnx.LayerNorm)):
       layer.dtype = dtype
-
-
-def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
-                  output_first: bool | None = None) -> Any:
-  """Puts weights on devices, convolution kernels in the order in which cuDNN reads them.
-
-  A kernel keeps its shape [H, W, I, O]; in memory O comes first. A program compiled for
-  arguments that lie so reads them where they are, and else holds a second copy of all of
-  them: a gigabyte for Stable Diffusion's UNet in half precision.
-
-  Args:
-    weights: a pytree of arrays that programs only read.
-    sharding: where to put them.
-    output_first: whether to reorder; on GPUs if None.
-  """
-  def place(weight: jax.Array) -> jax.Array:
-    # As it is first: the device puts it in order.
-    return jax.device_put(jax.device_put(weight, sharding),
-                          _format(weight, sharding, output_first))
-
-  return jax.tree.map(place, weights)
-
-
-def placed_shapes(weights: Any, sharding: jax.sharding.Sharding, *,
-                  output_first: bool | None = None) -> Any:
-  """What `place_weights` would make of them, for a program that is compiled before."""
-  return jax.tree.map(
-      lambda weight: jax.ShapeDtypeStruct(
-          weight.shape, weight.dtype, sharding=_format(weight, sharding, output_first)),
-      weights)
-
-
-def _format(weight: Any, sharding: jax.sharding.Sharding, output_first: bool | None
-            ) -> jax.sharding.Sharding | Format:
-  if output_first is None:
-    devices: Any = sharding.device_set
-    output_first = all(device.platform == "gpu" for device in devices)
-  is_convolution = weight.ndim == 4 and weight.shape[:2] != (1, 1)  # those are matrices
-  if output_first and is_convolution:
-    return Format(Layout(_OUTPUT_FIRST), sharding)
-  return sharding

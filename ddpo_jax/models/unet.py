@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.models import layers, norms
+from ddpo_jax import model_config
+from ddpo_jax.models import layers
+from ddpo_jax.ops.activations import ACTIVATIONS, geglu
 from ddpo_jax.types import UserError
 
 GRADIENT_CHECKPOINTING = ("none", "blocks", "full")
@@ -66,12 +68,9 @@ class UNetConfig:
     Raises:
       UserError: names the field that asks for something not built here.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
-    layers.check_supported("UNet", values, fields, _SUPPORTED)
-    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
-                             for k, v in values.items() if k in fields}
-    config = cls(**known)
-    layers.check_activation("UNet", "act_fn", config.act_fn)
+    model_config.check_supported("UNet", cls, values, _SUPPORTED)
+    config = model_config.read_fields(cls, values)
+    model_config.check_activation("UNet", "act_fn", config.act_fn)
     config._check()
     return config
 
@@ -134,7 +133,7 @@ class GEGLU(nnx.Module):
     self.proj = layers.Linear(features, 2 * hidden, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return layers.gated_gelu(self.proj(x))
+    return geglu(self.proj(x))
 
 
 class FeedForward(nnx.Module):
@@ -155,11 +154,11 @@ class BasicTransformerBlock(nnx.Module):
   def __init__(self, features: int, num_heads: int, context_dim: int, *,
                dtype: DTypeLike, rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-    self.norm1 = norms.LayerNorm(features, **common)
+    self.norm1 = layers.LayerNorm(features, **common)
     self.attn1 = layers.Attention(features, num_heads, **common)
-    self.norm2 = norms.LayerNorm(features, **common)
+    self.norm2 = layers.LayerNorm(features, **common)
     self.attn2 = layers.Attention(features, num_heads, context_dim=context_dim, **common)
-    self.norm3 = norms.LayerNorm(features, **common)
+    self.norm3 = layers.LayerNorm(features, **common)
     self.ff = FeedForward(features, **common)
 
   def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
@@ -175,7 +174,7 @@ class Transformer2D(nnx.Module):
                dtype: DTypeLike, rngs: nnx.Rngs):
     common: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
     projection = layers.Linear if config.use_linear_projection else layers.Conv1x1
-    self.norm = norms.GroupNorm(channels, config.norm_num_groups, epsilon=1e-6, **common)
+    self.norm = layers.GroupNorm(channels, config.norm_num_groups, epsilon=1e-6, **common)
     self.proj_in = projection(channels, channels, **common)
     self.transformer_blocks = nnx.List([
         BasicTransformerBlock(channels, num_heads, config.cross_attention_dim, **common)])
@@ -319,7 +318,7 @@ class UNet2DConditionModel(nnx.Module):
     channels = config.block_out_channels
     self.config = config
     self.gradient_checkpointing = gradient_checkpointing
-    self.act = layers.ACTIVATIONS[config.act_fn]
+    self.act = ACTIVATIONS[config.act_fn]
     self.conv_in = layers.Conv(config.in_channels, channels[0], **common)
     self.time_embedding = layers.TimestepEmbedding(channels[0], 4 * channels[0],
                                                    act_fn=config.act_fn, **common)
@@ -328,7 +327,7 @@ class UNet2DConditionModel(nnx.Module):
     self.mid_block = MidBlock(config, **common) if config.mid_block_type else None
     self.up_blocks = nnx.List([UpBlock(config, index, **common)
                                for index in range(len(channels))])
-    self.conv_norm_out = norms.GroupNorm(channels[0], config.norm_num_groups,
+    self.conv_norm_out = layers.GroupNorm(channels[0], config.norm_num_groups,
                                          epsilon=config.norm_eps, **common)
     self.conv_out = layers.Conv(channels[0], config.out_channels, **common)
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from ddpo_jax.models import attention, layers, norms
+from ddpo_jax import model_config
+from ddpo_jax.models import layers
+from ddpo_jax.ops import attention
 from ddpo_jax.types import UserError
 
 _EPSILON = 1e-6
@@ -23,7 +25,6 @@ _SUPPORTED = {
     "use_post_quant_conv": (True,),
     # Said of the reference's fp16 mode; the decoder here runs in the dtype asked for.
     "force_upcast": (True, False, None),
-    "sample_size": (None,),
 }
 
 
@@ -48,27 +49,19 @@ class VAEConfig:
     Raises:
       UserError: names the field that asks for something not built here.
     """
-    fields = {field.name for field in dataclasses.fields(cls)}
     block_types = {"down_block_types": "DownEncoderBlock2D",
                    "up_block_types": "UpDecoderBlock2D"}
-    layers.check_supported("VAE", values, fields | set(block_types), _SUPPORTED)
+    model_config.check_supported("VAE", cls, values, _SUPPORTED, also_read=block_types)
     for field, supported in block_types.items():
       for block_type in values.get(field, ()):
         if block_type != supported:
           raise UserError(f"VAE config: {field} has {block_type!r}, which is not "
                           f"supported; must be {supported!r}")
-    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
-                             for k, v in values.items() if k in fields}
-    config = cls(**known)
-    layers.check_activation("VAE", "act_fn", config.act_fn)
+    config = model_config.read_fields(cls, values)
+    model_config.check_activation("VAE", "act_fn", config.act_fn)
     if not config.scaling_factor > 0:
       raise UserError(f"VAE config: scaling_factor={config.scaling_factor} must be above 0")
     return config
-
-  @property
-  def downscale_factor(self) -> int:
-    """How many pixels one latent spans on a side."""
-    return 2 ** (len(self.block_out_channels) - 1)
 
 
 class _Attention(nnx.Module):
@@ -77,7 +70,7 @@ class _Attention(nnx.Module):
   def __init__(self, channels: int, num_groups: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
     linear = lambda: layers.Linear(channels, channels, dtype=dtype, rngs=rngs)
-    self.group_norm = norms.GroupNorm(channels, num_groups, epsilon=_EPSILON,
+    self.group_norm = layers.GroupNorm(channels, num_groups, epsilon=_EPSILON,
                                       dtype=dtype, rngs=rngs)
     self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
     self.to_out = nnx.List([linear()])
@@ -152,7 +145,7 @@ class _Encoder(nnx.Module):
                    downsample=i < len(channels) - 1, **common)
         for i in range(len(channels))])
     self.mid_block = _MidBlock(config, channels[-1], **common)
-    self.conv_norm_out = norms.GroupNorm(channels[-1], config.norm_num_groups,
+    self.conv_norm_out = layers.GroupNorm(channels[-1], config.norm_num_groups,
                                          epsilon=_EPSILON, **common)
     self.conv_out = layers.Conv(channels[-1], 2 * config.latent_channels, **common)
 
@@ -174,7 +167,7 @@ class _Decoder(nnx.Module):
         _UpBlock(config, channels[max(i - 1, 0)], channels[i],
                  upsample=i < len(channels) - 1, **common)
         for i in range(len(channels))])
-    self.conv_norm_out = norms.GroupNorm(channels[-1], config.norm_num_groups,
+    self.conv_norm_out = layers.GroupNorm(channels[-1], config.norm_num_groups,
                                          epsilon=_EPSILON, **common)
     self.conv_out = layers.Conv(channels[-1], config.out_channels, **common)
 

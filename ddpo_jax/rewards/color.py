@@ -7,11 +7,11 @@ from typing import Any
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from ddpo_jax import shapes
+from ddpo_jax import tiny_scenes
 from ddpo_jax.types import UserError
 
-_NAMES = list(shapes.COLORS)
-_PALETTE = np.array(list(shapes.COLORS.values()), np.float32)
+_NAMES = list(tiny_scenes.COLORS)
+_PALETTE = np.array(list(tiny_scenes.COLORS.values()), np.float32)
 _NEAR = 45.0  # RGB distance within which a pixel may be a blend of two colours
 _DEEPEST_SHADE = 0.6  # how far most textures go from their colour to their second shade
 _LEAST_SHAPE = 0.02  # of the picture's pixels
@@ -61,7 +61,7 @@ def _alignment(image: np.ndarray, color: int, background: int) -> float:
   pixels = image.reshape(-1, 3).astype(np.float32)
   distances = np.linalg.norm(pixels[:, None] - _PALETTE, axis=-1)
   # The background is its colour in all shades that a texture may give it.
-  shade = shapes.texture_target(_NAMES[background]) - _PALETTE[background]
+  shade = tiny_scenes.texture_target(_NAMES[background]) - _PALETTE[background]
   distances[:, background] = _to_line(pixels, background, _DEEPEST_SHADE * shade)
   nearest = np.argmin(distances, axis=-1)
   named, behind = nearest == color, nearest == background

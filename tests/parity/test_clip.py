@@ -20,7 +20,7 @@ from ddpo_jax.models.clip import (
     CLIPTextConfig,
     CLIPTextModel,
 )
-from ddpo_jax.models.pretrained import save_module
+from ddpo_jax.models.weights import save_module
 from ddpo_jax.rewards.clip import preprocess
 from ddpo_jax.types import UserError
 

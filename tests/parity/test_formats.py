@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ddpo_jax.models import load_pretrained
-from ddpo_jax.models.pretrained import save_module
+from ddpo_jax.models.weights import save_module
 from ddpo_jax.types import UserError
 
 torch = pytest.importorskip("torch")

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ddpo_jax.models import layers, norms
+from ddpo_jax.models import layers
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from ddpo_jax.models.pretrained import find_weights, load_module, save_module
+from ddpo_jax.models.hub import find_weights
 from ddpo_jax.models.unet import GRADIENT_CHECKPOINTING, UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
+from ddpo_jax.models.weights import load_module, save_module
+from ddpo_jax.ops import activations
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -210,7 +212,7 @@ def check_text(config, tmp_path):
   assert error < TOLERANCE
 
 
-@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+@pytest.mark.parametrize("name", activations.ACTIVATIONS)
 def test_activation_and_its_derivative(name):
   """Mapped over a device too, as in training: there JAX 0.12.0 fails on erf's derivative."""
   x = torch.linspace(-8, 8, 401, requires_grad=True)
@@ -218,7 +220,7 @@ def test_activation_and_its_derivative(name):
             "swish": torch.nn.functional.silu}.get(name) or getattr(torch.nn.functional, name)
   expected = theirs(x)
   expected.sum().backward()
-  ours = layers.ACTIVATIONS[name]
+  ours = activations.ACTIVATIONS[name]
   mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
   derivative = jax.shard_map(jax.vmap(jax.grad(ours)), mesh=mesh, in_specs=P("data"),
                              out_specs=P("data"))
@@ -265,10 +267,10 @@ def test_gradient_of_norms(monkeypatch, kind, dtype, mean, tolerance, backend):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   common = {"epsilon": 1e-5, "dtype": dtype, "rngs": nnx.Rngs(0)}
   if kind == "group":
-    norm, arguments = norms.GroupNorm(32, 8, **common), {"act": jax.nn.silu}
+    norm, arguments = layers.GroupNorm(32, 8, **common), {"act": jax.nn.silu}
     theirs = torch_group_norm
   else:
-    norm, arguments = norms.LayerNorm(32, **common), {}
+    norm, arguments = layers.LayerNorm(32, **common), {}
     theirs = lambda x, *weights: torch.nn.functional.layer_norm(x, (32,), *weights)
   rng = np.random.default_rng(0)
   norm.scale[...], norm.bias[...] = (jnp.asarray(rng.normal(size=32), dtype) for _ in "ab")
@@ -293,7 +295,7 @@ def test_gradient_of_norms(monkeypatch, kind, dtype, mean, tolerance, backend):
 def test_gated_gelu(dtype, tolerance):
   rng = np.random.default_rng(0)
   x, grad = (jnp.asarray(rng.normal(0, 3, shape), dtype) for shape in ((7, 5, 32), (7, 5, 16)))
-  y, backward = jax.vjp(jax.jit(layers.gated_gelu), x)
+  y, backward = jax.vjp(jax.jit(activations.geglu), x)
   reference = as_double(x)
   value, gate = reference.chunk(2, dim=-1)
   expected = value * torch.nn.functional.gelu(gate)

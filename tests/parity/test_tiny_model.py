@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax import shapes
+from ddpo_jax import tiny_scenes
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.models.vae import to_uint8
@@ -93,7 +93,7 @@ def test_torch_pipeline_draws_the_same(model, pipeline):
 
 def test_latents_have_unit_spread(model):
   rng = np.random.default_rng(0)
-  images = np.stack([shapes.draw(shapes.random_scene(rng), rng) for _ in range(64)])
+  images = np.stack([tiny_scenes.draw(tiny_scenes.random_scene(rng), rng) for _ in range(64)])
   encode = jax.jit(lambda vae, images: vae.encode(images)[0])
   latents = model.scaling_factor * encode(model.vae, jnp.asarray(images) / 127.5 - 1)
   assert np.std(latents) == pytest.approx(1, abs=0.1)
@@ -101,7 +101,7 @@ def test_latents_have_unit_spread(model):
 
 def test_autoencoder_keeps_the_picture(model):
   rng = np.random.default_rng(0)
-  images = np.stack([shapes.draw(shapes.random_scene(rng), rng) for _ in range(64)])
+  images = np.stack([tiny_scenes.draw(tiny_scenes.random_scene(rng), rng) for _ in range(64)])
   rebuild = jax.jit(lambda vae, images: vae.decode(vae.encode(images)[0]))
   rebuilt = np.asarray(to_uint8(rebuild(model.vae, jnp.asarray(images) / 127.5 - 1)))
   error = np.abs(rebuilt.astype(float) - images)
@@ -110,7 +110,7 @@ def test_autoencoder_keeps_the_picture(model):
 
 def test_pictures_show_the_colours_asked_for(model):
   rng = np.random.default_rng(0)
-  prompts, asked = zip(*(shapes.random_prompt(rng) for _ in range(32)))
+  prompts, asked = zip(*(tiny_scenes.random_prompt(rng) for _ in range(32)))
   images = draw(model, list(prompts), steps=20, guidance_scale=3.0, key=jax.random.key(0))
   right = [_shows(image, wanted) for image, wanted in zip(images, asked)]
   assert np.mean(right) >= 0.75, [p for p, r in zip(prompts, right) if not r]
@@ -119,8 +119,8 @@ def test_pictures_show_the_colours_asked_for(model):
 def test_colour_check_itself():
   """`_shows` accepts what the world draws and refuses it under another prompt."""
   rng = np.random.default_rng(0)
-  scenes = [shapes.random_scene(rng) for _ in range(100)]
-  images = [shapes.draw(scene, rng) for scene in scenes]
+  scenes = [tiny_scenes.random_scene(rng) for _ in range(100)]
+  images = [tiny_scenes.draw(scene, rng) for scene in scenes]
   right = [_shows(image, scene.metadata()) for image, scene in zip(images, scenes)]
   wrong = [_shows(image, scene.metadata()) for image, scene in zip(images[1:], scenes)]
   assert np.mean(right) > 0.95
@@ -129,7 +129,7 @@ def test_colour_check_itself():
 
 def _shows(image, wanted):
   """Whether the shapes' colour fills part of the picture, and the background's the rim."""
-  color = np.linalg.norm(image - np.array(shapes.COLORS[wanted["color"]], float), axis=-1)
+  color = np.linalg.norm(image - np.array(tiny_scenes.COLORS[wanted["color"]], float), axis=-1)
   rim = np.concatenate([image[:3].reshape(-1, 3), image[-3:].reshape(-1, 3),
                         image[:, :3].reshape(-1, 3), image[:, -3:].reshape(-1, 3)])
   on_rim = _distance_to_shades(rim, wanted["background"]) < 45
@@ -138,7 +138,7 @@ def _shows(image, wanted):
 
 def _distance_to_shades(pixels, name):
   """How far pixels [N, 3] are from a background's colour or its texture's second shade."""
-  color = np.array(shapes.COLORS[name], float)
+  color = np.array(tiny_scenes.COLORS[name], float)
   target = (255.0 if color.mean() < 100 else 0.0) - color
   along = np.clip((pixels - color) @ target / (target @ target), 0, 0.9)
   return np.linalg.norm(pixels - color - along[:, None] * target, axis=-1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 import functools
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -17,20 +16,20 @@ def _means(x: Float[Array, "*rows C"], num_groups: int | None) -> Float[Array, "
   """The mean that each element is normalised with: its row's, or its group's of a sample.
 
   A group's sum is taken over pixels first and then over its channels. Those lie next to
-  each other, and taken together the sum is up to nine times slower on processors and ten
+  each other, and taken together the sum is up to nine times slower on CPUs and ten
   times less exact.
   """
   if num_groups is None:
     return x.mean(axis=-1, keepdims=True)
   channels = x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
   groups = channels.reshape(x.shape[0], num_groups, -1)
-  return _spread(groups.mean(axis=-1), groups.shape[-1]).reshape(channels.shape)
+  return _groups_to_channels(groups.mean(axis=-1), groups.shape[-1]).reshape(channels.shape)
 
 
-def _spread(groups: Float[Array, "B G"], channels_each: int) -> Float[Array, "B C"]:
+def _groups_to_channels(groups: Float[Array, "B G"], channels_each: int) -> Float[Array, "B C"]:
   """Each group's value for each of its channels.
 
-  On a processor as a product with ones and zeros. Of a repetition XLA would look up the
+  On a CPU as a product with ones and zeros. Of a repetition XLA would look up the
   group of each element of the image, one by one.
   """
   if jax.default_backend() != "cpu":
@@ -51,24 +50,28 @@ def _mean_and_variance(x: jax.Array, num_groups: int | None) -> tuple[jax.Array,
   return mean, jnp.maximum(_means(jnp.square(exact), num_groups) - jnp.square(mean), 0.0)
 
 
+def identity(x: jax.Array) -> jax.Array:
+  return x
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _normalize(num_groups: int | None, epsilon: float,
-               act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-               x: Float[Array, "*rows C"], scale: Float[Array, " C"],
-               bias: Float[Array, " C"]) -> Float[Array, "*rows C"]:
+def normalize(num_groups: int | None, epsilon: float,
+              act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
+              x: Float[Array, "*rows C"], scale: Float[Array, " C"],
+              bias: Float[Array, " C"]) -> Float[Array, "*rows C"]:
   """act((x − mean) / deviation · scale + bias), with the backward pass written out.
 
   That keeps x as it was given, and its means and deviations. What JAX derives keeps x in
   float32 as well, more than once.
   """
-  return _normalize_forward(num_groups, epsilon, act, dtype, x, scale, bias)[0]
+  return _forward(num_groups, epsilon, act, dtype, x, scale, bias)[0]
 
 
 def _affine(x: jax.Array, slope: jax.Array, mean: jax.Array, bias: jax.Array) -> jax.Array:
   return x * slope + (bias - mean * slope)
 
 
-def _normalize_forward(num_groups: int | None, epsilon: float,
+def _forward(num_groups: int | None, epsilon: float,
                        act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
                        x: jax.Array, scale: jax.Array, bias: jax.Array
                        ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -78,7 +81,7 @@ def _normalize_forward(num_groups: int | None, epsilon: float,
   return act(y.astype(dtype)), (x, mean, factor, scale, bias)
 
 
-def _normalize_backward(num_groups: int | None, epsilon: float,
+def _backward(num_groups: int | None, epsilon: float,
                         act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
                         saved: tuple[jax.Array, ...], grad: jax.Array
                         ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -121,38 +124,4 @@ def _mean_over_rows(x: jax.Array, num_groups: int | None) -> jax.Array:
   return jax.lax.optimization_barrier(x.mean(axis=1, keepdims=True))
 
 
-_normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-def identity(x: jax.Array) -> jax.Array:
-  return x
-
-
-class GroupNorm(nnx.GroupNorm):
-  """Group normalisation with statistics in float32."""
-
-  def __init__(self, channels: int, num_groups: int, *, epsilon: float,
-               dtype: DTypeLike, rngs: nnx.Rngs):
-    super().__init__(channels, num_groups=num_groups, epsilon=epsilon, dtype=dtype,
-                     param_dtype=dtype, rngs=rngs)
-
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None,
-               act: Callable[[jax.Array], jax.Array] = identity) -> jax.Array:
-    """[B, *pixels, C] -> the same shape; `act` is the activation that follows."""
-    assert mask is None and self.scale is not None and self.bias is not None
-    return _normalize(self.num_groups, self.epsilon, act, self.dtype, x, self.scale[...],
-                      self.bias[...])
-
-
-class LayerNorm(nnx.LayerNorm):
-  """Layer normalisation with statistics in float32, and torch's epsilon."""
-
-  def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike,
-               rngs: nnx.Rngs):
-    super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
-                     use_fast_variance=False, rngs=rngs)
-
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-    assert mask is None and self.scale is not None and self.bias is not None
-    return _normalize(None, self.epsilon, identity, self.dtype, x, self.scale[...],
-                      self.bias[...])
+normalize.defvjp(_forward, _backward)

@@ -1,11 +1,14 @@
-"""Convolutions and attention as processors compute them, with their gradients, against torch."""
+"""Convolutions and attention as CPUs compute them, with their gradients, against torch."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.models import attention, doubling, processor
+from ddpo_jax.ops import attention, upsampling
+from ddpo_jax.ops.cpu import attention as cpu_attention
+from ddpo_jax.ops.cpu import convolution as cpu_convolution
+from ddpo_jax.ops.cpu.matmul import matmul
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
@@ -44,10 +47,10 @@ def convolution(x, kernel):
 def test_convolution(size, channels, as_products):
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, *size, channels[0])), rng.normal(size=(3, 3, *channels))
-  check(processor.convolve, convolution, x, kernel)
-  prepared = processor.prepare(jnp.float32(kernel))
-  check(lambda x, kernel: processor.convolve(x, kernel, prepared), convolution, x, kernel)
-  program = str(jax.make_jaxpr(processor.convolve)(jnp.float32(x), jnp.float32(kernel)))
+  check(cpu_convolution.convolve, convolution, x, kernel)
+  prepared = cpu_convolution.prepare(jnp.float32(kernel))
+  check(lambda x, kernel: cpu_convolution.convolve(x, kernel, prepared), convolution, x, kernel)
+  program = str(jax.make_jaxpr(cpu_convolution.convolve)(jnp.float32(x), jnp.float32(kernel)))
   assert ("conv_general_dilated" in program) != as_products
 
 
@@ -57,10 +60,10 @@ def test_convolution_of_many_channels(size, channels, as_products):
   """As products only where what depends on the kernel has been computed before."""
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
-  prepared = processor.prepare(jnp.float32(kernel))
-  convolve = lambda x, kernel: processor.convolve(x, kernel, prepared)
+  prepared = cpu_convolution.prepare(jnp.float32(kernel))
+  convolve = lambda x, kernel: cpu_convolution.convolve(x, kernel, prepared)
   check(convolve, convolution, x, kernel)
-  for function, expected in ((convolve, not as_products), (processor.convolve, True)):
+  for function, expected in ((convolve, not as_products), (cpu_convolution.convolve, True)):
     program = str(jax.make_jaxpr(function)(jnp.float32(x), jnp.float32(kernel)))
     assert ("conv_general_dilated" in program) == expected
 
@@ -71,12 +74,12 @@ def test_convolution_of_many_channels(size, channels, as_products):
 def test_convolution_in_half_precision(monkeypatch, size, channels, as_products):
   """Of all pixels at once, or of some rows at a time: two, or one where that is too long."""
   for name, value in (("_SOME_PIXELS", 16), ("_MANY_PIXELS", 200), ("_PIXELS_AT_ONCE", 16)):
-    monkeypatch.setattr(processor, name, value)
+    monkeypatch.setattr(cpu_convolution, name, value)
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
   for dtype, tolerance in ((jnp.bfloat16, 1e-2), (jnp.float16, 1e-3)):
-    check(processor.convolve, convolution, x, kernel, dtype=dtype, tolerance=tolerance)
-    program = str(jax.make_jaxpr(processor.convolve)(dtype(x), dtype(kernel)))
+    check(cpu_convolution.convolve, convolution, x, kernel, dtype=dtype, tolerance=tolerance)
+    program = str(jax.make_jaxpr(cpu_convolution.convolve)(dtype(x), dtype(kernel)))
     assert ("conv_general_dilated" in program) != as_products
 
 
@@ -90,27 +93,27 @@ def test_convolution_of_a_doubled_image(monkeypatch, size, backend):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, *size, 8)), rng.normal(size=(3, 3, 8, 6))
-  check(doubling.convolve_doubled, convolution_of_doubled, x, kernel)
-  of_places = doubling.kernels_of_places(jnp.float32(kernel))
-  check(lambda x, kernel: doubling.convolve_doubled(x, kernel, of_places),
+  check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel)
+  subpixel = upsampling.subpixel_kernels(jnp.float32(kernel))
+  check(lambda x, kernel: upsampling.upsample_and_convolve(x, kernel, subpixel),
         convolution_of_doubled, x, kernel)
   half = {"dtype": jnp.float16, "tolerance": 2e-3}
-  check(doubling.convolve_doubled, convolution_of_doubled, x, kernel, **half)
+  check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel, **half)
 
 
 def test_half_precision_is_not_transformed():
   """It would lose digits that it does not have."""
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, 4, 4, 32)), rng.normal(size=(3, 3, 32, 32))
-  check(processor.convolve, convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
+  check(cpu_convolution.convolve, convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
 
 
 def test_doubled_image_of_many_channels_in_half_precision():
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(1, 4, 6, 256)), rng.normal(size=(3, 3, 256, 256))
-  check(doubling.convolve_doubled, convolution_of_doubled, x, kernel, dtype=jnp.bfloat16,
+  check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel, dtype=jnp.bfloat16,
         tolerance=2e-2)
-  program = str(jax.make_jaxpr(doubling.convolve_doubled)(jnp.bfloat16(x), jnp.bfloat16(kernel)))
+  program = str(jax.make_jaxpr(upsampling.upsample_and_convolve)(jnp.bfloat16(x), jnp.bfloat16(kernel)))
   assert "conv_general_dilated" not in program
 
 
@@ -119,8 +122,8 @@ def test_product(dtype, tolerance):
   """In half precision it is asked for with float32 sums, forward and backward."""
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(70, 24)), rng.normal(size=(24, 40))
-  check(processor.multiply, torch.matmul, x, y, dtype=jnp.dtype(dtype), tolerance=tolerance)
-  gradients = jax.grad(lambda x, y: processor.multiply(x, y).sum().astype(jnp.float32), (0, 1))
+  check(matmul, torch.matmul, x, y, dtype=jnp.dtype(dtype), tolerance=tolerance)
+  gradients = jax.grad(lambda x, y: matmul(x, y).sum().astype(jnp.float32), (0, 1))
   program = str(jax.make_jaxpr(gradients)(jnp.asarray(x, dtype), jnp.asarray(y, dtype)))
   assert program.count("preferred_element_type=float32") == program.count("dot_general") == 3
 
@@ -135,7 +138,7 @@ def torch_attention(query, key, value):
 def test_attention(query_length, key_length):
   rng = np.random.default_rng(0)
   draw = lambda length: rng.normal(size=(2, length, 4, 16))
-  check(processor.attend, torch_attention, draw(query_length), draw(key_length), draw(key_length))
+  check(cpu_attention.attend_at_once, torch_attention, draw(query_length), draw(key_length), draw(key_length))
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))

@@ -2,7 +2,7 @@
 
 Along either axis the outputs are output · ((kernel · 3 weights) ∘ (input · pixels)), with
 matrices of small whole numbers and a half (arXiv:1509.09308). The transforms are written as
-matrix products too, which processors are quick at: the gathering of tiles, padding included,
+matrix products too, which CPUs are quick at: the gathering of tiles, padding included,
 and their laying out are worked into the matrices.
 """
 
@@ -65,14 +65,14 @@ def transform(kernel: Float[Array, "3 3 I O"]) -> Transformed:
 def convolve(x: Float[Array, "B h w I"], kernel: Transformed) -> Float[Array, "B h w O"]:
   """A 3×3 convolution, padded by 1, of an image with even height and width."""
   to_positions, from_positions, weights = _choose(x, kernel)
-  return _multiply(x, to_positions, from_positions,
+  return _apply(x, to_positions, from_positions,
                    lambda tiles: jnp.einsum("pti,pio->pto", tiles, weights), weights.shape[0])
 
 
 def gradient(grad: Float[Array, "B h w O"], kernel: Transformed) -> Float[Array, "B h w I"]:
   """The gradient in x of `convolve`: all three linear steps transposed, in reverse."""
   to_positions, from_positions, weights = _choose(grad, kernel)
-  return _multiply(grad, from_positions.T, to_positions.T,
+  return _apply(grad, from_positions.T, to_positions.T,
                    lambda tiles: jnp.einsum("pto,pio->pti", tiles, weights), weights.shape[0])
 
 
@@ -89,7 +89,7 @@ def _choose(image: jax.Array, kernel: Transformed
           kernel.of_pairs if pairs else kernel.of_tiles)
 
 
-def _multiply(image: jax.Array, to_positions: np.ndarray, from_positions: np.ndarray,
+def _apply(image: jax.Array, to_positions: np.ndarray, from_positions: np.ndarray,
               product: Callable[[jax.Array], jax.Array], positions: int) -> jax.Array:
   """For each position there is one matrix product, over all tiles of all images."""
   # Each step is to be as it is written: what XLA fuses products with slows them down. The

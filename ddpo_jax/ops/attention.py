@@ -10,16 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpo_jax.config import largest_part
 from ddpo_jax.console import say
-from ddpo_jax.models import processor
+from ddpo_jax.ops.chunked_attention import attend_in_chunks
+from ddpo_jax.ops.cpu import attention as cpu
 
 # Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
 MAX_SCORES = 2**21
-
-# On a processor attention takes so many scores at a time, or those of so many queries of one
-# head: what its caches hold.
-_CACHED_SCORES, _CACHED_SCORES_OF_HEAD = 3 * 2**20, 2**20
 
 _xla_attention = functools.partial(jax.nn.dot_product_attention, implementation="xla")
 _flash_attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -81,17 +77,16 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
   product is small. Keys and values may be fewer than queries: of several queries in a row.
   """
   dtype, shape = query.dtype, query.shape
-  on_processor = jax.default_backend() == "cpu"
+  on_cpu = jax.default_backend() == "cpu"
   query = query.reshape(key.shape[0], -1, shape[-1])
   split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
   query, key, value = split(query), split(key), split(value)
   if is_causal:
-    # Of half precision it asks for products that XLA does not know on a processor.
-    widen = lambda x: x.astype(jnp.float32) if on_processor else x
+    # Of half precision it asks for products that XLA does not know on a CPU.
+    widen = lambda x: x.astype(jnp.float32) if on_cpu else x
     out = _xla_attention(widen(query), widen(key), widen(value), is_causal=True)
-  elif on_processor:
-    out = attend_in_parts(processor.attend, query, key, value, _CACHED_SCORES,
-                          _CACHED_SCORES_OF_HEAD)
+  elif on_cpu:
+    out = cpu.attend(query, key, value)
   elif implementation(query, key) == "cudnn":
     out = attend_to_even(_flash_attention, query, key, value)
   elif query.shape[1] * key.shape[1] > MAX_SCORES:
@@ -114,42 +109,3 @@ def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N 
   padding = ((0, 0), (0, -length % 8), (0, 0), (0, 0))
   return attend(query, jnp.pad(key, padding), jnp.pad(value, padding),
                 key_value_seq_lengths=jnp.full(batch, length, jnp.int32))
-
-
-def attend_in_parts(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
-                    key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
-                    max_scores: int, max_scores_of_head: int) -> Float[Array, "B T N H"]:
-  """Attention of all samples at a time, of one, or of some queries of one head.
-
-  The largest of these that has at most so many scores. Each score is read several times; from
-  memory that takes longer than all products together.
-  """
-  batch, length, heads, features = query.shape
-  scores_of_head = length * key.shape[1]
-  if batch * heads * scores_of_head <= max_scores:
-    return attend(query, key, value)
-  if heads * scores_of_head <= max_scores:
-    return jax.lax.map(lambda one: attend(*(x[None] for x in one))[0], (query, key, value))
-
-  def of_head(one: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    query, key, value = one
-    return attend_in_chunks(attend, query, key, value, max_scores_of_head)
-
-  by_heads = lambda x: x.swapaxes(1, 2).reshape(batch * heads, 1, x.shape[1], 1, features)
-  out = jax.lax.map(of_head, (by_heads(query), by_heads(key), by_heads(value)))
-  return out.reshape(batch, heads, length, features).swapaxes(1, 2)
-
-
-def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
-                     key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
-                     max_scores: int) -> Float[Array, "B T N H"]:
-  """Attention of a few queries at a time, so that T·S scores are never held at once.
-
-  The backward pass computes the scores again. The largest equal chunks are taken that
-  have at most `max_scores` scores for each sample and head.
-  """
-  batch, length, heads, features = query.shape
-  chunk = largest_part(length, max(1, max_scores // key.shape[1]))
-  queries = query.reshape(batch, -1, chunk, heads, features).swapaxes(0, 1)
-  out = jax.lax.map(jax.checkpoint(lambda q: attend(q, key, value)), queries)
-  return out.swapaxes(0, 1).reshape(query.shape)

@@ -7,25 +7,25 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from ddpo_jax import rewards, shapes
+from ddpo_jax import rewards, tiny_scenes
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
-SCENE = shapes.Scene(count=3, color="red", shape="circle", background="blue",
+SCENE = tiny_scenes.Scene(count=3, color="red", shape="circle", background="blue",
                      texture="striped")
 
 
 def scenes(number, **fixed):
   rng = np.random.default_rng(0)
-  return [dataclasses.replace(shapes.random_scene(rng), **fixed) for _ in range(number)]
+  return [dataclasses.replace(tiny_scenes.random_scene(rng), **fixed) for _ in range(number)]
 
 
 def draw(scene, seed=0):
-  return shapes.draw(scene, np.random.default_rng(seed))
+  return tiny_scenes.draw(scene, np.random.default_rng(seed))
 
 
 def foreground(scene, image):
   """Where a picture without texture is nearer to the shapes' colour than to the other."""
-  distance = {name: np.linalg.norm(image - np.array(shapes.COLORS[name], float), axis=-1)
+  distance = {name: np.linalg.norm(image - np.array(tiny_scenes.COLORS[name], float), axis=-1)
               for name in (scene.color, scene.background)}
   return distance[scene.color] < distance[scene.background]
 
@@ -44,33 +44,33 @@ def test_caption(scene, told, caption):
 
 
 def test_captions_keep_to_the_vocabulary():
-  rng, known = np.random.default_rng(0), set(shapes.vocabulary())
-  captions = [shapes.random_caption(scene, rng) for scene in scenes(300)]
+  rng, known = np.random.default_rng(0), set(tiny_scenes.vocabulary())
+  captions = [tiny_scenes.random_caption(scene, rng) for scene in scenes(300)]
   assert {word for caption in captions for word in caption.split()} == known
 
 
 def test_scenes_cover_the_world_and_never_hide_their_shapes():
   drawn = scenes(300)
   assert all(scene.color != scene.background for scene in drawn)
-  for field, values in (("count", {1, 2, 3, 4}), ("color", set(shapes.COLORS)),
-                        ("shape", set(shapes.SHAPES)), ("texture", set(shapes.TEXTURES)),
-                        ("background", set(shapes.COLORS))):
+  for field, values in (("count", {1, 2, 3, 4}), ("color", set(tiny_scenes.COLORS)),
+                        ("shape", set(tiny_scenes.SHAPES)), ("texture", set(tiny_scenes.TEXTURES)),
+                        ("background", set(tiny_scenes.COLORS))):
     assert {getattr(scene, field) for scene in drawn} == values
 
 
 def test_prompts_leave_the_texture_open():
   rng = np.random.default_rng(0)
   for _ in range(100):
-    prompt, metadata = shapes.random_prompt(rng)
-    assert not set(prompt.split()) & set(shapes.TEXTURES)
-    assert prompt == shapes.Scene(**metadata, texture="plain").caption(texture=False)
+    prompt, metadata = tiny_scenes.random_prompt(rng)
+    assert not set(prompt.split()) & set(tiny_scenes.TEXTURES)
+    assert prompt == tiny_scenes.Scene(**metadata, texture="plain").caption(texture=False)
 
 
-@pytest.mark.parametrize("texture", shapes.TEXTURES)
+@pytest.mark.parametrize("texture", tiny_scenes.TEXTURES)
 def test_drawing_is_a_function_of_scene_and_generator(texture):
   scene = dataclasses.replace(SCENE, texture=texture)
   image = draw(scene)
-  assert image.shape == (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3)
+  assert image.shape == (tiny_scenes.IMAGE_SIZE, tiny_scenes.IMAGE_SIZE, 3)
   assert image.dtype == np.uint8
   np.testing.assert_array_equal(image, draw(scene))
   assert np.any(image != draw(scene, seed=1))
@@ -87,11 +87,11 @@ def test_pictures_have_the_colours_asked_for():
   for seed, scene in enumerate(scenes(50, texture="plain")):
     colors, areas = np.unique(draw(scene, seed).reshape(-1, 3), axis=0, return_counts=True)
     two_largest = {tuple(map(int, colors[i])) for i in np.argsort(areas)[-2:]}
-    assert two_largest == {shapes.COLORS[scene.color], shapes.COLORS[scene.background]}
+    assert two_largest == {tiny_scenes.COLORS[scene.color], tiny_scenes.COLORS[scene.background]}
 
 
-@pytest.mark.parametrize("shape", shapes.SHAPES)
-@pytest.mark.parametrize("count", range(1, len(shapes.COUNTS) + 1))
+@pytest.mark.parametrize("shape", tiny_scenes.SHAPES)
+@pytest.mark.parametrize("count", range(1, len(tiny_scenes.COUNTS) + 1))
 def test_pictures_have_the_number_of_shapes_asked_for(shape, count):
   for seed, scene in enumerate(scenes(10, shape=shape, count=count, texture="plain")):
     parts, found = scipy.ndimage.label(foreground(scene, draw(scene, seed)))
@@ -102,7 +102,7 @@ def test_pictures_have_the_number_of_shapes_asked_for(shape, count):
 
 def test_jpeg_size_depends_on_the_texture():
   sizes = {}
-  for texture in shapes.TEXTURES:
+  for texture in tiny_scenes.TEXTURES:
     images = np.stack([draw(scene, seed) for seed, scene in
                        enumerate(scenes(100, texture=texture))])
     sizes[texture], _ = rewards.get_reward("jpeg_incompressibility")(images, [], [])
@@ -111,8 +111,8 @@ def test_jpeg_size_depends_on_the_texture():
   assert means["plain"] < 0.85 * means["striped"]
   assert max(means, key=means.get) == "noisy"
   # Room to move, in standard deviations of what an untrained model would draw.
-  weights = np.repeat([*shapes.TEXTURES.values()], 100)
-  every = np.concatenate([sizes[texture] for texture in shapes.TEXTURES])
+  weights = np.repeat([*tiny_scenes.TEXTURES.values()], 100)
+  every = np.concatenate([sizes[texture] for texture in tiny_scenes.TEXTURES])
   mean = np.average(every, weights=weights)
   spread = np.average((every - mean) ** 2, weights=weights) ** 0.5
   assert every.min() < mean - 1.5 * spread
@@ -131,7 +131,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_each_word_is_one_token(tokenizer):
-  words = shapes.vocabulary()
+  words = tiny_scenes.vocabulary()
   ids = tokenizer(words, add_special_tokens=False).input_ids
   assert [len(i) for i in ids] == [1] * len(words)
   assert len({i for [i] in ids}) == len(words)

@@ -1,0 +1,65 @@
+"""Where weights lie: on which devices, and in which order in their memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.experimental.layout import Format, Layout
+import numpy as np
+
+# The axes of an [H, W, I, O] kernel from the slowest in memory to the fastest.
+_OUTPUT_FIRST = (3, 0, 1, 2)
+
+
+def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
+                  output_first: bool | None = None) -> Any:
+  """Puts weights on devices, convolution kernels in the order in which cuDNN reads them.
+
+  A kernel keeps its shape [H, W, I, O]; in memory O comes first. A program compiled for
+  arguments that lie so reads them where they are, and else holds a second copy of all of
+  them: a gigabyte for Stable Diffusion's UNet in half precision.
+
+  Args:
+    weights: a pytree of arrays that programs only read.
+    sharding: where to put them.
+    output_first: whether to reorder; on GPUs if None.
+  """
+  def place(weight: jax.Array) -> jax.Array:
+    # As it is first: the device puts it in order.
+    return jax.device_put(replicate(weight, sharding), _format(weight, sharding, output_first))
+
+  return jax.tree.map(place, weights)
+
+
+def replicate(arrays: Any, sharding: jax.sharding.Sharding) -> Any:
+  """Puts arrays that every process has on all devices.
+
+  `jax.device_put` of an array to the devices of several processes would first send all of it
+  to all of them, to see that it is everywhere the same.
+  """
+  def put(array: jax.Array) -> jax.Array:
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+  return jax.tree.map(put, arrays)
+
+
+def placed_shapes(weights: Any, sharding: jax.sharding.Sharding, *,
+                  output_first: bool | None = None) -> Any:
+  """What `place_weights` would make of them, for a program that is compiled before."""
+  return jax.tree.map(
+      lambda weight: jax.ShapeDtypeStruct(
+          weight.shape, weight.dtype, sharding=_format(weight, sharding, output_first)),
+      weights)
+
+
+def _format(weight: Any, sharding: jax.sharding.Sharding, output_first: bool | None
+            ) -> jax.sharding.Sharding | Format:
+  if output_first is None:
+    devices: Any = sharding.device_set
+    output_first = all(device.platform == "gpu" for device in devices)
+  is_convolution = weight.ndim == 4 and weight.shape[:2] != (1, 1)  # those are matrices
+  if output_first and is_convolution:
+    return Format(Layout(_OUTPUT_FIRST), sharding)
+  return sharding

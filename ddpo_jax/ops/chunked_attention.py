@@ -1,0 +1,25 @@
+"""Attention in a loop over chunks of queries, so that no buffer grows with T·S."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float
+
+from ddpo_jax.config import largest_part
+
+
+def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+                     key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
+                     max_scores: int) -> Float[Array, "B T N H"]:
+  """Attention of a few queries at a time, so that T·S scores are never held at once.
+
+  The backward pass computes the scores again. The largest equal chunks are taken that
+  have at most `max_scores` scores for each sample and head.
+  """
+  batch, length, heads, features = query.shape
+  chunk = largest_part(length, max(1, max_scores // key.shape[1]))
+  queries = query.reshape(batch, -1, chunk, heads, features).swapaxes(0, 1)
+  out = jax.lax.map(jax.checkpoint(lambda q: attend(q, key, value)), queries)
+  return out.swapaxes(0, 1).reshape(query.shape)

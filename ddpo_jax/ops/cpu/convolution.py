@@ -1,0 +1,191 @@
+"""3×3 convolutions as few, large matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ddpo_jax.config import largest_part
+from ddpo_jax.ops.cpu import winograd
+from ddpo_jax.ops.cpu.matmul import dot, einsum_f32
+
+# Winograd's transforms cost more than they save with fewer channels and with more pixels; where
+# the kernel's is there already, with more pixels than a quarter of the channels.
+_LEAST_CHANNELS, _MOST_PIXELS, _CHANNELS_PER_PIXEL = 32, 16, 4
+
+# Up to so many pixels XLA's convolution is ten times slower than the same as a product, and
+# up to so many output channels twice as slow as products that are shifted.
+_FEW_PIXELS = 4
+_FEW_OUTPUTS = 3
+# In half precision products are quicker with so many channels too: for all pixels at once, or
+# for so many at a time, whose neighbourhoods stay in the caches.
+_MANY_CHANNELS, _SOME_PIXELS, _MANY_PIXELS, _PIXELS_AT_ONCE = 256, 256, 128 * 128, 1024
+# With up to so many channels XLA's convolution writes out the neighbourhood of each pixel first.
+_FEW_CHANNELS = 16
+
+
+class Prepared(NamedTuple):
+  """What convolutions compute of their kernel alone: once, for many of them."""
+
+  turned: Float[Array, "3 3 O I"]  # by 180°, for the gradient in the input
+  transformed: winograd.Transformed
+
+
+def prepare(kernel: Float[Array, "3 3 I O"]) -> Prepared:
+  return Prepared(_turn(kernel), winograd.transform(kernel))
+
+
+@jax.custom_vjp
+def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
+             prepared: Prepared | None = None) -> Float[Array, "B h w O"]:
+  """A 3×3 convolution, padded by 1.
+
+  Its gradient in x is another one, of the kernel turned round. JAX's own hands XLA a kernel
+  whose axes are exchanged by name only, and inside of a loop that takes five times as long.
+
+  Args:
+    x: the input.
+    kernel: the kernel.
+    prepared: `prepare(kernel)`, where that has been computed outside of a loop; no gradient
+      flows into it.
+  """
+  if _by_winograd(x, kernel, prepared):
+    return winograd.convolve(x, _transformed(kernel, prepared))
+  return _convolve_otherwise(x, kernel)
+
+
+def _by_winograd(x: jax.Array, kernel: jax.Array, prepared: Prepared | None) -> bool:
+  """Whether Winograd's convolution serves these."""
+  height, width = x.shape[1:3]
+  channels = min(kernel.shape[2:])
+  most = _MOST_PIXELS if prepared is None else max(_MOST_PIXELS, channels // _CHANNELS_PER_PIXEL)
+  fits = height % 2 == width % 2 == 0 and height * width <= most
+  return fits and x.dtype == jnp.float32 and channels >= _LEAST_CHANNELS
+
+
+def _transformed(kernel: jax.Array, prepared: Prepared | None) -> winograd.Transformed:
+  return winograd.transform(kernel) if prepared is None else prepared.transformed
+
+
+def favors_im2col(x: jax.Array, kernel: jax.Array) -> bool:
+  """Whether XLA's convolution, which widens half precision, is slower than a product."""
+  return _favors_products(x, kernel, _SOME_PIXELS)
+
+
+def _favors_products(x: jax.Array, kernel: jax.Array, most_pixels: int) -> bool:
+  return (x.dtype != jnp.float32 and x.shape[1] * x.shape[2] <= most_pixels
+          and min(kernel.shape[2:]) >= _MANY_CHANNELS)
+
+
+def _convolve_otherwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  if x.shape[1] * x.shape[2] <= _FEW_PIXELS or favors_im2col(x, kernel):
+    return _im2col(x, kernel)
+  if _favors_products(x, kernel, _MANY_PIXELS):
+    return _im2col_in_parts(x, kernel)
+  if kernel.shape[3] <= _FEW_OUTPUTS:
+    return _shift_and_add(x, kernel)
+  if max(kernel.shape[2:]) <= _FEW_CHANNELS and x.shape[2] % 2 == 0:
+    return _two_at_once(x, kernel)
+  return _convolve_directly(x, kernel)
+
+
+def _turn(kernel: jax.Array) -> jax.Array:
+  return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+
+
+def _im2col(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same as one matrix product, of each pixel's neighbourhood with the kernel."""
+  height, width = x.shape[1:3]
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  around = jnp.concatenate([padded[:, i:i + height, j:j + width]
+                            for i in range(3) for j in range(3)], axis=-1)
+  rows = around.reshape(-1, around.shape[-1])
+  return dot(rows, kernel.reshape(-1, kernel.shape[-1])).reshape(*x.shape[:3], -1)
+
+
+def _im2col_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same for some rows of an image after the other, by a product for each row of windows."""
+  batch, height, width, channels = x.shape
+  rows = largest_part(height, max(1, _PIXELS_AT_ONCE // width))
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  of_windows = kernel.reshape(3, 3 * channels, -1)
+
+  def of_part(part: jax.Array) -> jax.Array:
+    image, first = part // (height // rows), part % (height // rows) * rows
+    taken = jax.lax.dynamic_index_in_dim(padded, image, keepdims=False)
+    taken = jax.lax.dynamic_slice_in_dim(taken, first, rows + 2)
+    beside = jnp.concatenate([taken[:, j:j + width] for j in range(3)], axis=-1)
+    beside = jax.lax.optimization_barrier(beside)
+    y = sum((einsum_f32("rwi,io->rwo", beside[i:i + rows], of_windows[i]) for i in range(3)),
+            jnp.float32(0))
+    return y.astype(x.dtype)
+
+  parts = jax.lax.map(of_part, jnp.arange(batch * height // rows))
+  return parts.reshape(batch, height, width, -1)
+
+
+def _gradient_of_im2col(grad: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Of `_im2col` in x: products with the kernel as it lies, shifted and added up."""
+  matrix = kernel.reshape(-1, kernel.shape[3])
+  products = einsum_f32("ro,co->rc", grad.reshape(-1, grad.shape[-1]), matrix)
+  products = products.reshape(*grad.shape[:3], 9, -1)
+  return _sum_of_shifted(products, range(9)[::-1]).astype(grad.dtype)
+
+
+def _shift_and_add(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same as one product of each pixel with all nine matrices, shifted and added up."""
+  channels = x.shape[3]
+  matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+  products = jax.lax.optimization_barrier(x.reshape(-1, channels) @ matrix)
+  return _sum_of_shifted(products.reshape(*x.shape[:3], 9, -1), range(9))
+
+
+def _sum_of_shifted(products: Float[Array, "B h w 9 C"], order: Sequence[int]
+                 ) -> Float[Array, "B h w C"]:
+  """Adds up those of a pixel's neighbours, row by row, `order` saying which of each one's."""
+  height, width = products.shape[1:3]
+  parts = jnp.pad(products, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+  return jnp.sum(jnp.stack([
+      parts[:, place // 3:place // 3 + height, place % 3:place % 3 + width, which]
+      for place, which in enumerate(order)]), axis=0)
+
+
+def _two_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """The same with windows of 3×4, each of which gives two pixels of a row."""
+  nowhere = jnp.zeros_like(kernel[:, :1])
+  of_both = jnp.concatenate([jnp.concatenate([kernel, nowhere], axis=1),
+                             jnp.concatenate([nowhere, kernel], axis=1)], axis=3)
+  y = _convolve_directly(x, of_both, strides=(1, 2))
+  return y.reshape(*x.shape[:3], kernel.shape[3])
+
+
+def _convolve_directly(x: jax.Array, kernel: jax.Array,
+                       strides: tuple[int, int] = (1, 1)) -> jax.Array:
+  return jax.lax.conv_general_dilated(x, kernel, strides, ((1, 1), (1, 1)),
+                                      dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array, prepared: Prepared | None
+                      ) -> tuple[jax.Array, tuple[Any, ...]]:
+  return convolve(x, kernel, prepared), (x, kernel, prepared)
+
+
+def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
+                       ) -> tuple[jax.Array, jax.Array, None]:
+  x, kernel, prepared = saved
+  if _by_winograd(grad, kernel, prepared):
+    grad_x = winograd.gradient(grad, _transformed(kernel, prepared))
+  elif favors_im2col(grad, kernel):
+    grad_x = _gradient_of_im2col(grad, kernel)
+  else:
+    grad_x = _convolve_otherwise(grad, _turn(kernel) if prepared is None else prepared.turned)
+  of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
+  return grad_x, of_kernel(grad)[0], None
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
