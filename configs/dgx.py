@@ -1,14 +1,16 @@
-"""ddpo-pytorch's experiments on eight GPUs.
+"""ddpo-pytorch's experiments, for eight GPUs.
 
     python scripts/train.py --config configs/dgx.py:compressibility
     python scripts/train.py --config configs/dgx.py:incompressibility
     python scripts/train.py --config configs/dgx.py:aesthetic
     python scripts/train.py --config configs/dgx.py:prompt_image_alignment
 
-256 images per epoch (384 for the last) and 4 optimizer steps (2 for the last two). What
-to expect, from the paper (arXiv:2305.13301, figure 4): the JPEG size falls, or rises,
-steadily over 100 epochs, while the pictures lose, or gain, detail; the aesthetic score
-rises by about a point.
+256 images per epoch (384 for the last) and 4 optimizer steps (2 for the last two). Batch sizes
+are per device: with another number of GPUs, scale sample.num_batches_per_epoch and
+train.gradient_accumulation_steps to keep these numbers (docs/scaling.md).
+
+What to expect, from the paper (arXiv:2305.13301, figure 4): JPEG size falls, or rises, steadily
+over 100 epochs, while images lose, or gain, detail; the aesthetic score rises by about a point.
 """
 
 import ml_collections

@@ -5,9 +5,12 @@
     python scripts/train.py --config configs/single_gpu.py:aesthetic
     python scripts/train.py --config configs/single_gpu.py:prompt_image_alignment
 
-Less memory: set train.gradient_checkpointing to "blocks", then lower train.batch_size (raising
-train.gradient_accumulation_steps), which in half precision is how many samples are denoised at
-a time as well.
+Needs 12 GiB for JAX (11.84 planned, docs/gpu.md), which by default takes only 75% of a card: a
+24 GiB card, or a 16 GiB one with XLA_CLIENT_MEM_FRACTION=0.9 in the environment.
+
+For less, halve train.batch_size and double train.gradient_accumulation_steps (7.30 GiB planned
+for the update with train.batch_size=4), or set train.gradient_checkpointing="blocks". In half
+precision train.batch_size is also how many samples are denoised at a time.
 """
 
 import ml_collections
@@ -19,7 +22,7 @@ _DEVICES = 8  # of dgx.py
 
 def get_config(name: str = "compressibility") -> ml_collections.ConfigDict:
   config = dgx.get_config(name)
-  # Sampling in batches of 16, training in batches of 8, and more of both: 12 GiB are enough.
+  # Sampling batches of 16 and microbatches of 8, and more of each.
   images = _DEVICES * config.sample.batch_size * config.sample.num_batches_per_epoch
   config.sample.batch_size = 16
   config.sample.num_batches_per_epoch = images // 16

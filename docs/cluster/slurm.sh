@@ -1,5 +1,5 @@
 #!/bin/bash
-# sbatch docs/cluster/slurm.sh: two nodes of eight GPUs, a process for each GPU.
+# sbatch docs/cluster/slurm.sh: two nodes with eight GPUs each, one process per GPU.
 #SBATCH --job-name=ddpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -11,13 +11,19 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 
-# SIGTERM comes two minutes before the job's time is up, and the run saves. Requeued, or
-# submitted again under the same RUN_NAME, it goes on where it was. The folders that
-# logdir and pretrained.model name must be visible to all nodes.
+# SIGTERM arrives two minutes before the time limit, and the run saves. When it is requeued, or
+# submitted again with the same RUN_NAME, it resumes. The folders named by logdir and
+# pretrained.model must be visible to all nodes.
+#
+# Batch sizes are per device, and dgx.py is written for 8 GPUs. On 16, half the batches and half
+# the accumulation keep an epoch at 16 * 8 * 2 = 256 images and (8 * 2) / (4 * 1) = 4 optimizer
+# steps of 64 images.
 set -euo pipefail
 cd "${DDPO_JAX:-$SLURM_SUBMIT_DIR}"
 
 srun --kill-on-bad-exit=1 .venv/bin/python scripts/train.py \
   --config configs/dgx.py:compressibility \
+  --config.sample.num_batches_per_epoch=2 \
+  --config.train.gradient_accumulation_steps=1 \
   --config.run_name="${RUN_NAME:-ddpo}" \
   --config.resume_from=auto
