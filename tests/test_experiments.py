@@ -1,4 +1,4 @@
-"""Every experiment in configs/ runs on the embedded model, its servers and CLIP tiny local ones."""
+"""Every experiment in configs/ runs, with the smallest model, local servers and a tiny CLIP."""
 
 import functools
 import json
@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import servers
+from small_model import small_model
 
 from configs import demo, dgx
 from ddpo_jax import train
@@ -22,7 +23,7 @@ def run(tmp_path, monkeypatch):
   monkeypatch.setattr("jax.device_count", lambda: 1)
 
   def run(config, **changes):
-    config.pretrained.model = "tiny"
+    config.pretrained.model = str(small_model())
     config.mixed_precision = "no"
     config.compilation_cache = ""
     config.logdir, config.run_name = str(tmp_path), "run"

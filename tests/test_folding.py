@@ -9,15 +9,39 @@ import numpy as np
 import pytest
 
 from ddpo_jax import folding, lora
+from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
+# Every kind of block once, with channels enough for each form that convolutions have.
+UNET = UNetConfig(
+    block_out_channels=(32, 32), layers_per_block=1, attention_head_dim=4,
+    cross_attention_dim=32, norm_num_groups=8,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+PROJECTIONS, SELF_ATTENTIONS = 32, 4  # of its LoRA
 LATENTS = jax.random.normal(jax.random.key(0), (4, 8, 8, 4))
 TIMESTEPS = jnp.array([500, 20, 999, 300])
 PROMPTS = jax.random.normal(jax.random.key(1), (2, 7, 32))  # each of two latents in a row
 
 
-@pytest.fixture
-def network(golden_lora):
-  return lora.partition(golden_lora("lora_new"))
+def make_unet(dtype):
+  return UNet2DConditionModel(UNET, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def network():
+  """With LoRA that changes what the network computes."""
+  unet = make_unet(jnp.float32)
+  lora.inject_lora(unet, rank=3, key=jax.random.key(2))
+  for i, (_, linear) in enumerate(lora.attention_projections(unet)):
+    key = jax.random.fold_in(jax.random.key(3), i)
+    linear.lora_up[...] = 0.1 * jax.random.normal(key, linear.lora_up.shape)
+  return lora.partition(unet)
+
+
+@pytest.fixture(scope="module")
+def direct(network):
+  """What it computes as it is, and the gradient."""
+  return noise_and_gradient(*network)
 
 
 def noise_and_gradient(graphdef, params, frozen, context=PROMPTS):
@@ -28,29 +52,30 @@ def noise_and_gradient(graphdef, params, frozen, context=PROMPTS):
 
 def check_gradient(ours, expected):
   ours, expected = (nnx.to_flat_state(x) for x in (ours, expected))
-  assert len(expected) == 112 and list(ours.paths) == list(expected.paths)
+  assert len(expected) == 2 * PROJECTIONS and list(ours.paths) == list(expected.paths)
   for a, b in zip(ours.leaves, expected.leaves):
     np.testing.assert_allclose(a[...], b[...], rtol=1e-3,
                                atol=1e-4 * float(jnp.abs(b[...]).max()))
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
-def test_folded_weights(monkeypatch, network, backend):
+def test_folded_weights(monkeypatch, network, direct, backend):
   graphdef, params, frozen = network
-  expected, direct = noise_and_gradient(graphdef, params, frozen)
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   fold = lambda params: folding.fold_weights(graphdef, params, frozen)
   folded, weights, rest = fold(params)
   kinds = collections.Counter(path[-1] for path, _ in nnx.to_flat_state(weights))
   # On a GPU a layer of self-attention has one `down` for three of its four projections.
-  assert kinds == ({"kernel": 56} if backend == "cpu" else {"lora_down": 42, "lora_up": 56})
+  downs = PROJECTIONS - 2 * SELF_ATTENTIONS
+  assert kinds == ({"kernel": PROJECTIONS} if backend == "cpu" else
+                   {"lora_down": downs, "lora_up": PROJECTIONS})
   assert ("_prepared" in {path[-1] for path, _ in nnx.to_flat_state(rest)}) == (backend == "cpu")
   ours, gradient = noise_and_gradient(folded, weights, rest)
-  np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
-  check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct)
+  np.testing.assert_allclose(ours, direct[0], rtol=1e-4, atol=1e-5)
+  check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct[1])
 
 
-def test_folded_prompts(network):
+def test_folded_prompts(network, direct):
   """The network knows them: it is called with none."""
   graphdef, params, frozen = network
 
@@ -60,17 +85,14 @@ def test_folded_prompts(network):
   folded, weights, rest = fold(params)
   known = [leaf[...] for path, leaf in nnx.to_flat_state(weights) if path[-1] == "output"]
   assert known and all(x.shape[0] == 2 and x.shape[2] == 7 for x in known)
-  expected, direct = noise_and_gradient(graphdef, params, frozen)
   ours, gradient = noise_and_gradient(folded, weights, rest, context=jnp.zeros(()))
-  np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
-  check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct)
+  np.testing.assert_allclose(ours, direct[0], rtol=1e-4, atol=1e-5)
+  check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct[1])
 
 
-@pytest.fixture
-def half_precision(tiny_sd):
-  unet = nnx.clone(tiny_sd.unet)
-  for _, linear in lora.attention_projections(unet):
-    linear.dtype = jnp.bfloat16
+@pytest.fixture(scope="module")
+def half_precision():
+  unet = make_unet(jnp.bfloat16)
   lora.inject_lora(unet, rank=3, key=jax.random.key(0))
   return lora.partition(unet)
 
@@ -85,8 +107,10 @@ def test_half_precision_keeps_its_matrices(half_precision):
       for path, weight in nnx.to_flat_state(trained)
       for axis in [{"lora_down": 1, "lora_up": 0}[path[-1]]])
       for trained in (half_precision[1], folded[1], folding.round_lora(*folded)[1]))
-  assert before == {("lora_down", 3, "float32"): 56, ("lora_up", 3, "float32"): 56}
-  shapes = {("lora_down", 8): 35, ("lora_down", 24): 7, ("lora_up", 8): 35, ("lora_up", 24): 21}
+  assert before == {(name, 3, "float32"): PROJECTIONS for name in ("lora_down", "lora_up")}
+  joined = 3 * SELF_ATTENTIONS
+  shapes = {("lora_down", 8): PROJECTIONS - joined, ("lora_down", 24): SELF_ATTENTIONS,
+            ("lora_up", 8): PROJECTIONS - joined, ("lora_up", 24): joined}
   assert after == {(*key, "float32"): count for key, count in shapes.items()}
   assert rounded == {(*key, "bfloat16"): count for key, count in shapes.items()}
 
@@ -95,16 +119,17 @@ def test_rounded_lora_computes_the_same(half_precision):
   """To the last bit, as each layer would round it by itself; so are the gradients."""
   rounded = folding.round_lora(*half_precision)
   ours, gradient = noise_and_gradient(*rounded)
-  expected, direct = noise_and_gradient(*half_precision)
+  expected, expected_gradient = noise_and_gradient(*half_precision)
   np.testing.assert_array_equal(ours, expected)
   jax.tree.map(np.testing.assert_array_equal,
-               jax.tree.map(lambda x: x.astype(jnp.float32), gradient), direct)
+               jax.tree.map(lambda x: x.astype(jnp.float32), gradient), expected_gradient)
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
-def test_latents_in_a_row_share_a_prompt(monkeypatch, tiny_sd, backend):
+def test_latents_in_a_row_share_a_prompt(monkeypatch, network, backend):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  repeated = tiny_sd.unet(LATENTS, TIMESTEPS, jnp.repeat(PROMPTS, 2, axis=0))
-  shared = tiny_sd.unet(LATENTS, TIMESTEPS, PROMPTS)
+  noise = jax.jit(lambda prompts: nnx.merge(*network)(LATENTS, TIMESTEPS, prompts))
+  repeated = noise(jnp.repeat(PROMPTS, 2, axis=0))
+  shared = noise(PROMPTS)
   np.testing.assert_allclose(shared, repeated, rtol=1e-4, atol=1e-5)
-  assert not np.allclose(shared, tiny_sd.unet(LATENTS, TIMESTEPS, PROMPTS[::-1]), atol=1e-2)
+  assert not np.allclose(shared, noise(PROMPTS[::-1]), atol=1e-2)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import pathlib
 import types
 
 from flax import nnx
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import small_model
 
 from configs import base
 from ddpo_jax import lora, rounding, train, update
@@ -22,7 +22,6 @@ from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import Batch, LossScale
 
-GOLDEN_SD = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 UNET = dict(sample_size=16, block_out_channels=(32,), layers_per_block=1,
             attention_head_dim=4, cross_attention_dim=32,
             down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
@@ -203,7 +202,7 @@ def test_training_recomputes_where_needed(monkeypatch, noise, expected):
 
   monkeypatch.setattr(update.RescoringUpdate, "rescore", counted)
   config = base.get_config()
-  config.pretrained.model = str(GOLDEN_SD)
+  config.pretrained.model = str(small_model())
   config.mixed_precision = "bf16"
   config.sample.num_steps = 4
   config.sample.batch_size = 4
