@@ -20,8 +20,8 @@ Split = tuple[nnx.GraphDef, nnx.State, nnx.State]  # structure, trained, frozen
 _TENSOR_CORE = 8  # columns that a matrix product in half precision is padded to
 
 
-class _Known(nnx.Module):
-  """Stands for a linear layer whose input never changes: knows its output, split in heads."""
+class _PrecomputedProjection(nnx.Module):
+  """Stands for a linear layer whose input never changes: its output, split in heads."""
 
   def __init__(self, output: Float[Array, "B S N*H"], num_heads: int):
     split = output.reshape(*output.shape[:2], num_heads, -1)
@@ -37,7 +37,7 @@ class _Known(nnx.Module):
 def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
   """Brings a network with LoRA in the form that is quickest for many calls.
 
-  On processors, in float32: convolutions compute what depends on their kernels alone, and
+  On CPUs, in float32: convolutions compute what depends on their kernels alone, and
   LoRA is added to the matrices that it adapts. What is trained are then the matrices
   W + up·down, because products with matrices of a few columns are slow there. A gradient is
   linear in theirs: it can be summed over microbatches first, and handed on to up and down
@@ -111,7 +111,7 @@ def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
   for attention in to_prompts:
     for name in ("to_k", "to_v"):
       output = getattr(attention, name)(context)
-      setattr(attention, name, _Known(output, attention.num_heads))
+      setattr(attention, name, _PrecomputedProjection(output, attention.num_heads))
   return lora.partition(unet)
 
 

@@ -244,7 +244,7 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   stepped = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, state)
   if config.loss_scaling:
     adjusted = jax.tree.map(lambda new, old: jnp.where(train, new, old),
-                            _adjust(state.loss_scale, finite), state.loss_scale)
+                            _next_loss_scale(state.loss_scale, finite), state.loss_scale)
     stepped = dataclasses.replace(stepped, loss_scale=adjusted)
   skipped = 1.0 - finite.astype(jnp.float32)
   return stepped, log_probs, dataclasses.replace(metrics, skipped=skipped)
@@ -286,7 +286,7 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
 
 
 def _split(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:
-  """As large as a processor is quick with; the gradient of their mean loss is the same.
+  """As large as a CPU is quick with; the gradient of their mean loss is the same.
 
   In float32 with as many steps of the same sample as fit: attention's products over its
   prompt are fewer and larger then. Half precision would round otherwise than the sampler.
@@ -346,9 +346,9 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   # Marked as differing between devices, so that the backward pass does not sum each
   # microbatch's gradient over them: that is done once, below.
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
-  # Gradients are summed for the weights that the network computes with, and handed on to
+  # Gradients are summed for the weights that the network computes with, and pulled back to
   # those that these come from once: for all prompts, and for those of each group.
-  folded_weights, hand_on = _fold(folding.fold_weights, (graphdef, params, frozen))
+  folded_weights, pullback = _fold(folding.fold_weights, (graphdef, params, frozen))
   unet = folding.round_lora(*folded_weights)
   pack, unpack = _packing(folded_weights[1])
 
@@ -356,7 +356,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     samples = take_samples(batch, group.sample)
     context = guidance_context(samples.text_embeddings, samples.negative_embedding,
                                config.guidance_scale)
-    (graphdef, weights, rest), hand_back = _fold(
+    (graphdef, weights, rest), prompts_pullback = _fold(
         functools.partial(folding.fold_prompts, context=context), unet)
 
     def loss_fn(weights: nnx.State, step: Int[Array, "b t"]):
@@ -371,7 +371,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     summed, log_probs = jax.lax.scan(
         functools.partial(_add_microbatch, loss_fn, weights, pack, mode), start, group.step)
     if folded:
-      grads = jax.tree.map(jnp.add, sums.grads, hand_back(summed.grads)[0])
+      grads = jax.tree.map(jnp.add, sums.grads, prompts_pullback(summed.grads)[0])
       summed = dataclasses.replace(summed, grads=grads)
     return summed, log_probs
 
@@ -379,7 +379,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   start = _Sums(grads=jax.tree.map(jnp.zeros_like, pack(folded_weights[1])), loss=zero,
                 approx_kl=zero, clipfrac=zero, ratio_drift=zero)
   sums, log_probs = jax.lax.scan(add_group, start, microbatches)
-  (grads,) = hand_on(unpack(sums.grads))
+  (grads,) = pullback(unpack(sums.grads))
   grads, metrics = _mean(dataclasses.replace(sums, grads=grads),
                          log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
@@ -394,8 +394,8 @@ def _fold(fold: Callable[..., folding.Split], unet: folding.Split
     folded, weights, rest = fold(graphdef, trained, frozen)
     return weights, (folded, rest)
 
-  weights, hand_on, (folded, rest) = jax.vjp(split, trained, has_aux=True)
-  return (folded, weights, rest), hand_on
+  weights, pullback, (folded, rest) = jax.vjp(split, trained, has_aux=True)
+  return (folded, weights, rest), pullback
 
 
 def _packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
@@ -469,7 +469,7 @@ def _mean(sums: _Sums, microbatches: int, scale: Float32[Array, ""]
       grad_norm=optax.tree.norm(grads), skipped=jnp.float32(0))
 
 
-def _adjust(loss_scale: LossScale, finite: jax.Array) -> LossScale:
+def _next_loss_scale(loss_scale: LossScale, finite: jax.Array) -> LossScale:
   """Halves the scale after an overflow, doubles it after a long run without one."""
   good_steps = jnp.where(finite, loss_scale.good_steps + 1, 0)
   grow = good_steps >= _LOSS_SCALE_PERIOD

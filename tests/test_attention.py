@@ -113,7 +113,7 @@ def on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("keys", (77, 4096))
 def test_implementation(on_a_gpu, monkeypatch, shape, dtype, expected, keys):
   """Where cuDNN has what is asked of it: here attention of another kind stands for its."""
-  def flash_attention(*inputs, **kwargs):  # processors have no products in half precision
+  def flash_attention(*inputs, **kwargs):  # CPUs have no products in half precision
     return attend(*(x.astype(jnp.float32) for x in inputs), **kwargs).astype(dtype)
 
   monkeypatch.setattr(attention, "_flash_attention", flash_attention)
@@ -123,13 +123,13 @@ def test_implementation(on_a_gpu, monkeypatch, shape, dtype, expected, keys):
 
 
 def test_a_program_for_a_gpu_that_is_not_here(on_a_gpu):
-  """It is compiled for one with cuDNN, although the processor has none."""
+  """It is compiled for one with cuDNN, although the CPU has none."""
   on_a_gpu.platform = "cpu"
   x = jax.ShapeDtypeStruct((2, 64, 2, 8), jnp.bfloat16)
   assert attention.implementation(x, x) == "cudnn"
 
 
-def test_a_processor_has_no_cudnn():
+def test_a_cpu_has_no_cudnn():
   x = jax.ShapeDtypeStruct((2, 64, 2, 8), jnp.bfloat16)
   assert attention.implementation(x, x) == "xla"
 

@@ -65,7 +65,7 @@ def test_experiment_runs(run, local, name):
 
 
 def test_every_reward_at_once(run, local):
-  """CLIP on the device, servers and the processor, each under its own name."""
+  """CLIP on the device, servers and the CPU, each under its own name."""
   config = dgx.get_config("compressibility")
   config.prompt_fn = "counting"
   config.prompt_fn_kwargs = {"nouns_file": "simple_animals.txt", "low": 2, "high": 4}

@@ -124,7 +124,7 @@ def test_float32_needs_no_cure(plain):
   assert float(plain[1].ratio_drift) < 1e-5
 
 
-def test_equal_batches_cure_the_drift_on_a_processor():
+def test_equal_batches_cure_the_drift_on_a_cpu():
   """In fp16: sampler and update compute the same shapes."""
   setup = make(jnp.float16, sample_batch=4, train_batch=4)
   assert float(first_step(setup, jax.random.key(0))[1].ratio_drift) < 1e-5

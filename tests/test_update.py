@@ -62,7 +62,7 @@ def results(micro, schedule, batch, golden_lora, request):
   """{case: (train state, gradients, metrics, log-probs)}; one compilation for all.
 
   With each of a sample's three steps in a microbatch of its own, or all in one; and what is
-  written for a GPU, run on the processor.
+  written for a GPU, run on the CPU.
   """
   together, backend = request.param
   optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
@@ -197,7 +197,7 @@ def test_microbatches_cover_every_sample_and_timestep_once():
 @pytest.mark.parametrize("samples,together,total",
                          ((32, 1, 6), (6, 2, 8), (3, 1, 5), (24, 3, 6)))
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
-def test_a_processor_takes_steps_of_a_sample_together(samples, together, total, dtype):
+def test_a_cpu_takes_steps_of_a_sample_together(samples, together, total, dtype):
   """Up to sixteen pairs at a time, each once, and the same samples throughout a group."""
   steps = np.random.default_rng(0).permuted(np.tile(np.arange(total), (2, samples, 1)), axis=2)
   given = update.Microbatches(

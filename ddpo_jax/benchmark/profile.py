@@ -27,7 +27,7 @@ def during(work: Callable[[], Any], seconds: float) -> dict[str, Any]:
 
   Returns:
     "seconds": of the part; "busy_seconds": of all operations in it, on one GPU or on all of a
-    processor's threads; "operations": (name, seconds, count) of each kind, the longest first.
+    CPU's threads; "operations": (name, seconds, count) of each kind, the longest first.
   """
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0
@@ -57,7 +57,7 @@ def summarize(operations: list[tuple[str, float]]) -> dict[str, Any]:
 
 
 def _operations(profile: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
-  """Those of the first GPU, or of the processor: name and seconds."""
+  """Those of the first GPU, or of the CPU: name and seconds."""
   planes = {plane.name: plane for plane in profile.planes}
   gpus = [plane for name, plane in planes.items() if name.startswith("/device:GPU:0")]
   for plane in gpus or planes.values():
