@@ -31,33 +31,35 @@ class Restored:
   meta: dict[str, Any]  # what `Checkpointer.save` was given
 
 
-def find(path: str | os.PathLike) -> tuple[pathlib.Path, int]:
+def find(path: str | os.PathLike, name: str = "resume_from") -> tuple[pathlib.Path, int]:
   """The run folder and the epoch of the newest of `find_all`."""
-  run, epochs = find_all(path)
+  run, epochs = find_all(path, name)
   return run, epochs[0]
 
 
-def find_all(path: str | os.PathLike) -> tuple[pathlib.Path, list[int]]:
-  """Resolves `resume_from` to a run folder and its checkpoints, the newest first.
+def find_all(path: str | os.PathLike, name: str = "resume_from"
+             ) -> tuple[pathlib.Path, list[int]]:
+  """Resolves a path to a run folder and its checkpoints, the newest first.
 
   Args:
     path: a run folder, its `checkpoints` folder, or one checkpoint in that (which is then
       the only one).
+    name: of the field or option that holds the path, for messages.
 
   Raises:
     UserError: if there is no checkpoint.
   """
+  given = f"{name}={str(path)!r}"
   path = pathlib.Path(path).expanduser().resolve()
   if not path.is_dir():
-    raise UserError(f"resume_from={str(path)!r} does not exist; must be a run folder or "
-                    "a checkpoint in it")
+    raise UserError(f"{given} does not exist; must be a run folder or a checkpoint in it")
   if path.name.isdigit() and path.parent.name == "checkpoints":
     return path.parent.parent, [int(path.name)]
   run = path.parent if path.name == "checkpoints" else path
   epochs = saved_epochs(run)
   if not epochs:
-    raise UserError(f"resume_from={str(path)!r} holds no checkpoint; must be a run folder "
-                    "whose checkpoints/ has at least one")
+    raise UserError(f"{given} holds no checkpoint; must be a run folder whose checkpoints/ "
+                    "has at least one")
   return run, epochs
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 
+WANDB_ID = "wandb_id.txt"  # in the run's folder
+
 
 class Logger(Protocol):
   """What a dashboard does with a run."""
@@ -118,7 +120,7 @@ class Loggers:
 
 def _wandb_id(run: pathlib.Path) -> str:
   """Kept in the run's folder, for the next start."""
-  path = run / "wandb_id.txt"
+  path = run / WANDB_ID
   if not path.exists():
     path.write_text(secrets.token_hex(4), encoding="utf-8")
   return path.read_text(encoding="utf-8").strip()

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpo_jax import distributed, report
+from ddpo_jax import checkpoint, distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
-from ddpo_jax.loggers import Loggers
+from ddpo_jax.loggers import WANDB_ID, Loggers
 from ddpo_jax.types import UserError
 
 _GRID_IMAGES = 32  # most images in one grid
@@ -43,6 +43,8 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
     cfg: of the run.
     name: where the config has none; from `choose_run_name`.
 
+  A run that ended before its first epoch did has nothing to lose: a new one takes its place.
+
   Raises:
     UserError: if a run that is not to be continued is already there.
   """
@@ -51,9 +53,54 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
     return _run_of(pathlib.Path(cfg.resume_from).expanduser())
   run = pathlib.Path(cfg.logdir).expanduser() / name
   if (run / "config.json").exists() and not cfg.resume_from:
-    raise UserError(f"run_name={name!r}: {run} already holds a run; choose another name, "
-                    f"or continue it with resume_from={str(run)!r}")
+    _check_nothing_is_lost(run, name)
   return run
+
+
+def _check_nothing_is_lost(run: pathlib.Path, name: str) -> None:
+  """Refuses a folder whose run has finished an epoch, or may still be in its first one."""
+  taken = f"run_name={name!r}: {run} already holds a run; choose another name, or"
+  if checkpoint.saved_epochs(run):
+    raise UserError(f"{taken} continue it with resume_from={str(run)!r}")
+  begin_again = f"{taken} start it again from its first epoch with resume_from='auto'"
+  if report.read_lines(run / _METRICS):
+    raise UserError(begin_again)
+  try:
+    lock = _lock(run)
+  except BlockingIOError:
+    raise _in_use(run, name) from None
+  if lock is None:
+    raise UserError(begin_again)
+  os.close(lock)
+
+
+def _in_use(run: pathlib.Path, name: str) -> UserError:
+  return UserError(f"run_name={name!r}: another run is writing to {run} at the moment; "
+                   "choose another name")
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+  """Locks a folder for as long as the file descriptor that it returns is open.
+
+  The system closes it when the process ends, however it ends. None where the file system
+  has no such locks, as some network file systems.
+
+  Raises:
+    BlockingIOError: if the folder is locked.
+  """
+  try:
+    import fcntl  # not on every system
+    descriptor = os.open(folder, os.O_RDONLY)
+  except (ImportError, OSError):
+    return None
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    os.close(descriptor)
+    if isinstance(error, BlockingIOError):
+      raise
+    return None
+  return descriptor
 
 
 def _run_of(checkpoint: pathlib.Path) -> pathlib.Path:
@@ -70,10 +117,10 @@ class Tracker:
   def __init__(self, run: pathlib.Path, cfg: Config, first_epoch: int = 0):
     """Makes the folder `run`, writes the config into it, and opens the dashboards.
 
-    Lines of `first_epoch` and later are dropped: these are about to be written again.
+    What is there of `first_epoch` and later is dropped: it is about to be written again.
 
     Raises:
-      UserError: if the folder cannot be made.
+      UserError: if the folder cannot be made, or another run has begun to write to it.
     """
     self._run = run
     self._num_epochs = cfg.num_epochs
@@ -82,14 +129,24 @@ class Tracker:
     self._started = time.perf_counter()
     self._epochs_here = 0
     self._report_due = 0.0  # not before this time
+    self._lock: int | None = None
     if self._writes:
       try:
         (run / "images").mkdir(parents=True, exist_ok=True)
       except OSError as error:
         raise UserError(f"logdir={cfg.logdir!r}: {run} cannot be made: {error}") from error
+      self._take_lock(cfg)
       _write_atomically(run / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
       self._drop_lines(first_epoch)
+      self._drop_others(first_epoch)
       self._loggers = Loggers(run, cfg, first_epoch)
+
+  def _take_lock(self, cfg: Config) -> None:
+    try:
+      self._lock = _lock(self._run)
+    except BlockingIOError:
+      if not cfg.resume_from:  # two new ones of the same name, begun at the same time
+        raise _in_use(self._run, self._run.name) from None
 
   def _drop_lines(self, first_epoch: int) -> None:
     for name in _LINES:
@@ -99,6 +156,16 @@ class Tracker:
         _write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
       if kept and name == _METRICS:
         self._first_reward = kept[0]["reward_mean"]
+
+  def _drop_others(self, first_epoch: int) -> None:
+    for path in (self._run / "images").glob("epoch_*.jpg"):
+      if _number_of(path) >= first_epoch:
+        path.unlink()
+    for path in (self._run / "images").glob("eval_*.jpg"):
+      if _number_of(path) > first_epoch or not first_epoch:
+        path.unlink()
+    if not first_epoch:
+      (self._run / WANDB_ID).unlink(missing_ok=True)  # it is another run there as well
 
   def log_epoch(self, epoch: int, metrics: Mapping[str, Any], prompts: Sequence[str],
                 rewards: np.ndarray, images: np.ndarray, shown: np.ndarray) -> None:
@@ -135,10 +202,13 @@ class Tracker:
     self._loggers.each(lambda logger: logger.log_eval(epochs, path))
 
   def close(self) -> None:
-    """Writes the report for the last time."""
+    """Writes the report for the last time, and unlocks the folder."""
     if self._writes:
       self._write_report(final=True)
       self._loggers.each(lambda logger: logger.close())
+    if self._lock is not None:
+      os.close(self._lock)
+      self._lock = None
 
   def _append(self, name: str, line: Mapping[str, Any]) -> None:
     with open(self._run / name, "a", encoding="utf-8") as file:
@@ -195,6 +265,12 @@ def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
       pen.text((left + 2, top + height + 2 + row * line_height), text, fill="black",
                font=font)
   return grid
+
+
+def _number_of(picture: pathlib.Path) -> int:
+  """In its name; -1 if there is none."""
+  digits = picture.stem.rpartition("_")[2]
+  return int(digits) if digits.isdecimal() else -1
 
 
 def _finite(value: Any) -> Any:

@@ -55,12 +55,46 @@ def test_folder_and_lines(cfg, capsys):
   assert "left" in printed
 
 
-def test_a_run_is_never_written_over(cfg):
-  tracking.Tracker(tracking.choose_run_folder(cfg), cfg)
-  with pytest.raises(UserError, match="run_name='run'.*already holds a run"):
+@pytest.mark.parametrize("saved,advice", [(True, r"continue it with resume_from='.*run'"),
+                                          (False, "resume_from='auto'")])
+def test_finished_epochs_are_never_written_over(cfg, saved, advice):
+  run = tracking.choose_run_folder(cfg)
+  tracker = tracking.Tracker(run, cfg)
+  log(tracker, 0)
+  tracker.close()
+  if saved:
+    (run / "checkpoints" / "0").mkdir(parents=True)
+  with pytest.raises(UserError, match=f"run_name='run'.*already holds a run.*{advice}"):
     tracking.choose_run_folder(cfg)
-  again = dataclasses.replace(cfg, resume_from=f"{cfg.logdir}/run")
-  assert tracking.choose_run_folder(again).name == "run"
+  for again in ("auto", str(run)):
+    assert tracking.choose_run_folder(dataclasses.replace(cfg, resume_from=again)) == run
+
+
+def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg):
+  run = tracking.choose_run_folder(cfg)
+  failed = tracking.Tracker(run, cfg)
+  failed.log_eval(0, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
+  (run / "rewards.jsonl").write_text('{"epoch": 0, "prompts": [], "rewards": []}\n')
+  (run / "wandb_id.txt").write_text("failed")
+  with pytest.raises(UserError, match="another run is writing to .*run at the moment"):
+    tracking.choose_run_folder(cfg)
+  failed.close()
+  assert tracking.choose_run_folder(cfg) == run
+  new = tracking.Tracker(run, dataclasses.replace(cfg, seed=7))
+  with pytest.raises(UserError, match="another run is writing"):  # both had found it free
+    tracking.Tracker(run, cfg)
+  assert json.loads((run / "config.json").read_text())["seed"] == 7
+  assert not list((run / "images").iterdir()) and not (run / "wandb_id.txt").exists()
+  assert (run / "rewards.jsonl").read_text() == ""
+  new.close()
+
+
+def test_without_locks_a_run_may_still_be_in_its_first_epoch(cfg, monkeypatch):
+  """As on some network file systems."""
+  monkeypatch.setitem(sys.modules, "fcntl", None)
+  tracking.Tracker(tracking.choose_run_folder(cfg), cfg).close()
+  with pytest.raises(UserError, match="already holds a run.*resume_from='auto'"):
+    tracking.choose_run_folder(cfg)
 
 
 def test_resuming_without_a_name_goes_on_in_the_same_folder(cfg, tmp_path):
@@ -78,8 +112,12 @@ def test_resume_drops_epochs_that_will_be_done_again(cfg):
   run = tracking.choose_run_folder(cfg)
   tracker = tracking.Tracker(run, cfg)
   for epoch in range(3):
+    tracker.log_eval(epoch, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
     log(tracker, epoch)
+  tracker.close()
   resumed = tracking.Tracker(run, cfg, first_epoch=1)
+  assert sorted(path.name for path in (run / "images").iterdir()) == [
+      "epoch_0000.jpg", "eval_0000.jpg", "eval_0001.jpg"]
   log(resumed, 1)
   assert [line["epoch"] for line in lines_of(run)] == [0, 1]
 

@@ -129,6 +129,10 @@ def test_nan_reward_stops_the_run_and_names_the_sample(make_config):
   cfg = make_config(reward_fn=f"{__name__}:nan_for_the_third")
   with pytest.raises(UserError, match=r"nan_for_the_third.*sample 2"):
     train.train(cfg)
+  # Corrected, the same command begins: the folder has no finished epoch to lose.
+  run = train.train(make_config(num_epochs=1))
+  assert [line["epoch"] for line in metrics_of(run)] == [0]
+  assert checkpoint.saved_epochs(run) == [0]
 
 
 def fails_in_epoch_one(images, prompts, metadata):

@@ -258,6 +258,7 @@ def test_read_only_logdir(exit_with, tmp_path):
 def test_run_folder_that_is_taken(exit_with, tmp_path):
   (tmp_path / "logs" / "run").mkdir(parents=True)
   (tmp_path / "logs" / "run" / "config.json").write_text("{}")
+  (tmp_path / "logs" / "run" / "metrics.jsonl").write_text('{"epoch": 0}\n')
   (line,) = exit_with({"run_name": "run"})
   assert "already holds a run" in line
 
