@@ -27,6 +27,7 @@ from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import draw_prompts
 from ddpo_jax.rewards import call_reward
+from ddpo_jax.rewards.info import InfoCollector, RewardInfo
 from ddpo_jax.types import Policy, PromptFn, RewardFn, Trajectory
 
 P = jax.sharding.PartitionSpec
@@ -74,7 +75,7 @@ class Rollout:
   rewards: dict[str, Float32[np.ndarray, " N"]]  # of each reward function, likewise
   images: UInt8[np.ndarray, "local H W 3"]  # of this process's samples
   local_indices: Int[np.ndarray, " local"]  # the sample index of each of `images`
-  reward_info: list[dict[str, dict[str, Any]]]  # of each batch and reward function
+  reward_info: RewardInfo  # what the reward functions returned besides
   sampling_seconds: float
   reward_seconds: float  # waited for rewards after the last image was there
 
@@ -148,6 +149,7 @@ class RolloutWorker:
     self._frozen = frozen
     self._prompt_fn = prompt_fn
     self._reward_fns = reward_fns
+    self._info = InfoCollector()
     self._seed = seed
     self._sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
     self._global_batch = config.batch_size * mesh.size
@@ -201,6 +203,7 @@ class RolloutWorker:
                    bar(pending, desc=f"Epoch {epoch}: rewards")]
     scored = time.perf_counter()
     images, rewards, info = zip(*results)
+    indices = np.stack([self._local_indices(b) for b in range(self._config.num_batches)])
     return Rollout(
         trajectory=_stack([g.trajectory for g in generations]),
         text_embeddings=_stack(embeddings),
@@ -209,10 +212,9 @@ class RolloutWorker:
         rewards={name: self._gather(np.stack([batch[name] for batch in rewards]))
                  for name in self._reward_fns},
         images=np.concatenate(images),
-        local_indices=np.concatenate([self._local_indices(b) for b in
-                                      range(self._config.num_batches)]),
-        reward_info=list(info), sampling_seconds=sampled - start,
-        reward_seconds=scored - sampled)
+        local_indices=indices.reshape(-1),
+        reward_info=self._info.collect(info, indices, self.samples_per_epoch, self._gather),
+        sampling_seconds=sampled - start, reward_seconds=scored - sampled)
 
   def draw(self, params: nnx.State, epoch: int
            ) -> tuple[UInt8[np.ndarray, "B H W 3"], list[str]]:

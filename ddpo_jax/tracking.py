@@ -168,7 +168,8 @@ class Tracker:
       (self._run / WANDB_ID).unlink(missing_ok=True)  # it is another run there as well
 
   def log_epoch(self, epoch: int, metrics: Mapping[str, Any], prompts: Sequence[str],
-                rewards: np.ndarray, images: np.ndarray, shown: np.ndarray) -> None:
+                rewards: np.ndarray, images: np.ndarray, shown: np.ndarray,
+                info: Mapping[str, Any] | None = None) -> None:
     """Writes one epoch.
 
     Args:
@@ -178,13 +179,15 @@ class Tracker:
       rewards: [N].
       images: [M, H, W, 3] uint8, some or all of the epoch's.
       shown: [M], the index of each of `images` among the samples.
+      info: what the rewards returned besides, `RewardInfo.per_image`.
     """
     if not self._writes:
       return
     self._epochs_here += 1
     line = {"epoch": epoch, **{name: _finite(value) for name, value in metrics.items()}}
     self._append(_REWARDS, {"epoch": epoch, "prompts": list(prompts),
-                            "rewards": [float(f"{r:.6g}") for r in rewards]})
+                            "rewards": [float(f"{r:.6g}") for r in rewards],
+                            **({"info": info} if info else {})})
     self._append(_METRICS, line)
     captions = [f"{rewards[i]:.3f} {prompts[i]}" for i in shown[:_GRID_IMAGES]]
     path = self._run / "images" / f"epoch_{epoch:04d}.jpg"

@@ -345,7 +345,7 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   metrics = epoch_metrics(trainer, rollout, rewards, steps, training_seconds)
   with distributed.failing_together():
     tracker.log_epoch(epoch, metrics, rollout.prompts, rewards, rollout.images,
-                      rollout.local_indices)
+                      rollout.local_indices, rollout.reward_info.per_image())
   for warning in trainer.watch.new_warnings(metrics):
     say(warning)
 
@@ -471,6 +471,7 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
       "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
       **{f"reward/{name}_mean": float(values.mean()) for name, values in each.items()},
       **{f"reward/{name}_std": float(values.std()) for name, values in each.items()},
+      **rollout.reward_info.means(),
       "sampling_seconds": rollout.sampling_seconds,
       "diversity": diagnostics.diversity(rollout.images),
       "reward_seconds": rollout.reward_seconds, "training_seconds": training_seconds,

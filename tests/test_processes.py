@@ -1,5 +1,6 @@
 """Two real processes of two devices each, over gloo."""
 
+import json
 import os
 import signal
 import socket
@@ -57,9 +58,16 @@ def test_as_one_process(whole):
   assert codes == [0], errors
   two, one = (metrics_of(whole / name) for name in ("whole", "one"))
   assert [line["epoch"] for line in two] == list(range(EPOCHS))
-  for name in ("reward_mean", "reward_min", "reward_max"):
+  half = "reward/tests.runs:brightness/half_mean"
+  for name in ("reward_mean", "reward_min", "reward_max", half):
     np.testing.assert_allclose(*([line[name] for line in run] for run in (two, one)),
                                rtol=1e-5, err_msg=name)
+  rewards = json.loads((whole / "whole" / "rewards.jsonl").read_text().splitlines()[0])
+  info = rewards["info"]["tests.runs:brightness"]
+  np.testing.assert_allclose(info["half"], np.array(rewards["rewards"]) / 2, rtol=1e-5)
+  # Of each batch of eight samples the first half are process 0's.
+  own = [i % 8 < 4 for i in range(16)]
+  assert info["prompt"] == [p if mine else None for p, mine in zip(rewards["prompts"], own)]
   two, one = (weights_of(whole / name) for name in ("whole", "one"))
   assert np.linalg.norm(two - one) < 1e-5 * np.linalg.norm(one)
 

@@ -20,6 +20,7 @@ from ddpo_jax.rewards import (
   get_rewards,
 )
 from ddpo_jax.rewards.combined import RewardCombiner
+from ddpo_jax.rewards.info import InfoCollector
 from ddpo_jax.types import UserError
 
 PROMPTS = ["a cat", "a dog", "a cow"]
@@ -91,6 +92,7 @@ def test_unusable_rewards_are_refused(name, kwargs):
     ([1.0, 2.0, -np.inf], "sample 2, prompt 'a cow'"),
     ([1.0, 2.0], r"shape \(2,\)"), ([[1.0], [2.0], [3.0]], r"shape \(3, 1\)"),
     (["a", "b", "c"], "must be numbers"), (None, "shape"),
+    ([[1.0], [2.0, 3.0], 4.0], r"no array.*must be \(3,\)"),
     ([1e39, 0.0, 0.0], "sample 0"),
 ])
 def test_wrong_values_name_function_sample_and_prompt(values, message):
@@ -121,6 +123,52 @@ def test_unknown_reward_lists_all_there_are():
   with pytest.raises(UserError) as error:
     get_reward("nope")
   assert all(name in str(error.value) for name in ("color_alignment", *REWARD_FACTORIES))
+
+
+# ---- what else to log ----
+
+
+def collect(*infos, name="my:reward"):
+  """Of an epoch of one process, whose batches have two samples each."""
+  indices = np.arange(2 * len(infos)).reshape(-1, 2)
+  return InfoCollector().collect([{name: info} for info in infos], indices, indices.size,
+                                 np.ravel)
+
+
+def test_numbers_and_texts_beside_the_rewards_are_logged():
+  info = collect(
+      {"mass": np.array([1, 2]), "all": 3, "right": [True, False], "answers": [["a"], ["b"]],
+       "score": np.float64([np.nan, 1])},
+      {"mass": [3.5, 1e300], "answers": (["c", "d"], []), "late": ["x", "y"]})
+  assert info.means() == {
+      "reward/my:reward/mass_mean": 6.5 / 3, "reward/my:reward/all_mean": 3.0,
+      "reward/my:reward/right_mean": 0.5, "reward/my:reward/score_mean": 1.0}
+  per_image = info.per_image()
+  assert per_image == {"my:reward": {
+      "mass": [1, 2, 3.5, None], "all": [3, 3, None, None], "right": [1, 0, None, None],
+      "score": [None, 1, None, None], "answers": [["a"], ["b"], ["c", "d"], []],
+      "late": [None, None, "x", "y"]}}
+  json.loads(json.dumps(per_image, allow_nan=False))
+
+
+class Hostile:
+  def __array__(self, *args, **kwargs):
+    raise RuntimeError("no array of mine")
+
+
+@pytest.mark.parametrize("value", [
+    [1.0], np.zeros((2, 1)), [[1], [2, 3]], ["a"], "ab", {"a": 1}, None, [None, 1.0],
+    [2**70, 1], [1j, 2j], Hostile(), [Hostile(), Hostile()]])
+def test_what_cannot_be_logged_is_said_once_and_left_out(value, capsys):
+  info = collect({"bad": value, "good": [1, 2]}, {"bad": value, "good": [3, 4]})
+  assert info.per_image() == {"my:reward": {"good": [1, 2, 3, 4]}}
+  (line,) = capsys.readouterr().out.splitlines()
+  assert "reward_fn='my:reward'" in line and "'bad'" in line and "2 numbers" in line
+
+
+def test_names_that_are_no_texts_are_left_out(capsys):
+  assert collect({3: [1, 2]}).means() == {}
+  assert "under 3" in capsys.readouterr().out
 
 
 # ---- color_alignment ----

@@ -21,7 +21,8 @@ from ddpo_jax.types import UserError
 
 
 def brightness(images, prompts, metadata):
-  return images.mean(axis=(1, 2, 3)), {}
+  values = images.mean(axis=(1, 2, 3))
+  return values, {"half": values / 2, "first": [p.split()[0] for p in prompts], "no": [0.0]}
 
 
 def nan_for_the_third(images, prompts, metadata):
@@ -61,7 +62,7 @@ REQUIRED = {
     "optimizer_steps", "peak_memory_bytes"}
 
 
-def test_run_folder_and_resume(make_config, tmp_path):
+def test_run_folder_and_resume(make_config, tmp_path, capsys):
   """A run of 3 epochs equals one of 2 that is resumed for the third, bit for bit."""
   run = train.train(make_config())
   assert {p.name for p in run.iterdir()} == {
@@ -77,6 +78,14 @@ def test_run_folder_and_resume(make_config, tmp_path):
       *(f"eval_{epochs:04d}.jpg" for epochs in (0, 2, 3))]
   assert json.loads((run / "config.json").read_text())["seed"] == 42
   assert checkpoint.find(run) == (run, 2)
+  half = f"reward/{__name__}:brightness/half_mean"
+  np.testing.assert_allclose([line[half] for line in lines],
+                             [line["reward_mean"] / 2 for line in lines], rtol=1e-6)
+  last = json.loads((run / "rewards.jsonl").read_text().splitlines()[-1])
+  assert last["info"] == {f"{__name__}:brightness": {
+      "half": pytest.approx(np.array(last["rewards"]) / 2, rel=1e-5),
+      "first": [prompt.split()[0] for prompt in last["prompts"]]}}
+  assert capsys.readouterr().out.count("'no'") == 1
 
   with pytest.raises(UserError, match="already holds a run"):
     train.train(make_config())

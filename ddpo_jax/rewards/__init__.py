@@ -37,7 +37,8 @@ def get_reward(name: str, **kwargs: Any) -> RewardFn:
   Args:
     name: of a function here, or "package.module:function" for a user's own. A user's is
       called as `function(images, prompts, metadata, **kwargs)` with images uint8
-      [B, H, W, 3], and returns float rewards [B] and a dict; it may be async.
+      [B, H, W, 3], and returns float rewards [B] and a dict of what else to log (see
+      `info.InfoCollector`); it may be async.
 
   Raises:
     UserError: if there is no such function, or it does not take `kwargs`, or a model or
@@ -108,7 +109,12 @@ def check_rewards(name: str, rewards: Any, prompts: list[str]
     UserError: if it is not one finite number for each image; names the function, the
       sample and its prompt.
   """
-  array = np.asarray(rewards)
+  try:
+    array = np.asarray(rewards)
+  except Exception as error:  # rows of different lengths, an array of another library's
+    raise UserError(f"reward_fn={name!r} returned rewards that are no array "
+                    f"({' '.join(str(error).split())[:200]}); must be ({len(prompts)},), one "
+                    "number for each image") from error
   if array.shape != (len(prompts),):
     raise UserError(f"reward_fn={name!r} returned rewards of shape {array.shape}; must be "
                     f"({len(prompts)},), one for each image")
