@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
+import math
+import os
 import pathlib
 import re
 import shutil
@@ -14,23 +16,31 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ddpo_jax import checkpoint, lora, tracking, train
 from ddpo_jax.config import Config
 from ddpo_jax.config import resolve as resolve_config
 from ddpo_jax.console import say
+from ddpo_jax.devices import compiler_options, host_memory
 from ddpo_jax.diffusion import DDIMSchedule, denoise
+from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.hub import find_weights, resolve
+from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, TINY, find_weights, resolve
+from ddpo_jax.models.placement import place_weights
+from ddpo_jax.models.unet import UNet2DConditionModel
 from ddpo_jax.models.vae import to_uint8
-from ddpo_jax.models.weights import save_module
+from ddpo_jax.models.weights import load_module, save_module
 from ddpo_jax.prompts import load_lines
 from ddpo_jax.types import UserError
 
 _PICTURES = (".jpg", ".jpeg", ".png")
+_UNET_STEM = "diffusion_pytorch_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +62,31 @@ def load_run(path: str, mixed_precision: str | None = None) -> FineTuned:
   Raises:
     UserError: if there is no checkpoint, or its base model is not there any more.
   """
-  run, epoch = checkpoint.find(path)
+  run, epoch = checkpoint.find(path, "--run")
   cfg = _config_of(run, mixed_precision)
-  models = train.load_models(cfg)
+  with host_memory():
+    models = train.load_models(cfg)
   graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
   trained = checkpoint.restore_params(run, epoch, params)
   return FineTuned(dataclasses.replace(models, unet=nnx.merge(graphdef, trained, frozen)),
                    cfg, epoch)
+
+
+def load_base_unet(tuned: FineTuned) -> UNet2DConditionModel:
+  """The UNet that a run began with, in the structure of the fine-tuned one.
+
+  It shares the weights that LoRA leaves as they are; without LoRA it is read again.
+  """
+  cfg = tuned.cfg
+  if cfg.use_lora:
+    graphdef, trained, frozen = lora.partition(tuned.models.unet)
+    return nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, trained), frozen)
+  folder = resolve(cfg.pretrained.model, cfg.pretrained.revision) / "unet"
+  build = functools.partial(UNet2DConditionModel, tuned.models.unet.config,
+                            dtype=train.DTYPES[cfg.mixed_precision])
+  with host_memory():
+    unet: Any = load_module(build, find_weights(folder, _UNET_STEM))
+    return train.prepare_unet(cfg, unet)
 
 
 def _config_of(run: pathlib.Path, mixed_precision: str | None) -> Config:
@@ -77,109 +105,204 @@ def _config_of(run: pathlib.Path, mixed_precision: str | None) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-  """How to draw images."""
+  """How to draw images; with the defaults of scripts/sample.py for a base model."""
 
-  num_steps: int
-  guidance_scale: float
-  eta: float  # in [0, 1]
-  seed: int
-  batch_size: int
+  num_steps: int = 50
+  guidance_scale: float = 5.0
+  eta: float = 1.0  # in [0, 1]
+  seed: int = 0
+  batch_size: int = 8
 
 
-def generate_images(models: StableDiffusion, prompts: Sequence[str],
-                    options: SamplingOptions, description: str = "Sampling") -> np.ndarray:
-  """Draws an image for each prompt: [N, H, W, 3] uint8.
+class ImageGenerator:
+  """Draws images with a model's text encoder and VAE, and the UNet that it is given.
 
-  Image i depends on the seed, on i and on its prompt, not on the batch size; the same
-  seed gives the base and the fine-tuned model the same noise.
+  Image i depends on the seed, on i and on its prompt, not on the batch size; two UNets are
+  given the same noise.
   """
-  draw = _make_draw(models, options)
-  negative = _encode(models.text_encoder, models.tokenize([""]))
-  size, images = options.batch_size, []
-  for start in tqdm(range(0, len(prompts), size), desc=description, unit="batch",
-                    dynamic_ncols=True, disable=None):
-    # The last batch is filled up, so that one program serves all.
-    indices = np.minimum(np.arange(start, start + size), len(prompts) - 1)
-    tokens = models.tokenize([prompts[i] for i in indices])
-    batch = draw(models.unet, models.vae, _encode(models.text_encoder, tokens), negative,
-                 jnp.asarray(indices))
-    images.append(np.asarray(batch)[:len(prompts) - start])
-  return np.concatenate(images)
+
+  def __init__(self, models: StableDiffusion, options: SamplingOptions):
+    self._encode = PromptEncoder(models)
+    self._batch_size = options.batch_size
+    self._device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    self._vae = place_weights(nnx.state(models.vae), self._device)
+    self._draw = _make_draw(models, options)
+
+  def __call__(self, unet: UNet2DConditionModel, prompts: Sequence[str],
+               description: str = "Sampling") -> np.ndarray:
+    """Draws an image for each prompt: [N, H, W, 3] uint8.
+
+    Args:
+      unet: the model's, or another one of the same structure.
+      prompts: N of them, at least 1.
+      description: for the progress bar.
+    """
+    weights = place_weights(nnx.state(unet), self._device)
+    negative = self._encode([""])
+    size = min(self._batch_size, len(prompts))
+    images = []
+    for start in tqdm(range(0, len(prompts), size), desc=description, unit="batch",
+                      dynamic_ncols=True, disable=None):
+      # The last batch is filled up, so that one program serves all.
+      indices = np.minimum(np.arange(start, start + size), len(prompts) - 1)
+      embeddings = self._encode([prompts[i] for i in indices])
+      batch = self._draw(weights, self._vae, embeddings, negative, indices)
+      images.append(np.asarray(batch)[:len(prompts) - start])
+    return np.concatenate(images)
 
 
-@jax.jit
-def _encode(text_encoder: nnx.Module, token_ids: np.ndarray) -> jax.Array:
-  return text_encoder(token_ids)
-
-
-def _make_draw(models: StableDiffusion, options: SamplingOptions) -> Callable[..., Any]:
+def _make_draw(models: StableDiffusion, options: SamplingOptions) -> Callable[..., jax.Array]:
   schedule = DDIMSchedule.create(models.noise_schedule, options.num_steps)
+  unet_graphdef, vae_graphdef = nnx.graphdef(models.unet), nnx.graphdef(models.vae)
   scaling_factor = models.scaling_factor
 
-  @jax.jit
-  def draw(unet, vae, embeddings, negative, indices):
+  def draw(unet: nnx.State, vae: nnx.State, embeddings: Float[Array, "B L D"],
+           negative: Float[Array, "1 L D"], indices: Int[Array, " B"]
+           ) -> UInt8[Array, "B H W 3"]:
     fold = functools.partial(jax.random.fold_in, jax.random.key(options.seed))
-    latents = denoise(unet, schedule, embeddings, negative, eta=options.eta,
-                      guidance_scale=options.guidance_scale, key=jax.vmap(fold)(indices))
-    return to_uint8(vae.decode(latents / scaling_factor))
+    latents = denoise(nnx.merge(unet_graphdef, unet), schedule, embeddings, negative,
+                      eta=options.eta, guidance_scale=options.guidance_scale,
+                      key=jax.vmap(fold)(indices))
+    return to_uint8(nnx.merge(vae_graphdef, vae).decode(latents / scaling_factor))
 
-  return draw
+  return jax.jit(draw, compiler_options=compiler_options())
 
 
-def sample_to_files(run: str | None, model: str | None, prompts: Sequence[str],
-                    prompts_file: str | None, output: pathlib.Path, compare: bool, seed: int,
-                    num_steps: int | None, guidance_scale: float | None, eta: float | None,
-                    batch_size: int, mixed_precision: str | None) -> None:
-  """What scripts/sample.py does; its arguments.
+# ---- scripts/sample.py ----
+
+
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (lambda x: 0 <= x < 2**31, "must be in [0, 2147483648)"),
+    "num_steps": (lambda x: 1 <= x <= 1000, "must be in [1, 1000]"),
+    "guidance_scale": (lambda x: 0 <= x < math.inf, "must be a finite number, at least 0"),
+    "eta": (lambda x: 0 <= x <= 1, "must be in [0, 1]"),
+    "batch_size": (lambda x: 1 <= x <= 10_000, "must be in [1, 10000]"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+  """The options of scripts/sample.py.
 
   Raises:
-    UserError: if an argument is out of range, there is no prompt, or the run, the model
-      or the output cannot be used.
+    UserError: if one of them is out of range, or they do not fit together.
   """
-  prompts = [*prompts, *(load_lines(prompts_file) if prompts_file else [])]
+
+  output: pathlib.Path
+  run: str | None = None  # this or the next
+  model: str | None = None
+  prompts: Sequence[str] = ()
+  prompts_file: str | None = None
+  compare: bool = False
+  seed: int = 0
+  num_steps: int | None = None  # None, here and below: as in the run
+  guidance_scale: float | None = None
+  eta: float | None = None
+  batch_size: int = 8
+  mixed_precision: str | None = None
+
+  def __post_init__(self) -> None:
+    if self.run is None and self.model is None:
+      raise UserError("--run or --model is missing: what to draw with")
+    if self.compare and self.run is None:
+      raise UserError("--compare needs --run: a fine-tuned model to put beside the base")
+    for name, (is_right, text) in _RULES.items():
+      value = getattr(self, name)
+      if value is not None and not is_right(value):
+        raise UserError(f"--{name}={value} {text}")
+
+  def sampling_options(self, cfg: Config | None) -> SamplingOptions:
+    """What is given, and else what the run was sampled with, if it is one."""
+    names = ("num_steps", "guidance_scale", "eta")
+    of_run = {} if cfg is None else {name: getattr(cfg.sample, name) for name in names}
+    given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    return SamplingOptions(seed=self.seed, batch_size=self.batch_size, **{**of_run, **given})
+
+
+def sample_to_files(request: SampleRequest) -> None:
+  """What scripts/sample.py does.
+
+  Raises:
+    UserError: if there is no prompt, or the run, the model or the output cannot be used.
+  """
+  prompts = [*request.prompts,
+             *(load_lines(request.prompts_file) if request.prompts_file else [])]
   if not prompts:
     raise UserError("--prompts is empty; give prompts there or with --prompts_file")
-  if run is None and model is None:
-    raise UserError("--run or --model is missing: what to draw with")
-  if compare and run is None:
-    raise UserError("--compare needs --run: a fine-tuned model to put beside the base")
-  _check_range("--eta", eta, 0, 1)
-  _check_range("--num_steps", num_steps, 1, 1000)
-  _check_range("--batch_size", batch_size, 1, 10_000)
-  _check_range("--guidance_scale", guidance_scale, 0, float("inf"))
-  tuned = None if run is None else load_run(run, mixed_precision)
-  given = lambda value, of_run, default: (
-      value if value is not None else default if tuned is None else of_run(tuned.cfg))
-  options = SamplingOptions(
-      num_steps=given(num_steps, lambda cfg: cfg.sample.num_steps, 50),
-      guidance_scale=given(guidance_scale, lambda cfg: cfg.sample.guidance_scale, 5.0),
-      eta=given(eta, lambda cfg: cfg.sample.eta, 1.0), seed=seed,
-      batch_size=min(batch_size, len(prompts)))
-  dtype = train.DTYPES[given(mixed_precision, lambda cfg: cfg.mixed_precision, "no")]
-  columns, captions = [], list(prompts)
-  if tuned is None or compare:
-    name, revision = (model, None) if tuned is None else (
-        tuned.cfg.pretrained.model, tuned.cfg.pretrained.revision)
-    assert name is not None  # checked above
-    columns.append(generate_images(load_pretrained(name, revision, dtype), prompts, options,
-                                   "Base model"))
-  if tuned is not None:
-    columns.append(generate_images(tuned.models, prompts, options, "Fine-tuned"))
+  _check_picture_output(request.output)
+  columns = _columns(request, prompts)
   images = np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
-  if compare:
+  captions = prompts
+  if request.compare:
     captions = [f"{which}: {prompt}" for prompt in prompts for which in ("before", "after")]
-  _write(images, captions, output)
+  _write(images, captions, request.output)
 
 
-def _check_range(name: str, value: float | None, low: float, high: float) -> None:
-  if value is not None and not low <= value <= high:
-    raise UserError(f"{name}={value} must be in [{low}, {high}]")
+def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]:
+  """The prompts' images of each of the models asked for."""
+  if request.run is None:
+    assert request.model is not None  # checked by the request
+    with host_memory():
+      models = _load_base(request.model, train.DTYPES[request.mixed_precision or "no"])
+    generate = ImageGenerator(models, request.sampling_options(None))
+    return [generate(models.unet, prompts, "Base model")]
+  tuned = load_run(request.run, request.mixed_precision)
+  generate = ImageGenerator(tuned.models, request.sampling_options(tuned.cfg))
+  columns = [generate(load_base_unet(tuned), prompts, "Base model")] if request.compare else []
+  return [*columns, generate(tuned.models.unet, prompts, "Fine-tuned")]
+
+
+def _load_base(model: str, dtype: DTypeLike) -> StableDiffusion:
+  if model == TINY:
+    return load_pretrained(model, dtype=dtype)
+  named = dataclasses.replace(DIFFUSERS_REPOSITORY, field="--model")  # in its messages
+  return load_pretrained(resolve(model, repository=named), dtype=dtype)
+
+
+def _check_picture_output(output: pathlib.Path) -> None:
+  """Refuses, before anything is loaded, what `_write` could not write."""
+  is_grid = _is_grid(output)
+  if not is_grid and output.suffix.lower() in Image.registered_extensions() and (
+      not output.is_dir()):
+    raise UserError(f"--output={output} must end in {', '.join(_PICTURES)} for one grid, or "
+                    "be the name of a folder for single files")
+  _check_writable(output, is_folder=not is_grid)
+
+
+def _is_grid(output: pathlib.Path) -> bool:
+  return output.suffix.lower() in _PICTURES
+
+
+def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
+  """Looks at the output, or the nearest folder that is there; makes nothing."""
+  must = "a folder, or a path where one can be made" if is_folder else (
+      "a file's path, in a folder that can be written to")
+  there = output.absolute()
+  try:
+    while not _exists(there):
+      there = there.parent
+  except (OSError, ValueError) as error:  # a name that is too long, a NUL
+    raise UserError(f"--output={output!s:.200} cannot be a path: {error}; must be {must}"
+                    ) from error
+  if there.is_dir() != (is_folder or there != output.absolute()):
+    kind = "a folder" if there.is_dir() else "not a folder"
+    raise UserError(f"--output={output}: {there} is {kind}; must be {must}")
+  if not os.access(there, os.W_OK):
+    raise UserError(f"--output={output}: {there} cannot be written to; must be {must}")
+
+
+def _exists(path: pathlib.Path) -> bool:
+  try:
+    os.lstat(path)
+  except (FileNotFoundError, NotADirectoryError):
+    return False
+  return True
 
 
 def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path) -> None:
   """One grid, or a folder of single PNG files, by what `output` ends in."""
   try:
-    if output.suffix.lower() in _PICTURES:
+    if _is_grid(output):
       output.parent.mkdir(parents=True, exist_ok=True)
       tracking.image_grid(images, captions).save(output, quality=95)
       return
@@ -191,12 +314,17 @@ def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path) ->
     raise UserError(f"--output={output} cannot be written: {error}") from error
 
 
+# ---- scripts/export_lora.py ----
+
+
 def export(run: str, output: pathlib.Path, file_format: str = "diffusers") -> None:
   """What scripts/export_lora.py does: a LoRA file, or a folder for a whole UNet.
 
   Raises:
     UserError: if the run cannot be read or the output cannot be written.
   """
+  folder, _ = checkpoint.find(run, "--run")
+  _check_export(_config_of(folder, "no"), output, file_format)
   tuned = load_run(run, mixed_precision="no")
   try:
     if tuned.cfg.use_lora:
@@ -204,25 +332,38 @@ def export(run: str, output: pathlib.Path, file_format: str = "diffusers") -> No
       lora.export_lora(tuned.models.unet, output, _metadata(tuned), file_format=file_format)
     else:
       _export_unet(tuned, output)
-  except OSError as error:
+  except (OSError, SafetensorError) as error:
     raise UserError(f"--output={output} cannot be written: {error}") from error
   say(f"Wrote {output}, from epoch {tuned.epoch} of {run}")
+
+
+def _check_export(cfg: Config, output: pathlib.Path, file_format: str) -> None:
+  """Refuses, before anything is loaded, an output that does not suit the run."""
+  if not cfg.use_lora:
+    whole = "the run has use_lora=False, so its whole UNet is written, as a diffusers folder"
+    if file_format != "diffusers":
+      raise UserError(f"--format={file_format}: {whole}; must be diffusers")
+    if output.suffix.lower() == ".safetensors":
+      raise UserError(f"--output={output}: {whole}; must be the name of a folder")
+  _check_writable(output, is_folder=not cfg.use_lora)
 
 
 def _metadata(tuned: FineTuned) -> dict[str, str]:
   """What a reader of the file may want to know of how it was made."""
   cfg = tuned.cfg
   rewards = [cfg.reward_fn] if isinstance(cfg.reward_fn, str) else sorted(cfg.reward_fn)
+  # The weights' own: a run that began with lora.init_from has the rank of that file.
+  ranks = {linear.lora_down.shape[1] for _, linear in
+           lora.attention_projections(tuned.models.unet) if linear.lora_down is not None}
   return {"base_model": cfg.pretrained.model, "base_model_revision": cfg.pretrained.revision,
-          "lora_rank": str(cfg.lora.rank), "reward_fn": ", ".join(rewards),
+          "lora_rank": ", ".join(map(str, sorted(ranks))), "reward_fn": ", ".join(rewards),
           "epoch": str(tuned.epoch), "seed": str(cfg.seed), "trained_with": "ddpo_jax"}
 
 
 def _export_unet(tuned: FineTuned, output: pathlib.Path) -> None:
   base = resolve(tuned.cfg.pretrained.model, tuned.cfg.pretrained.revision) / "unet"
-  stem = "diffusion_pytorch_model"
-  if output.is_dir() and find_weights(base, stem)[0].parent.samefile(output):
+  if output.is_dir() and find_weights(base, _UNET_STEM)[0].parent.samefile(output):
     raise UserError(f"--output={output} is the base model's own folder; choose another")
   output.mkdir(parents=True, exist_ok=True)
   shutil.copyfile(base / "config.json", output / "config.json")
-  save_module(tuned.models.unet, output / f"{stem}.safetensors")
+  save_module(tuned.models.unet, output / f"{_UNET_STEM}.safetensors")

@@ -1,6 +1,9 @@
 """From a run's folder to images and files, as scripts/sample.py and export_lora.py do."""
 
 import json
+import os
+import pathlib
+import runpy
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from ddpo_jax.config import resolve
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.types import UserError
 
+ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["a cat", "a dog", "a cow"]
 
 
@@ -45,10 +49,9 @@ def run(tmp_path_factory):
 
 
 def sample(output, **changes):
-  arguments = dict(run=None, model=None, prompts=PROMPTS, prompts_file=None, output=output,
-                   compare=False, seed=0, num_steps=2, guidance_scale=1.0, eta=None,
-                   batch_size=2, mixed_precision=None)
-  inference.sample_to_files(**{**arguments, **changes})
+  arguments = dict(output=output, prompts=PROMPTS, num_steps=2, guidance_scale=1.0,
+                   batch_size=2)
+  inference.sample_to_files(inference.SampleRequest(**{**arguments, **changes}))
 
 
 def pictures(folder):
@@ -64,9 +67,19 @@ def test_load_run_has_the_checkpoints_weights(run):
   for ours, expected in zip(weights[0], jax.tree.leaves(stored), strict=True):
     np.testing.assert_array_equal(ours, expected)
   assert any((a != b).any() for a, b in zip(*weights))
+  # The base model is put beside it without a second copy of what both have.
+  parts = [lora.partition(unet) for unet in (newest.models.unet, inference.load_base_unet(newest))]
+  assert all(a is b for a, b in zip(*(jax.tree.leaves(frozen) for _, _, frozen in parts)))
+  assert parts[0][0] == parts[1][0] and not any(leaf.any() for leaf in jax.tree.leaves(parts[1][1]))
 
 
 def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path):
+  before, after = check_compare(run, tmp_path)
+  assert np.abs(before - after).max() > 1
+
+
+def check_compare(run, tmp_path):
+  """Compares what --compare draws with each model drawn by itself, which it returns."""
   sample(tmp_path / "both", run=str(run), compare=True)
   sample(tmp_path / "base", model=str(small_model()), batch_size=3)
   sample(tmp_path / "tuned", run=str(run), batch_size=1)
@@ -75,7 +88,7 @@ def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path):
   for i in range(3):  # batch sizes round differently by a value at most
     assert np.abs(both[2 * i].astype(int) - before[i]).max() <= 1
     assert np.abs(both[2 * i + 1].astype(int) - after[i]).max() <= 1
-  assert np.abs(np.stack(before).astype(int) - np.stack(after)).max() > 1
+  return np.stack(before).astype(int), np.stack(after).astype(int)
 
 
 def test_eta_zero_and_a_grid(run, tmp_path):
@@ -91,12 +104,64 @@ def test_eta_zero_and_a_grid(run, tmp_path):
 @pytest.mark.parametrize("changes,message", [
     ({"prompts": []}, "--prompts is empty"), ({"compare": True}, "--compare needs --run"),
     ({"eta": 1.5}, "--eta=1.5"), ({"num_steps": 0}, "--num_steps=0"),
-    ({"run": "no_such_run", "model": None}, "no_such_run"),
+    ({"guidance_scale": float("inf")}, "--guidance_scale=inf must be a finite"),
+    ({"guidance_scale": float("nan")}, "--guidance_scale=nan"),
+    ({"seed": 10**20}, f"--seed={10**20} must be in"), ({"seed": -1}, "--seed=-1"),
+    ({"batch_size": 0}, "--batch_size=0"), ({"model": None}, "--run or --model"),
+    ({"run": "no_such_run", "model": None}, "^--run='no_such_run' does not exist"),
+    ({"model": "tinny"}, "^--model='tinny' does not exist"),
     ({"prompts_file": "none.txt"}, "none.txt")])
 def test_bad_arguments_are_one_line(changes, message, tmp_path):
   with pytest.raises(UserError, match=message) as error:
     sample(tmp_path / "out", **{"model": str(small_model()), **changes})
   assert "\n" not in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("output,message", [
+    ("a.webp", "must end in .jpg"), ("a.GIF", "must end in .jpg"), ("file", "not a folder"),
+    ("file/a.jpg", "not a folder"), ("file/a", "not a folder"), ("folder.jpg", "a folder"),
+    ("a" * 300, "too long"), ("a\0.jpg", "null"),
+    pytest.param("closed/a.jpg", "cannot be written", marks=pytest.mark.skipif(
+        os.geteuid() == 0, reason="root may write everywhere"))])
+def test_outputs_that_cannot_be_written_are_found_first(output, message, tmp_path,
+                                                        monkeypatch):
+  monkeypatch.setattr(inference, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
+  (tmp_path / "file").write_text("")
+  (tmp_path / "folder.jpg").mkdir()
+  (tmp_path / "closed").mkdir(mode=0o500)
+  before = sorted(tmp_path.rglob("*"))
+  with pytest.raises(UserError, match=f"--output=.*{message}"):
+    sample(tmp_path / output, model="tiny")
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_may_have_a_dot_in_its_name(run, tmp_path):
+  sample(tmp_path / "images.v2", run=str(run), prompts=PROMPTS[:1])
+  assert len(pictures(tmp_path / "images.v2")) == 1
+
+
+def test_the_script_takes_its_options(monkeypatch, capsys):
+  main = runpy.run_path(str(ROOT / "scripts" / "sample.py"))["main"]
+  assert main(["--model", "tinny", "--prompts", "a cat", "--output", "a.jpg"]) == 2
+  assert capsys.readouterr().err.startswith("--model='tinny'")
+
+
+def test_the_rank_of_an_exported_file_is_its_own(run, tmp_path):
+  """Not lora.rank, where the run began with lora.init_from."""
+  inference.export(str(run), tmp_path / "lora.safetensors")
+  other = make_run(tmp_path, num_epochs=1, **{
+      "lora.init_from": str(tmp_path / "lora.safetensors"), "lora.rank": 4})
+  inference.export(str(other), tmp_path / "again.safetensors")
+  with safe_open(tmp_path / "again.safetensors", framework="numpy") as tensors:
+    assert tensors.metadata()["lora_rank"] == "3"
+
+
+def test_a_folder_is_no_place_for_a_lora_file(run, tmp_path):
+  with pytest.raises(UserError, match="--output=.* is a folder; must be a file's path"):
+    inference.export(str(run), tmp_path)
+  with pytest.raises(UserError, match="--run='nope' does not exist"):
+    inference.export("nope", tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("file_format", lora.FORMATS)
@@ -111,6 +176,10 @@ def test_export_says_what_it_was_made_from(run, file_format, tmp_path):
 
 def test_full_finetuning_trains_every_weight_and_exports_a_unet_folder(tmp_path):
   run = make_run(tmp_path, use_lora=False, num_epochs=1)
+  with pytest.raises(UserError, match="--format=kohya: the run has use_lora=False.*; must be"):
+    inference.export(str(run), tmp_path / "unet", "kohya")
+  with pytest.raises(UserError, match="--output=.*full.safetensors: the run has use_lora=False"):
+    inference.export(str(run), tmp_path / "full.safetensors")
   inference.export(str(run), tmp_path / "unet")
   assert json.loads((tmp_path / "unet/config.json").read_text()) == json.loads(
       (small_model() / "unet/config.json").read_text())
@@ -126,3 +195,5 @@ def test_full_finetuning_trains_every_weight_and_exports_a_unet_folder(tmp_path)
   for a, b, before in zip(*map(jax.tree.leaves, weights), strict=True):
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(b, before)
+  before, after = check_compare(run, tmp_path)
+  assert np.abs(before - after).max() > 1
