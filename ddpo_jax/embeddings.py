@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax.console import hide_bars
+from ddpo_jax.config import shown
+from ddpo_jax.console import hide_bars, say
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.clip import CLIPTextModel
 from ddpo_jax.models.pretrained import tokenize
@@ -31,7 +32,8 @@ class PromptEncoder:
 
   The text encoder's weights stay in host memory, and are on the device only while there are
   prompts to embed. Prompts are embedded one by one: so an embedding does not depend on those
-  embedded with it, not even in its rounding, and a resumed run has the same ones.
+  embedded with it, not even in its rounding, and a resumed run has the same ones. The first
+  prompt that is cut off, because it is too long, causes a warning.
   """
 
   def __init__(self, models: StableDiffusion):
@@ -44,6 +46,7 @@ class PromptEncoder:
       return nnx.merge(graphdef, weights)(token_ids)
 
     self._encode = jax.jit(encode)
+    self._said_cut = False
     self._known: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
 
   def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "B L D"]:
@@ -55,6 +58,7 @@ class PromptEncoder:
       weights = jax.device_put(self._weights, jax.local_devices()[0])
       for prompt in tqdm(new, desc="Embedding prompts", leave=False, dynamic_ncols=True,
                          disable=hide_bars(), unit="prompt"):
+        self._warn_if_cut(prompt)
         token_ids = tokenize(self._tokenizer, [prompt], self._length)
         embeddings[prompt] = np.asarray(self._encode(weights, token_ids)[0])
     self._known.update(embeddings)
@@ -63,3 +67,14 @@ class PromptEncoder:
     while len(self._known) > _REMEMBERED:
       self._known.popitem(last=False)
     return np.stack([embeddings[prompt] for prompt in prompts])
+
+  def _warn_if_cut(self, prompt: str) -> None:
+    """Says once that a prompt is longer than what the text encoder takes."""
+    if self._said_cut:
+      return
+    count = len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    if count > self._length:
+      self._said_cut = True
+      say(f"Warning: a prompt has {count} tokens, of which the text encoder takes the first "
+          f"{self._length}; the model does not see the end of {shown(prompt)}, nor of other "
+          "prompts as long")

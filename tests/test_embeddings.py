@@ -60,6 +60,17 @@ def test_only_so_many_are_remembered(encoder, monkeypatch):
   assert encoder.count == 4
 
 
+def test_a_prompt_that_is_too_long_is_said_once(encoder, capfd):
+  encoder(["a cat " * 37, "a dog"])  # 74 tokens, the start's and the end's
+  assert capfd.readouterr() == ("", "")
+  encoder(["a dog", "a cat " * 38, "a pig " * 50])
+  encoder(["a hen " * 60])
+  out, err = capfd.readouterr()
+  (line,) = out.splitlines()
+  assert "78 tokens" in line and "the first 77" in line and "'a cat a cat" in line
+  assert not err  # the tokenizer's own warning, which is of another use
+
+
 def test_the_trainer_keeps_no_second_copy_of_the_weights():
   """What was read from the files goes when the weights are where training needs them."""
   config = base.get_config()
