@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ _INK = "#010203"  # becomes the page's text colour, whichever that is
 _ACCENT, _SECOND, _THIRD = "#3b82f6", "#f59e0b", "#10b981"  # readable on white and black
 _MOST_PROMPTS = 16
 _MOST_GRIDS = 10
+_MOST_BESIDE = 8  # charts of what rewards return beside the rewards
 _GRID_WIDTH = 1200  # pixels
 
 _STYLE = """
@@ -49,7 +51,8 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
   if metrics:
     sections += [
         _section("Reward", [_reward_chart(metrics), *_histogram(rewards),
-                            *_prompts_chart(rewards), *_each_reward(metrics)]),
+                            *_prompts_chart(rewards), *_each_reward(metrics),
+                            *_beside_rewards(metrics)]),
         _section("The same prompts from the same noise", _grids(run), "stack"),
         _section("Policy", _policy_charts(metrics)),
         _section("Time", _time_charts(metrics))]
@@ -186,7 +189,16 @@ def _each_reward(metrics: Sequence[Mapping]) -> list[str]:
   """Where several rewards are combined: each on its own scale."""
   names = [key.removeprefix("reward/").removesuffix("_mean") for key in metrics[-1]
            if key.startswith("reward/") and key.endswith("_mean")]
-  return [_lines(metrics, f"{name}, raw", {f"reward/{name}_mean": name}) for name in names]
+  raw = [name for name in names if "/" not in name]
+  return [_lines(metrics, f"{name}, raw", {f"reward/{name}_mean": name}) for name in raw]
+
+
+def _beside_rewards(metrics: Sequence[Mapping]) -> list[str]:
+  """The numbers that rewards returned besides; the first few of them."""
+  names = [key for key in dict.fromkeys(key for line in metrics for key in line)
+           if re.fullmatch(r"reward/[^/]+/.+_mean", key)]
+  return [_lines(metrics, name.removeprefix("reward/").removesuffix("_mean") + ", mean",
+                 {name: ""}) for name in names[:_MOST_BESIDE]]
 
 
 def _histogram(rewards: Sequence[Mapping]) -> list[str]:
@@ -234,25 +246,36 @@ def _by_prompt(rewards: Sequence[Mapping]) -> dict[str, list[float]]:
 
 
 def _lines(metrics: Sequence[Mapping], title: str, names: Mapping[str, str], *,
-           log: bool = False, y_label: str = "") -> str:
+           log: bool = False, from_zero: bool = False, y_label: str = "") -> str:
   def plot(axes: Axes) -> None:
     for (name, label), color in zip(names.items(), (_ACCENT, _SECOND, _THIRD)):
       axes.plot(_values(metrics, "epoch"), _values(metrics, name), color=color, lw=1.6,
                 label=label)
     if log and any((_values(metrics, name) > 0).any() for name in names):
       axes.set_yscale("log")
+    if from_zero:
+      axes.set_ylim(bottom=0)
     if len(names) > 1:
       axes.legend(loc="best", fontsize="small")
   return _chart(title, plot, y_label=y_label)
 
 
 def _policy_charts(metrics: Sequence[Mapping]) -> list[str]:
+  drifts = {name: name for name in ("ratio_drift", "sampler_drift") if _has(metrics, name)}
   return [
+      _lines(metrics, "Diversity: 0 if all images are the same", {"diversity": ""},
+             from_zero=True),
       _lines(metrics, "Clip fraction: ratios outside the clip range", {"clipfrac": ""}),
       _lines(metrics, "Approximate KL divergence", {"approx_kl": ""}, log=True),
       _lines(metrics, "Gradient norm, before clipping", {"grad_norm": ""}, log=True),
-      _lines(metrics, "Ratio drift: |ratio − 1| before the first step, by rounding alone",
-             {"ratio_drift": ""}, log=True)]
+      _lines(metrics, "Drift by rounding: |ratio − 1| before the first step", drifts,
+             log=True),
+      *([_lines(metrics, "Skipped optimizer steps: not finite", {"skipped_steps": ""})]
+        if np.nansum(_values(metrics, "skipped_steps")) else [])]
+
+
+def _has(metrics: Sequence[Mapping], name: str) -> bool:
+  return bool(np.isfinite(_values(metrics, name)).any())
 
 
 def _time_charts(metrics: Sequence[Mapping]) -> list[str]:
