@@ -118,7 +118,9 @@ def get_config() -> ml_collections.ConfigDict:
   train.max_skipped_steps = 10
 
   # ---- prompts ----
-  # A function of ddpo_jax/prompts.py, or your own as "package.module:function".
+  # A function of ddpo_jax/prompts.py, or your own as "package.module:function". Another one
+  # on the command line does not get this config's prompt_fn_kwargs; the same holds below for
+  # reward_fn and reward_kwargs.
   config.prompt_fn = "imagenet_animals"
   config.prompt_fn_kwargs = ml_collections.ConfigDict()
 
@@ -127,12 +129,13 @@ def get_config() -> ml_collections.ConfigDict:
   # several with weights, {"aesthetic_score": 1.0, "jpeg_compressibility": 0.2}: each is
   # standardised by its own mean and deviation over the run before it is weighted.
   config.reward_fn = config_dict.FieldReference("jpeg_compressibility", field_type=object)
-  # (new) Its keyword arguments; with several functions, a dict for each under its name.
+  # (new) Its keyword arguments; with several functions, a dict for each under its name. On
+  # the command line reward_kwargs.strength=2, or reward_kwargs.aesthetic_score.model=folder.
   config.reward_kwargs = ml_collections.ConfigDict()
 
   # ---- per-prompt statistics ----
-  # Rewards are standardised by the mean and deviation of their own prompt. None: by
-  # those of the whole epoch.
+  # Rewards are standardised by the mean and deviation of their own prompt. None, which the
+  # command line takes as well: by those of the whole epoch.
   config.per_prompt_stat_tracking = ml_collections.ConfigDict()
   # Rewards remembered for each prompt.
   config.per_prompt_stat_tracking.buffer_size = 16

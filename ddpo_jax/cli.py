@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import inspect
 import pathlib
 import runpy
 import sys
+from typing import Any
 
-from absl import flags
 import ml_collections
-from ml_collections import config_flags
 
-from ddpo_jax.config import Config, fields_of, inspect
+from ddpo_jax.config import Config, fields_of
+from ddpo_jax.config import inspect as inspect_config
+from ddpo_jax.messages import one_line, place, with_type
+from ddpo_jax.overrides import override
 from ddpo_jax.types import Interrupted, UserError
 
 USAGE_ERROR = 2
 _HELP = ("--help", "-h")
 _DRY_RUN = "--dry_run"
-_MAX_MESSAGE = 500  # characters of a library's message
-_FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")
-
 
 _USAGE = """usage: train.py --config FILE[:EXPERIMENT] [--config.FIELD=VALUE …] [--dry_run]
 
@@ -73,31 +72,22 @@ def read_config(argv: Sequence[str]) -> Config:
   """Reads `--config FILE[:EXPERIMENT]` and its overrides `--config.FIELD=VALUE`.
 
   Raises:
-    UserError: if the file, the experiment or a field does not exist, or a value is not
-      right.
+    UserError: if the file or the experiment does not exist; or a line for each field that
+      does not exist, or whose value is not right.
   """
-  arguments = _join(argv[1:])
-  files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+  options = [_split(argument) for argument in _join(argv[1:])]
+  files = [value for name, value in options if name == "--config"]
   if not files:
     raise UserError("--config is missing; must be a config file such as configs/demo.py")
-  config = load_config(files[-1])
-  overrides = [a for a in arguments if not a.startswith("--config=")]
-  overrides = [a for a in overrides if not _set_free_form(config, a)]
-  for argument in overrides:
-    _check_field(config, argument)
-  values, words = flags.FlagValues(), [argv[0], *overrides]
-  try:
-    flag = config_flags.DEFINE_config_dict("config", config, flag_values=values,
-                                           sys_argv=words)
-    values(words)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(_one_line(error)) from error
-  return _resolve(flag.value)
+  fields = [(name.removeprefix("--config."), value) for name, value in options
+            if name != "--config"]
+  return _resolve(*override(load_config(files[-1]), fields))
 
 
-def _resolve(config: ml_collections.ConfigDict) -> Config:
+def _resolve(values: Mapping[str, Any], problems: list[str]) -> Config:
   """As `config.resolve`; with something wrong, the rest is checked as well before it is said."""
-  resolved, problems = inspect(config)
+  resolved, found = inspect_config(values)
+  problems = problems + found
   if problems:
     if resolved is not None:
       from ddpo_jax import validation  # imports JAX: only where it is needed
@@ -111,21 +101,46 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   """Runs the `get_config` of "FILE" or "FILE:EXPERIMENT".
 
   Raises:
-    UserError: if there is no such file or experiment.
+    UserError: if there is no such file or experiment, or the file raises anything.
   """
   file, colon, experiment = spec.partition(":")
   if not pathlib.Path(file).is_file():
     raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
                     "as configs/demo.py")
-  try:
-    get_config = runpy.run_path(file)["get_config"]
-    config = get_config(experiment) if colon else get_config()
-  except (ValueError, TypeError, KeyError, ImportError, SyntaxError) as error:
-    raise UserError(f"--config={spec}: {_one_line(error)}") from error
+  if pathlib.Path(file).suffix != ".py":
+    raise UserError(f"--config={spec}: {file!r} must be a Python file such as "
+                    "configs/demo.py; a run is continued with --config.resume_from")
+  config = _explained(spec, lambda: _config_of(file, [experiment] if colon else []))
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f"--config={spec}: get_config returned a {type(config).__name__}; "
                     "must be a ConfigDict")
   return config
+
+
+def _config_of(file: str, arguments: Sequence[str]) -> Any:
+  get_config = runpy.run_path(file).get("get_config")
+  if not callable(get_config):
+    raise UserError("has no get_config; must define a function of that name that returns a "
+                    "ConfigDict")
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError:
+    raise UserError(f"has no experiments; must be --config={file}" if arguments else
+                    f"must name an experiment: --config={file}:EXPERIMENT") from None
+  return get_config(*arguments)
+
+
+def _explained(spec: str, load: Callable[[], Any]) -> Any:
+  """What `load` returns; whatever it raises as a line that names the place in the file."""
+  file = pathlib.Path(spec.partition(":")[0]).resolve()
+  try:
+    return load()
+  except UserError as error:
+    raise UserError(f"--config={spec}: {error}") from error
+  except Exception as error:  # the file is the user's own code
+    text = one_line(error) if isinstance(error, ValueError) else with_type(error)
+    where = place(error, lambda name: pathlib.Path(name).resolve() == file)
+    raise UserError(f"--config={spec}: {text}{where}") from error
 
 
 def _join(arguments: Sequence[str]) -> list[str]:
@@ -133,8 +148,8 @@ def _join(arguments: Sequence[str]) -> list[str]:
   joined, rest = [], list(arguments)
   while rest:
     argument = rest.pop(0)
-    name = argument.partition("=")[0]
-    if name != "--config" and not name.startswith("--config."):
+    first, *fields = argument.partition("=")[0].split(".")
+    if first != "--config" or not all(fields):
       raise UserError(f"{argument!r} is not an option; there are --config=FILE, "
                       "--config.FIELD=VALUE and --dry_run")
     if "=" not in argument:
@@ -145,34 +160,6 @@ def _join(arguments: Sequence[str]) -> list[str]:
   return joined
 
 
-def _check_field(config: ml_collections.ConfigDict, argument: str) -> None:
-  path = argument.partition("=")[0].removeprefix("--config.")
-  group, names = config, path.split(".")
-  for i, name in enumerate(names):
-    if not isinstance(group, ml_collections.ConfigDict) or name not in group:
-      there = ", ".join(group) if isinstance(group, ml_collections.ConfigDict) else "none"
-      raise UserError(f"{argument}: {'.'.join(names[:i + 1])} is not a field; there are: "
-                      f"{there}")
-    group = group[name]
-
-
-def _set_free_form(config: ml_collections.ConfigDict, argument: str) -> bool:
-  """Sets what has no fixed type: the reward, or an argument of it or of the prompts."""
-  path, _, text = argument.removeprefix("--config.").partition("=")
-  group, _, name = path.partition(".")
-  try:
-    value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    value = text
-  if path == "reward_fn":
-    config[path] = value if isinstance(value, dict) else text
-  elif group in _FREE_FORM and name:
-    config[group] = {**(config[group] or {}), name: value}
-  else:
-    return False
-  return True
-
-
-def _one_line(error: Exception) -> str:
-  text = " ".join(str(error).split())
-  return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"
+def _split(argument: str) -> tuple[str, str]:
+  name, _, value = argument.partition("=")
+  return name, value

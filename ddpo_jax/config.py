@@ -255,6 +255,39 @@ def fields_of(problems: Sequence[str]) -> set[str]:
   return {match[0] for match in matches if match is not None}
 
 
+def field_type(path: str) -> Any:
+  """The type of a field such as "sample.eta"; that of a group is its dataclass.
+
+  Raises:
+    UserError: if there is no such field.
+  """
+  kind: Any = Config
+  for name, group in zip(path.split("."), ["", *_with_groups(path)]):
+    if not dataclasses.is_dataclass(kind):
+      raise UserError(f"{_name(path)} is not a field: {group} has none of its own")
+    types = typing.get_type_hints(kind)
+    if name not in types:
+      raise UserError(_not_a_field(f"{group}.{name}".lstrip("."), types))
+    kind = _group_of(types[name]) or types[name]
+  return kind
+
+
+def _not_a_field(path: str, types: Mapping[str, Any]) -> str:
+  return f"{_name(path)} is not a field; there are: {', '.join(types)}"
+
+
+def _name(path: str) -> str:
+  return " ".join(path.split())[:_MAX_SHOWN]
+
+
+def _group_of(kind: Any) -> type | None:
+  """The dataclass of a group of fields, be it one that may be None."""
+  for choice in (kind, *typing.get_args(kind)):
+    if isinstance(choice, type) and dataclasses.is_dataclass(choice):
+      return choice
+  return None
+
+
 def _with_groups(field: str) -> list[str]:
   """A field's name and those of the groups that it is in."""
   parts = field.split(".")
@@ -268,8 +301,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     return None
   types = typing.get_type_hints(cls)
   for name in sorted(set(map(str, values)) - set(types)):
-    name = " ".join(name.split())[:_MAX_SHOWN]
-    problems.append(f"{prefix}{name} is not a field; there are: {', '.join(types)}")
+    problems.append(_not_a_field(prefix + name, types))
   for name in sorted(set(types) - set(values)):
     problems.append(f"{prefix}{name} is missing from the config")
   fields = {name: _field(types[name], values[name], prefix + name, problems)
@@ -280,13 +312,11 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
 def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
   if path == "reward_fn":
     return _reward_fn(value, problems)
-  choices = typing.get_args(kind) if typing.get_origin(kind) is not Mapping else ()
-  if type(None) in choices:  # an optional group
-    if value is None or value == {}:
+  group = _group_of(kind)
+  if group is not None:
+    if group is not kind and (value is None or value == {}):  # it may be None
       return None
-    kind = choices[0]
-  if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-    return _build(kind, value, path + ".", problems)
+    return _build(group, value, path + ".", problems)
   if typing.get_origin(kind) in (Mapping, typing.get_origin(Mapping[str, Any])):
     if not isinstance(value, Mapping):
       problems.append(f"{path}={shown(value)} must be a dict")

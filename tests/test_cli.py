@@ -1,5 +1,7 @@
 """The command line: overrides, and one clear line for every mistake."""
 
+import functools
+import itertools
 import pathlib
 import subprocess
 import sys
@@ -7,6 +9,7 @@ import sys
 import pytest
 
 from ddpo_jax import cli
+from ddpo_jax.config import PerPromptStatTrackingConfig
 from ddpo_jax.types import Interrupted, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,17 +40,143 @@ def test_several_rewards_on_the_command_line():
   assert cfg.reward_kwargs == {"my_rewards:redness": {"strength": 2}}
 
 
+@pytest.mark.parametrize("text,value", [
+    ("false", False), ("TRUE", True), ("none", None), ("2", 2), ("[1, 'a']", [1, "a"]),
+    ("two words", "two words"), ("'3'", "3"), ("truely", "truely"),
+])
+def test_values_of_arguments(text, value):
+  cfg = read("--config", DEMO, f"--config.reward_kwargs.x={text}")
+  assert cfg.reward_kwargs["x"] == value and type(cfg.reward_kwargs["x"]) is type(value)
+
+
+@pytest.mark.parametrize("field,text,value", [
+    ("num_epochs", "1e3", 1000), ("num_epochs", "7.0", 7), ("sample.eta", "1", 1.0),
+    ("use_lora", "True", True), ("use_lora", "false", False), ("tensorboard", "1", True),
+    ("run_name", "12", "12"), ("run_name", "None", "None"),
+])
+def test_values_are_of_the_fields_type(field, text, value):
+  cfg = read("--config", DEMO, f"--config.{field}={text}")
+  found = functools.reduce(getattr, field.split("."), cfg)
+  assert found == value and type(found) is type(value)
+
+
+def test_groups():
+  for text in ("None", "none", "{}"):
+    assert read("--config", DEMO, f"--config.per_prompt_stat_tracking={text}"
+                ).per_prompt_stat_tracking is None
+  cfg = read("--config", DEMO, "--config.sample={'num_steps': 12}",
+             "--config.per_prompt_stat_tracking=None",
+             "--config.per_prompt_stat_tracking={'buffer_size': 3, 'min_count': 2}")
+  assert (cfg.sample.num_steps, cfg.sample.batch_size) == (12, 128)
+  assert cfg.per_prompt_stat_tracking == PerPromptStatTrackingConfig(3, 2)
+
+
+def test_fields_that_depend_on_others_follow_them(tmp_path):
+  file = tmp_path / "steps.py"
+  file.write_text("from configs import demo\ndef get_config():\n  c = demo.get_config()\n"
+                  "  c.num_epochs = c.sample.get_ref('num_steps') * 2\n  return c\n")
+  assert read("--config", str(file), "--config.sample.num_steps=4").num_epochs == 8
+
+
+def permuted(*arguments):
+  return list(itertools.permutations(arguments))
+
+
+@pytest.mark.parametrize("arguments", [
+    *permuted("prompt_fn=from_file", "prompt_fn_kwargs.path=p.txt"),
+    *permuted("prompt_fn=from_file", "prompt_fn_kwargs={'path': 'p.txt'}"),
+])
+def test_another_function_has_its_own_arguments_only(arguments):
+  cfg = read("--config", DEMO, *(f"--config.{argument}" for argument in arguments))
+  assert cfg.prompt_fn_kwargs == {"path": "p.txt"}
+
+
+def test_the_same_function_keeps_its_arguments():
+  cfg = read("--config", DEMO, "--config.prompt_fn=tiny_shapes", "--config.reward_fn=clip_score",
+             "--config.prompt_fn_kwargs.pool=4")
+  assert cfg.prompt_fn_kwargs == {"max_count": 1, "pool": 4}
+  dgx = f"{ROOT / 'configs' / 'dgx.py'}:prompt_image_alignment"
+  assert read("--config", dgx).reward_kwargs
+  assert read("--config", dgx, "--config.reward_fn=clip_score").reward_kwargs == {}
+
+
+def test_rewards_that_stay_keep_their_arguments(tmp_path):
+  file = tmp_path / "several.py"
+  file.write_text("from configs import demo\ndef get_config():\n  c = demo.get_config()\n"
+                  "  c.reward_fn = {'a': 1.0, 'b': 1.0}\n"
+                  "  c.reward_kwargs = {'a': {'x': 1}, 'b': {'y': 2}}\n  return c\n")
+  cfg = read("--config", str(file), "--config.reward_fn={'a': 2.0, 'c': 1.0}",
+             "--config.reward_kwargs.a.z=3")
+  assert cfg.reward_kwargs == {"a": {"x": 1, "z": 3}}
+
+
+@pytest.mark.parametrize("argument,kwargs", [
+    ("jpeg_compressibility.quality=3", {"jpeg_compressibility": {"quality": 3}}),
+    ("my.rewards:redness.strength=2", {"my.rewards:redness": {"strength": 2}}),
+    ("my.rewards:redness={'strength': 2}", {"my.rewards:redness": {"strength": 2}}),
+])
+def test_arguments_of_one_of_several_rewards(argument, kwargs):
+  cfg = read("--config", DEMO, f"--config.reward_kwargs.{argument}",
+             "--config.reward_fn={'my.rewards:redness': 1.0, 'jpeg_compressibility': 0.2}")
+  assert cfg.reward_kwargs == kwargs
+
+
+def test_all_overrides_that_are_wrong_are_said_at_once():
+  with pytest.raises(UserError) as error:
+    read("--config", DEMO, "--config.seed=abc", "--config.num_epochs=1.5",
+         "--config.sample.eta=0", "--config.sampel.eta=1", "--config.seed.x=1",
+         "--config.prompt_fn=nope")
+  lines = str(error.value).splitlines()
+  for start in ("seed='abc' must be of type int", "num_epochs='1.5' must be of type int",
+                "sample.eta=0.0 must be in", "sampel is not a field; there are: run_name",
+                "seed.x is not a field: seed has none of its own", "prompt_fn='nope'"):
+    assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
+  assert len(lines) == 6
+
+
+@pytest.mark.parametrize("source,experiment,message", [
+    ("def get_config():\n  c = demo.get_config()\n  c.sampel.num_steps = 3\n", "",
+     r"AttributeError: 'sampel' .*, line 4\)"),
+    ("def get_config():\n  return nope\n", "", r"NameError: name 'nope' .*, line 3\)"),
+    ("def get_config():\n  return demo.get_config('foo')\n", "",
+     r"there is no experiment 'foo'; .*, line 3\)"),
+    ("def get_config(\n", "", r"SyntaxError: .*, line 2\)"),
+    ("import no_such_module\n", "", r"No module named 'no_such_module' .*, line 2\)"),
+    ("", "", "has no get_config; must define"),
+    ("def get_config():\n  return demo.get_config()\n", ":foo", "has no experiments; must be"),
+    ("def get_config(name):\n  return name\n", "", "must name an experiment"),
+    ("def get_config():\n  return {}\n", "", "returned a dict; must be a ConfigDict"),
+])
+def test_mistakes_in_a_config_file(tmp_path, source, experiment, message):
+  file = tmp_path / "mine.py"
+  file.write_text(f"from configs import demo\n{source}")
+  with pytest.raises(UserError, match=message) as error:
+    read(f"--config={file}{experiment}")
+  assert str(error.value).startswith(f"--config={file}{experiment}: ")
+  assert len(str(error.value).splitlines()) == 1
+
+
+def test_config_of_a_run_is_no_config_file(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(UserError, match="must be a Python file .*resume_from"):
+    read(f"--config={tmp_path / 'config.json'}")
+
+
 @pytest.mark.parametrize("arguments,message", [
     ([], "--config is missing"),
     (["--config=configs/none.py"], "does not exist"),
     ([f"--config={DEMO}:foo"], "compressibility, incompressibility"),
-    ([f"--config={ROOT / 'configs' / 'base.py'}:foo"], "takes 0 positional"),
+    ([f"--config={ROOT / 'configs' / 'base.py'}:foo"], "has no experiments"),
     ([f"--config={DEMO}", "--config.sample.batchsize=2"], "batch_size"),
     ([f"--config={DEMO}", "--config.sampel.batch_size=2"], "sampel is not a field"),
     ([f"--config={DEMO}", "--config.sample.batch_size=two"], "'two'"),
     ([f"--config={DEMO}", "--config.use_lora=3"], "use_lora"),
     ([f"--config={DEMO}", "--config.seed"], "has no value"),
     ([f"--config={DEMO}", "--confg=3"], "'--confg=3' is not an option"),
+    ([f"--config={DEMO}", "--config.=3"], "'--config.=3' is not an option"),
+    ([f"--config={DEMO}", "--config.items=3"], "items is not a field"),
+    ([f"--config={DEMO}", "--config.sample={'steps': 3}"], "sample.steps is not a field"),
+    ([f"--config={DEMO}", "--config.sample=3"], "sample=3 must be a group of fields"),
     ([f"--config={DEMO}", "extra"], "'extra' is not an option"),
     ([f"--config={DEMO}", "--config.sample.eta=0.0"], r"sample.eta=0.0 must be in \(0, 1\]"),
 ])

@@ -32,8 +32,7 @@ def no_text(rng):
   return 3, {}
 
 
-# Each field of base.py in a type that it is not of, and out of its range. These stand in a
-# config file; on the command line a wrong type does not get that far.
+# Each field of base.py in a type that it is not of, and out of its range, in a config file.
 BAD_FIELDS = [
     ("run_name", NOT_A_TEXT), ("run_name", "../x"), ("run_name", "a\0b"), ("run_name", "n" * 300),
     ("seed", "x"), ("seed", -1), ("seed", HUGE),
@@ -293,6 +292,14 @@ def test_all_problems_at_once_from_everywhere(exit_with, tmp_path):
                 "pretrained.model", "logdir"):
     assert len([line for line in lines if line.startswith(field)]) == 1, (field, lines)
   assert len(lines) == 7
+
+
+def test_all_problems_of_the_command_line_at_once(exit_with):
+  lines = exit_with({"lora.rank": 0}, "--config.seed=abc", "--config.num_epochs=x",
+                    "--config.sample.eta=0", "--config.nope=1", "--config.reward_fn=nope")
+  for field in ("lora.rank", "seed", "num_epochs", "sample.eta", "nope", "reward_fn"):
+    assert len([line for line in lines if line.startswith(field)]) == 1, (field, lines)
+  assert len(lines) == 6
 
 
 def test_all_problems_of_the_world_at_once(exit_with, tmp_path):

@@ -1,0 +1,38 @@
+"""Exceptions of other people's code, as part of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import traceback
+
+_MAX_LENGTH = 500  # characters of a library's message
+
+
+def one_line(error: BaseException) -> str:
+  """What an exception says, or its type if it says nothing."""
+  said: object = error
+  while isinstance(said, (KeyError, AttributeError)) and len(said.args) == 1:
+    said = said.args[0]  # a KeyError shows its message's quotes and escapes
+  text = " ".join(str(said).split()) or type(error).__name__
+  return text if len(text) <= _MAX_LENGTH else text[:_MAX_LENGTH] + "…"
+
+
+def with_type(error: BaseException) -> str:
+  """As `one_line`, after the exception's type: many messages mean little without it."""
+  name, text = type(error).__name__, one_line(error)
+  return name if text == name else f"{name}: {text}"
+
+
+def place(error: BaseException, is_of: Callable[[str], bool]) -> str:
+  """Such as " (my_config.py, line 3)", or "" if the exception came from elsewhere.
+
+  Args:
+    error: that was caught.
+    is_of: whether a file is one of those that the user should look at. Of the calls in these
+      the innermost is named, or the line that is not Python.
+  """
+  if isinstance(error, SyntaxError) and error.filename and is_of(error.filename):
+    return f" ({error.filename}, line {error.lineno})"
+  frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+            if is_of(frame.filename)]
+  return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

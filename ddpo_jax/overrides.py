@@ -1,0 +1,148 @@
+"""`--config.FIELD=VALUE`: what the command line changes in a config."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+from ddpo_jax.config import field_type
+from ddpo_jax.types import UserError
+
+_FUNCTIONS = {"prompt_fn": "prompt_fn_kwargs", "reward_fn": "reward_kwargs"}
+_CONSTANTS = {"true": True, "false": False, "none": None}
+_FLAGS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+
+
+def override(config: ml_collections.ConfigDict, arguments: Sequence[tuple[str, str]]
+             ) -> tuple[dict[str, Any], list[str]]:
+  """Changes a config's fields.
+
+  A prompt or reward function other than the config's own does not get the keyword arguments
+  that the config has for that one; it gets those among `arguments`, in whatever order.
+
+  Args:
+    config: as a config file returns it; changed in place.
+    arguments: fields and their values as text, such as ("sample.eta", "0.5").
+
+  Returns:
+    The config's values as plain dicts, in which a text that is not of its field's type is
+    left for `config.inspect` to refuse; and what it cannot see, a line for each problem.
+  """
+  problems: list[str] = []
+  functions, kwargs = [], []
+  with config.unlocked(), config.ignore_type():
+    for path, text in arguments:
+      group, *names = path.split(".")
+      if path in _FUNCTIONS:
+        functions.append((path, text))
+      elif group in _FUNCTIONS.values():
+        kwargs.append((group, names, text))
+      else:
+        problems += _set(config, path, text)
+  values = config.to_dict()
+  _set_functions(values, functions)
+  for group, names, text in kwargs:
+    _set_kwarg(values, group, names, literal(text))
+  return values, problems
+
+
+def parse(kind: Any, text: str) -> Any:
+  """A text as a value of a field's type; what cannot be one stays text.
+
+  Args:
+    kind: from `config.field_type`.
+    text: from the command line.
+  """
+  if dataclasses.is_dataclass(kind):
+    return literal(text)
+  if kind is bool:
+    return _FLAGS.get(text.lower(), text)
+  if kind not in (int, float):
+    return text
+  try:
+    return kind(text)
+  except ValueError:
+    return _integral(text) if kind is int else text
+
+
+def literal(text: str) -> Any:
+  """A text as Python reads it, true, false and none in any case too; else the text itself."""
+  if text.lower() in _CONSTANTS:
+    return _CONSTANTS[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return text
+
+
+def _integral(text: str) -> int | str:
+  """1e3 as an integer; what is none stays text."""
+  try:
+    number = float(text)
+  except ValueError:
+    return text
+  return int(number) if number.is_integer() else text
+
+
+def _set(config: ml_collections.ConfigDict, path: str, value: Any) -> list[str]:
+  """Sets a field, or of a group the fields that a dict names; returns the problems."""
+  try:
+    kind = field_type(path)
+  except UserError as error:
+    return [str(error)]
+  value = parse(kind, value) if isinstance(value, str) else value
+  if dataclasses.is_dataclass(kind) and isinstance(value, Mapping) and value:
+    return [problem for name, each in value.items()
+            for problem in _set(config, f"{path}.{name}", each)]
+  *groups, name = path.split(".")
+  for group in groups:
+    if not isinstance(config.get(group), ml_collections.ConfigDict):
+      config[group] = ml_collections.ConfigDict()
+    config = config[group]
+  config[name] = value
+  return []
+
+
+def _set_functions(values: dict[str, Any], functions: Sequence[tuple[str, str]]) -> None:
+  before = {field: values.get(field) for field in _FUNCTIONS}
+  for field, text in functions:
+    value = literal(text)
+    values[field] = value if field == "reward_fn" and isinstance(value, dict) else text
+  for field, group in _FUNCTIONS.items():
+    if values.get(field) != before[field]:
+      values[group] = _still_meant(before[field], values[field], values.get(group))
+
+
+def _still_meant(before: Any, now: Any, kwargs: Any) -> Any:
+  """Of a config's keyword arguments those of functions that are still there."""
+  if all(isinstance(x, Mapping) for x in (before, now, kwargs)):
+    return {name: value for name, value in kwargs.items() if name in now}
+  return {}
+
+
+def _set_kwarg(values: dict[str, Any], group: str, names: Sequence[str], value: Any) -> None:
+  if not names:
+    values[group] = {} if value is None else value
+    return
+  if group == "reward_kwargs" and isinstance(values.get("reward_fn"), Mapping):
+    names = _with_whole_name(names, values["reward_fn"])
+  values[group] = _with(values.get(group), names, value)
+
+
+def _with_whole_name(names: Sequence[str], functions: Mapping[str, Any]) -> Sequence[str]:
+  """Puts the name of a reward together that has dots itself: "my.rewards:redness"."""
+  for count in range(len(names), 1, -1):
+    if ".".join(names[:count]) in functions:
+      return [".".join(names[:count]), *names[count:]]
+  return names
+
+
+def _with(values: Any, names: Sequence[str], value: Any) -> dict[str, Any]:
+  """Nested dicts with one value changed."""
+  first, *rest = names
+  values = dict(values) if isinstance(values, Mapping) else {}
+  return {**values, first: _with(values.get(first), rest, value) if rest else value}
