@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import os
+import pathlib
 import traceback
 
 _MAX_LENGTH = 500  # characters of a library's message
+_NOT_USERS = (str(pathlib.Path(__file__).parent) + os.sep,
+              str(pathlib.Path(os.__file__).parent) + os.sep)
 
 
 def one_line(error: BaseException) -> str:
   """What an exception says, or its type if it says nothing."""
-  said: object = error
+  said: object = error.msg if isinstance(error, SyntaxError) else error
   while isinstance(said, (KeyError, AttributeError)) and len(said.args) == 1:
     said = said.args[0]  # a KeyError shows its message's quotes and escapes
   text = " ".join(str(said).split()) or type(error).__name__
@@ -23,7 +27,14 @@ def with_type(error: BaseException) -> str:
   return name if text == name else f"{name}: {text}"
 
 
-def place(error: BaseException, is_of: Callable[[str], bool]) -> str:
+def is_users(file: str) -> bool:
+  """Whether a file is neither of this package, nor of Python or an installed library."""
+  parts = pathlib.Path(file).parts
+  return (os.path.isfile(file) and not file.startswith(_NOT_USERS)
+          and not {"site-packages", "dist-packages"} & set(parts))
+
+
+def place(error: BaseException, is_of: Callable[[str], bool] = is_users) -> str:
   """Such as " (my_config.py, line 3)", or "" if the exception came from elsewhere.
 
   Args:

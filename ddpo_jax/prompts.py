@@ -8,14 +8,24 @@ import importlib
 import importlib.resources
 from importlib.resources.abc import Traversable
 import inspect
+import os
 import pathlib
+import re
+import types
+import typing
 from typing import Any
 
 import numpy as np
 
 from ddpo_jax import tiny_scenes, words
 from ddpo_jax.config import masked, shown
+from ddpo_jax.messages import one_line, place, with_type
 from ddpo_jax.types import PromptFn, UserError
+
+_MODULE = re.compile(r"\w+(\.\w+)*")
+# What is checked of arguments, where a function says that they are nothing else.
+_TYPES: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str",
+                          type(None): "None"}
 
 _ASSETS = importlib.resources.files("ddpo_jax") / "assets"
 
@@ -38,8 +48,13 @@ def get_prompt_fn(name: str, **kwargs: Any) -> PromptFn:
 def draw_prompts(prompt_fn: PromptFn, seed: int, epoch: int, indices: Iterable[int]
                  ) -> tuple[list[str], list[dict[str, Any]]]:
   """The prompts of an epoch's samples: a pure function of (seed, epoch, sample index)."""
-  drawn = [prompt_fn(np.random.default_rng([seed, epoch, int(i)])) for i in indices]
+  drawn = [prompt_fn(sample_rng(seed, epoch, i)) for i in indices]
   return [prompt for prompt, _ in drawn], [metadata for _, metadata in drawn]
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+  """What a sample's prompt is drawn from."""
+  return np.random.default_rng([seed, epoch, int(index)])
 
 
 def from_file(rng: np.random.Generator, path: str, low: int | None = None,
@@ -48,11 +63,16 @@ def from_file(rng: np.random.Generator, path: str, low: int | None = None,
 
   The path is of a local file, or of one of the lists in this package.
   """
-  lines = load_lines(path)[low:high]
-  if not lines:
-    raise UserError(f"prompt file {path!r} has no lines {low}..{high}; it has "
-                    f"{len(load_lines(path))}")
-  return lines[rng.integers(len(lines))], {}
+  lines = load_lines(path, "prompt_fn_kwargs.path")
+  chosen = lines[low:high]
+  if not chosen:
+    raise UserError(f"prompt_fn_kwargs.low={low} and high={high} leave no line of {path!r}; "
+                    f"must leave some of lines 0 to {len(lines) - 1}")
+  return _choose(rng, chosen), {}
+
+
+def _choose(rng: np.random.Generator, lines: Sequence[str]) -> str:
+  return lines[int(rng.integers(len(lines)))]
 
 
 def imagenet_all(rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
@@ -78,16 +98,18 @@ def simple_animals(rng: np.random.Generator) -> tuple[str, dict[str, Any]]:
 def nouns_activities(rng: np.random.Generator, nouns_file: str, activities_file: str
                      ) -> tuple[str, dict[str, Any]]:
   """Such as "a cat washing dishes", from two lists."""
-  noun, _ = from_file(rng, nouns_file)
-  activity, _ = from_file(rng, activities_file)
+  noun = _choose(rng, load_lines(nouns_file, "prompt_fn_kwargs.nouns_file"))
+  activity = _choose(rng, load_lines(activities_file, "prompt_fn_kwargs.activities_file"))
   return f"{words.with_article(noun)} {activity}", {}
 
 
 def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
              ) -> tuple[str, dict[str, Any]]:
   """Such as "three cats": `low` to `high` (included), with questions and answers."""
+  if low > high:
+    raise UserError(f"prompt_fn_kwargs.low={low} must be at most high={high}")
   number = words.number(int(rng.integers(low, high + 1)))
-  noun, _ = from_file(rng, nouns_file)
+  noun = _choose(rng, load_lines(nouns_file, "prompt_fn_kwargs.nouns_file"))
   plural = words.plural(noun)
   return f"{number} {plural}", {
       "questions": [f"How many {plural} are there in this image?",
@@ -119,22 +141,28 @@ PROMPT_FUNCTIONS = {f.__name__: f for f in (
 
 
 @functools.cache
-def load_lines(path: str) -> list[str]:
-  """The lines of a local file, or of one in this package, without the blank ones."""
+def load_lines(path: str, field: str = "") -> list[str]:
+  """The lines of a local file, or of one in this package, without the blank ones.
+
+  Raises:
+    UserError: if there are none; names the `field` that has the path.
+  """
+  named = f"{field}={path!r}" if field else f"prompt file {path!r}"
+  must_be = "must be a text file with a prompt on each line"
   file: pathlib.Path | Traversable = pathlib.Path(path).expanduser()
-  if not file.is_file():
-    asset = _ASSETS / path
-    if pathlib.PurePath(path).name != path or not asset.is_file():
-      raise UserError(f"prompt file {path!r} does not exist; must be a text file with a "
-                      "prompt on each line")
+  if not os.path.isfile(str(file)):
+    asset = next((f for f in _ASSETS.iterdir() if f.name == path and f.is_file()), None)
+    if asset is None:
+      there = "is a folder" if os.path.isdir(str(file)) else "does not exist"
+      raise UserError(f"{named} {there}; {must_be}")
     file = asset
   try:
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"prompt file {path!r} cannot be read as text: {error}") from error
+    raise UserError(f"{named} cannot be read as text: {one_line(error)}; {must_be}") from error
   lines = [line for line in lines if line]
   if not lines:
-    raise UserError(f"prompt file {path!r} is empty; must have a prompt on each line")
+    raise UserError(f"{named} is empty; {must_be}")
   return lines
 
 
@@ -151,21 +179,78 @@ def resolve_function(field: str, name: str, known: dict[str, Callable],
     raise UserError(f"{field}={name!r} is not known; must be one of "
                     f"{', '.join([*known, *also])}, "
                     "or your own as 'package.module:function'")
+  if not _MODULE.fullmatch(module_name) or module_name.endswith(".py"):
+    meant = module_name.removesuffix(".py").replace("/", ".").strip(".")
+    example = f"{meant if _MODULE.fullmatch(meant) else 'package.module'}:{function_name}"
+    raise UserError(f"{field}={name!r} cannot be imported: {module_name!r} is not a module's "
+                    f"name; must be such as {example!r}")
   try:
     function = getattr(importlib.import_module(module_name), function_name)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(f"{field}={name!r} cannot be imported: {error}") from error
+  except Exception as error:  # the module is the user's own code
+    raise UserError(f"{field}={name!r} cannot be imported: "
+                    f"{_import_problem(module_name, error)}") from error
   if not callable(function):
     raise UserError(f"{field}={name!r} is a {type(function).__name__}; must be a function")
   return function
 
 
+def _import_problem(module_name: str, error: Exception) -> str:
+  if isinstance(error, ModuleNotFoundError) and error.name in (
+      module_name, module_name.partition(".")[0]):
+    return f"{one_line(error)} (PYTHONPATH=. finds modules in this folder)"
+  where = place(error)
+  return f"{with_type(error) if where else one_line(error)}{where}"
+
+
 def check_kwargs(field: str, name: str, function: Callable, positional: Sequence[str],
                  kwargs: dict[str, Any]) -> None:
-  """Refuses keyword arguments that the function does not take, or lacks."""
+  """Refuses keyword arguments that the function does not take, or lacks, or of another type."""
+  arguments = "reward_kwargs" if field == "reward_fn" else f"{field}_kwargs"
+  signature = _signature(function)
+  if signature is None:
+    return
   try:
-    inspect.signature(function).bind(*positional, **kwargs)
+    signature.bind(*positional, **kwargs)
   except TypeError as error:
-    arguments = "reward_kwargs" if field == "reward_fn" else f"{field}_kwargs"
-    raise UserError(f"{field}={name!r} with {arguments}={shown(masked(kwargs))}: {error}"
-                    ) from None
+    taken = [p.name for p in list(signature.parameters.values())[len(positional):]
+             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    raise UserError(f"{field}={name!r} with {arguments}={shown(masked(kwargs))}: {error}; it "
+                    f"takes: {', '.join(taken) or 'none'}") from None
+  for key, value in kwargs.items():
+    wanted = _wanted(signature.parameters.get(key), value)
+    if wanted:
+      raise UserError(f"{arguments}.{key}={shown(masked({key: value})[key])} must be of type "
+                      f"{wanted} ({field}={name!r})")
+
+
+def _signature(function: Callable) -> inspect.Signature | None:
+  """Of a function; None for some of those that are written in C."""
+  for eval_str in (True, False):
+    try:
+      return inspect.signature(function, eval_str=eval_str)
+    except Exception:  # annotations are any code, and may name what is not there
+      continue
+  return None
+
+
+def _wanted(parameter: inspect.Parameter | None, value: Any) -> str:
+  """The type that an argument should have had, by annotation or default; "" if it may do."""
+  if parameter is None:  # of **kwargs
+    return ""
+  annotation, default = parameter.annotation, parameter.default
+  if annotation is parameter.empty:  # then a default says no more than that it is no text
+    is_wrong = isinstance(value, str) and isinstance(default, (bool, int, float))
+    return _TYPES[type(default)] if is_wrong else ""
+  is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+  kinds = typing.get_args(annotation) if is_union else (annotation,)
+  if (value is None and default is None) or not all(kind in _TYPES for kind in kinds):
+    return ""
+  if any(_is_of(value, kind) for kind in kinds):
+    return ""
+  return " or ".join(_TYPES[kind] for kind in kinds)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+  """As for a config's fields: an integer is a float, and a bool is neither."""
+  kinds = (int, float) if kind is float else kind
+  return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))

@@ -59,12 +59,31 @@ def test_missing_unreadable_and_out_of_range_files(tmp_path):
   rng = np.random.default_rng(0)
   binary = tmp_path / "image.jpg"
   binary.write_bytes(b"\xff\xd8\xff\xe0")
-  for kwargs, message in (({"path": "no_such.txt"}, "does not exist"),
+  for kwargs, message in (({"path": "no_such.txt"}, "path='no_such.txt' does not exist"),
                           ({"path": "../assets/simple_animals.txt"}, "does not exist"),
+                          ({"path": str(tmp_path)}, "path='.*' is a folder; must be a text"),
+                          ({"path": "x" * 300}, "does not exist"),
                           ({"path": str(binary)}, "cannot be read as text"),
-                          ({"path": "simple_animals.txt", "low": 900}, "has no lines")):
-    with pytest.raises(UserError, match=message):
+                          ({"path": "simple_animals.txt", "low": 900},
+                           "low=900 and high=None leave no line of .* 0 to 46")):
+    with pytest.raises(UserError, match=message) as error:
       get_prompt_fn("from_file", **kwargs)(rng)
+    assert str(error.value).startswith("prompt_fn_kwargs.")
+
+
+@pytest.mark.parametrize("name,kwargs,field", [
+    ("nouns_activities", {"nouns_file": "no.txt", "activities_file": "activities_v0.txt"},
+     "nouns_file='no.txt' does not exist"),
+    ("nouns_activities", {"nouns_file": "simple_animals.txt", "activities_file": "no.txt"},
+     "activities_file='no.txt' does not exist"),
+    ("counting", {"nouns_file": "no.txt", "low": 1, "high": 2}, "nouns_file='no.txt'"),
+    ("counting", {"nouns_file": "simple_animals.txt", "low": 3, "high": 2},
+     "low=3 must be at most high=2"),
+])
+def test_the_argument_that_is_wrong_is_named(name, kwargs, field):
+  with pytest.raises(UserError) as error:
+    get_prompt_fn(name, **kwargs)(np.random.default_rng(0))
+  assert str(error.value).startswith(f"prompt_fn_kwargs.{field}")
 
 
 def test_short_prompts_ask_for_the_same():
@@ -92,6 +111,67 @@ def test_users_own():
   prompt, metadata = get_prompt_fn(f"{__name__}:two_words", words=("green",))(
       np.random.default_rng(0))
   assert prompt.startswith("green ") and metadata == {"n": 1}
+
+
+def typed(rng, count: int = 1, scale: float = 1.0, name: "str | None" = None, flag=False,
+          size=2, other: "NoSuchType" = 3, **rest):
+  return f"{count} {scale} {name} {flag} {size} {other} {rest}", {}
+
+
+def half_typed(rng, count: int = 1, flag: bool = False, late: int = None, size=2):
+  return f"{count} {flag} {late} {size}", {}
+
+
+@pytest.mark.parametrize("name,kwargs,message", [
+    ("tiny_shapes", {"max_count": "two"}, "max_count='two' must be of type int"),
+    ("tiny_shapes", {"short": "no"}, "short='no' must be of type bool"),
+    ("tiny_shapes", {"pool": 2.0}, "pool=2.0 must be of type int"),
+    ("from_file", {"path": 123}, "path=123 must be of type str"),
+    ("from_file", {"path": "x", "low": "1"}, "low='1' must be of type int or None"),
+    (f"{__name__}:half_typed", {"size": "3"}, "size='3' must be of type int"),
+    (f"{__name__}:half_typed", {"count": None}, "count=None must be of type int"),
+    (f"{__name__}:half_typed", {"count": True}, "count=True must be of type int"),
+])
+def test_arguments_of_a_wrong_type_are_refused(name, kwargs, message):
+  with pytest.raises(UserError) as error:
+    get_prompt_fn(name, **kwargs)
+  assert str(error.value) == f"prompt_fn_kwargs.{message} (prompt_fn={name!r})"
+
+
+@pytest.mark.parametrize("function,kwargs", [
+    ("half_typed", {"late": None, "size": 2.5, "flag": True}), ("half_typed", {"late": 3}),
+    ("typed", {"other": "x", "anything": "x", "size": [1], "flag": 1}),
+])
+def test_arguments_that_may_do_are_taken(function, kwargs):
+  assert get_prompt_fn(f"{__name__}:{function}", **kwargs)(np.random.default_rng(0))[0]
+
+
+def test_arguments_that_a_function_takes_are_named():
+  with pytest.raises(UserError, match="'max_count'; it takes: path, low, high$"):
+    get_prompt_fn("from_file", path="x", max_count=1)
+  with pytest.raises(UserError, match="it takes: none$"):
+    get_prompt_fn("simple_animals", path="x")
+
+
+@pytest.mark.parametrize("module,source,message", [
+    ("./rw.py", "", r"'\./rw\.py' is not a module's name; must be such as 'rw:f'"),
+    ("folder/rw", "", "must be such as 'folder.rw:f'"),
+    ("rw.py", "", "must be such as 'rw:f'"),
+    ("", "", "must be such as 'package.module:f'"),
+    ("mine_nowhere", None, r"No module named 'mine_nowhere' \(PYTHONPATH=\. finds modules"),
+    ("mine_syntax", "\ndef f(:\n", r"SyntaxError: .*mine_syntax\.py, line 2\)"),
+    ("mine_name", "\n\nnope\n", r"NameError: name 'nope' .*mine_name\.py, line 3\)"),
+    ("mine_import", "import no_such\n", r"No module named 'no_such' .*import\.py, line 1\)"),
+    ("mine_empty", "", "has no attribute 'f'$"),
+])
+def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, module, source, message):
+  if source is not None and module.isidentifier():
+    (tmp_path / f"{module}.py").write_text(source)
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(UserError, match=message) as error:
+    get_prompt_fn(f"{module}:f")
+  assert str(error.value).startswith(f"prompt_fn='{module}:f' cannot be imported: ")
+  assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("name,kwargs", [
