@@ -391,7 +391,7 @@ def _check_timesteps(cfg: Config) -> list[str]:
     return [
         f"train.timestep_fraction={cfg.train.timestep_fraction} of sample.num_steps="
         f"{cfg.sample.num_steps} trains no timestep; must be at least "
-        f"{1 / cfg.sample.num_steps:.3g}"]
+        f"{math.ceil(1e4 / cfg.sample.num_steps) / 1e4}"]  # rounded up, so that it will do
   if timesteps % cfg.train.timesteps_per_batch:
     return [
         f"train.timesteps_per_batch={cfg.train.timesteps_per_batch} must divide the "
@@ -457,6 +457,13 @@ def _check_model(cfg: Config) -> list[str]:
           "format, a hub id such as 'owner/name', or 'tiny'"]
 
 
+def _check_init_from(cfg: Config) -> list[str]:
+  if cfg.use_lora or not cfg.lora.init_from:
+    return []
+  return [f"lora.init_from={cfg.lora.init_from!r} with use_lora=False would not be used; must "
+          "be empty, or use_lora=True"]
+
+
 def _check_resume(cfg: Config) -> list[str]:
   if cfg.resume_from == "auto":
     return [] if cfg.run_name else [
@@ -494,6 +501,7 @@ _RELATIONS: Sequence[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = (
       "distributed.coordinator_address"), _check_processes),
     (("pretrained.model",), _check_model),
     (("lora.init_from",), lambda cfg: _check_exists("lora.init_from", cfg.lora.init_from)),
+    (("lora.init_from", "use_lora"), _check_init_from),
     (("resume_from", "run_name"), _check_resume),
     (("logdir",), lambda cfg: _check_home("logdir", cfg.logdir)),
     (("compilation_cache",),
@@ -559,6 +567,7 @@ class BatchPlan:
   train_batch_size_total: int
   steps_per_inner_epoch: int
   num_train_timesteps: int
+  device: str = "device"  # its name
 
   @classmethod
   def create(cls, cfg: Config, num_devices: int, parts: int = 1) -> BatchPlan:
@@ -584,12 +593,12 @@ class BatchPlan:
   def optimizer_steps_per_epoch(self) -> int:
     return self.steps_per_inner_epoch * self.num_inner_epochs
 
-  def describe(self) -> str:
+  def describe(self, heading: str = "Running training") -> str:
     """What is printed before training, as ddpo-pytorch does."""
     shared = f" (cores, {self.parts} of which share a batch)" if self.parts > 1 else ""
     lines = {
         "Number of epochs": self.num_epochs,
-        "Number of devices": f"{self.num_devices}{shared}",
+        "Devices": f"{self.num_devices} x {self.device}{shared}",
         "Sample batch size per device": self.sample_batch_size,
         "Train batch size per device": self.train_batch_size,
         "Gradient accumulation steps": self.gradient_accumulation_steps,
@@ -600,5 +609,5 @@ class BatchPlan:
         "Optimizer steps per inner epoch": self.steps_per_inner_epoch,
         "Inner epochs": self.num_inner_epochs,
     }
-    return "\n".join(["***** Running training *****",
+    return "\n".join([f"***** {heading} *****",
                       *(f"  {name} = {value}" for name, value in lines.items())])

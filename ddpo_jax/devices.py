@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from ddpo_jax.config import BatchPlan, Config, largest_part
+from ddpo_jax.messages import one_line
+from ddpo_jax.types import UserError
 
 # With fewer samples of a microbatch a core does not gain what its copy of the weights takes.
 _LEAST_SAMPLES = 8
@@ -25,11 +28,28 @@ def plan_batches(cfg: Config) -> BatchPlan:
   program, so each core becomes a device and takes an equal part of the batches; the results
   are the same to rounding. Not so where there are several processes, or where XLA_FLAGS or
   JAX_NUM_CPU_DEVICES say how many devices the processor is.
+
+  Raises:
+    UserError: if JAX finds no device.
   """
-  cores = _cores_as_devices()
+  try:
+    cores = _cores_as_devices()
+    device = jax.devices()[0]
+  except (RuntimeError, AssertionError) as error:  # which of them, depends
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    reason = f" ({one_line(error)})" if str(error) else ""
+    raise UserError(f"JAX finds no device of JAX_PLATFORMS={platforms!r}{reason}; must be "
+                    "unset, 'cpu', or that of a device which is here") from error
   smallest = math.gcd(cfg.sample.batch_size, cfg.train.batch_size)
   parts = largest_part(smallest, max(1, min(cores, smallest // _LEAST_SAMPLES)))
-  return BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
+  plan = BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
+  return dataclasses.replace(plan, device=_name(device))
+
+
+def _name(device: jax.Device) -> str:
+  """Such as "NVIDIA H100 80GB HBM3 (gpu)"."""
+  kind, platform = device.device_kind, device.platform
+  return kind if kind == platform else f"{kind} ({platform})"
 
 
 def host_memory() -> contextlib.AbstractContextManager:

@@ -16,15 +16,18 @@ import re
 import shutil
 from typing import Any, TypeVar
 
+import jax
 from safetensors import SafetensorError, safe_open
 
 from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import plan_batches
+from ddpo_jax.messages import one_line, place, with_type
 from ddpo_jax.models import hub
-from ddpo_jax.prompts import draw_prompts, get_prompt_fn
+from ddpo_jax.prompts import get_prompt_fn, sample_rng
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
+from ddpo_jax.rewards.metadata import check_metadata
 from ddpo_jax.types import PromptFn, RewardFn, UserError
 
 T = TypeVar("T")
@@ -38,6 +41,7 @@ _STATE_BYTES = 3 * 4
 _TRAINING_BYTES = 2 * _STATE_BYTES + 4
 _MAX_JSON_BYTES = 2**20  # of a config.json in a model folder; real ones have one kilobyte
 _GIB = 2**30
+_LARGE_LATENT = 64 * 64 * 4  # numbers in a latent of 512 × 512 pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,12 @@ class ModelSize:
   lora_weights_per_rank: int
   latent_size: int  # numbers in one image's latent
   embedding_size: int  # numbers in one prompt's embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+  function: PromptFn
+  metadata: dict[str, Any]  # of the first prompt
 
 
 class _Problems:
@@ -88,14 +98,18 @@ def prepare(cfg: Config, run_name: str = "") -> Prepared:
     UserError: a line for each problem.
   """
   problems = _Problems()
-  prompt_fn = problems.of(_prompt_fn, cfg)
+  prompts = problems.of(_draw, cfg)
   run = problems.of(tracking.choose_run_folder, cfg, run_name)
   _check_files(cfg, run, set(), problems)
   reward_fns = problems.of(get_rewards, cfg.reward_fn, cfg.reward_kwargs)
+  if prompts is not None and reward_fns is not None:
+    for function in reward_fns.values():
+      problems.of(check_metadata, function, [prompts.metadata])
   if problems.lines:
     raise UserError("\n".join(_once(problems.lines)))
-  assert run is not None and prompt_fn is not None and reward_fns is not None
-  return Prepared(run, prompt_fn, reward_fns)
+  assert run is not None and prompts is not None and reward_fns is not None
+  _warn_of_slowness(cfg)
+  return Prepared(run, prompts.function, reward_fns)
 
 
 def other_problems(cfg: Config, wrong: Set[str]) -> list[str]:
@@ -106,15 +120,18 @@ def other_problems(cfg: Config, wrong: Set[str]) -> list[str]:
     wrong: such as "sample.eta", or "sample" for all of a group.
   """
   problems = _Problems()
+  prompts = None
   if not wrong & {"prompt_fn", "prompt_fn_kwargs"}:
-    problems.of(_prompt_fn, dataclasses.replace(cfg, seed=0))  # any will do
+    prompts = problems.of(_draw, dataclasses.replace(cfg, seed=0))  # any will do
   run = None
   if not wrong & {"run_name", "logdir", "resume_from"}:
     run = problems.of(tracking.choose_run_folder, cfg)
   _check_files(cfg, run, wrong, problems)
   if not wrong & {"reward_fn", "reward_kwargs"} and isinstance(cfg.reward_fn, str):
     if cfg.reward_fn not in REWARD_FACTORIES:
-      problems.of(lambda: get_reward(str(cfg.reward_fn), **cfg.reward_kwargs))
+      function = problems.of(lambda: get_reward(str(cfg.reward_fn), **cfg.reward_kwargs))
+      if prompts is not None and function is not None:
+        problems.of(check_metadata, function, [prompts.metadata])
   return [line for line in _once(problems.lines) if not fields_of([line]) & wrong]
 
 
@@ -122,24 +139,24 @@ def _once(lines: list[str]) -> list[str]:
   return list(dict.fromkeys(lines))
 
 
-def _prompt_fn(cfg: Config) -> PromptFn:
+def _draw(cfg: Config) -> _Prompts:
   """The prompt function, which has drawn once: that finds a bad file or argument."""
-  prompt_fn = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
+  function = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
   try:
-    (prompt,), (metadata,) = draw_prompts(prompt_fn, cfg.seed, 0, [0])
+    drawn: Any = function(sample_rng(cfg.seed, 0, 0))
   except UserError:
     raise
   except Exception as error:  # the user's own code, or arguments of the wrong type
     raise UserError(
         f"prompt_fn={cfg.prompt_fn!r} with prompt_fn_kwargs="
-        f"{shown(masked(cfg.prompt_fn_kwargs))} raised {type(error).__name__}: "
-        f"{_one_line(error)}; must return a prompt and a dict"
+        f"{shown(masked(cfg.prompt_fn_kwargs))} raised {with_type(error)}{place(error)}"
         ) from error
-  if not isinstance(prompt, str) or not isinstance(metadata, Mapping):
-    raise UserError(
-        f"prompt_fn={cfg.prompt_fn!r} returned a {type(prompt).__name__} and a "
-        f"{type(metadata).__name__}; must return a prompt (str) and a dict")
-  return prompt_fn
+  is_pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
+  if not is_pair or not isinstance(drawn[0], str) or not isinstance(drawn[1], Mapping):
+    returned = " and a ".join(type(x).__name__ for x in (drawn if is_pair else [drawn]))
+    raise UserError(f"prompt_fn={cfg.prompt_fn!r} returned a {returned}; must return a prompt "
+                    "(str) and a dict")
+  return _Prompts(function, dict(drawn[1]))
 
 
 def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
@@ -159,7 +176,8 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
   if run is not None and cfg.resume_from and "resume_from" not in wrong:
     problems.of(_check_resumes, cfg, run)
   needed = {"pretrained", "pretrained.model", "use_lora", "lora", "lora.rank", "num_epochs",
-            "save_freq", "num_checkpoint_limit", "sample", "sample.num_steps"}
+            "save_freq", "num_checkpoint_limit", "sample", "sample.num_steps",
+            "lora.init_from"}
   if not wrong & needed:
     size = problems.of(model_size, cfg)
     if size is not None and run is not None:
@@ -228,7 +246,11 @@ def model_size(cfg: Config) -> ModelSize | None:
 
 def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
-  for file in hub.find_weights(folder, stem):
+  try:
+    files = hub.find_weights(folder, stem)
+  except UserError as error:
+    raise UserError(f"pretrained.model={str(folder.parent)!r}: {error}") from error
+  for file in files:
     shapes |= _read_header("pretrained.model", file)
   return shapes
 
@@ -240,7 +262,7 @@ def _read_header(field: str, file: pathlib.Path) -> dict[str, tuple[int, ...]]:
       return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
   except (OSError, SafetensorError) as error:
     raise UserError(f"{field}={str(file)!r} cannot be read as safetensors: "
-                    f"{_one_line(error)}; must be a whole .safetensors file") from error
+                    f"{one_line(error)}; must be a whole .safetensors file") from error
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -252,7 +274,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     content = json.loads(text)
   except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"pretrained.model: {path} cannot be read as JSON "
-                    f"({_one_line(error)}); must describe a part of the model") from error
+                    f"({one_line(error)}); must describe a part of the model") from error
   if not isinstance(content, dict):
     raise UserError(f"pretrained.model: {path} holds a {type(content).__name__}; must be a "
                     "JSON object")
@@ -266,6 +288,9 @@ def _number(values: Mapping[str, Any], name: str, default: int) -> int:
 
 def trained_weights(cfg: Config, size: ModelSize) -> int:
   """How many numbers training changes."""
+  if cfg.use_lora and cfg.lora.init_from:  # a file of whatever rank
+    file = pathlib.Path(cfg.lora.init_from).expanduser()
+    return sum(map(math.prod, _read_header("lora.init_from", file).values()))
   if cfg.use_lora:
     return cfg.lora.rank * size.lora_weights_per_rank
   return size.unet_weights
@@ -275,13 +300,20 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   saves = math.ceil(cfg.num_epochs / cfg.save_freq)
   # One more than are kept: the oldest is deleted once the newest is there.
   count = min(cfg.num_checkpoint_limit + 1, saves)
-  needed = count * trained_weights(cfg, size) * _STATE_BYTES
-  free = shutil.disk_usage(_existing(run)).free
-  if needed > free:
+  each = trained_weights(cfg, size) * _STATE_BYTES
+  there = _existing(run)
+  free = shutil.disk_usage(there).free
+  if min(2, saves) * each > free:  # not with num_checkpoint_limit=1 either
+    field = "logdir" if cfg.run_name or not cfg.resume_from else "resume_from"
+    raise UserError(
+        f"{field}={getattr(cfg, field)!r}: a checkpoint takes "
+        f"{_amount(each)}, and {there} has {_amount(free)} free; must be on a disk with room "
+        f"for {min(2, saves)}")
+  if count * each > free:
     raise UserError(
         f"num_checkpoint_limit={cfg.num_checkpoint_limit}: {count} checkpoints take "
-        f"{needed / _GIB:.2f} GiB, and {_existing(run)} has {free / _GIB:.2f} GiB free; must "
-        "be fewer, or logdir on another disk")
+        f"{_amount(count * each)}, and {there} has {_amount(free)} free; must be fewer, or "
+        "logdir on another disk")
 
 
 # ---- the dry run ----
@@ -296,7 +328,7 @@ def dry_run(cfg: Config) -> None:
   distributed.initialize(cfg.distributed)
   plan = plan_batches(cfg)
   prepared = prepare(cfg)
-  say(plan.describe())
+  say(plan.describe("The run would be"))
   say(describe_memory(cfg, plan))
   say(f"Would write to {prepared.run}. Nothing was found that is wrong.")
 
@@ -324,9 +356,16 @@ def describe_memory(cfg: Config, plan: BatchPlan) -> str:
       "  train.batch_size × train.timesteps_per_batch."])
 
 
+def _warn_of_slowness(cfg: Config) -> None:
+  """Of a config made for a GPU, where JAX has none."""
+  if jax.default_backend() != "cpu" or cfg.mixed_precision == "no":
+    return
+  size = model_size(cfg)
+  if size is None or size.latent_size >= _LARGE_LATENT:  # None: a model on the hub
+    say(f"Warning: mixed_precision={cfg.mixed_precision!r} with Stable Diffusion on a "
+        "processor: an epoch takes hours, and JAX finds no GPU here. With a GPU install the "
+        "extra cuda12 or cuda13")
+
+
 def _amount(count: int) -> str:
   return f"{count / _GIB:.2f} GiB" if count >= 0.1 * _GIB else f"{count / 2**20:.1f} MiB"
-
-
-def _one_line(error: BaseException) -> str:
-  return " ".join(str(error).split())[:300] or type(error).__name__

@@ -46,7 +46,8 @@ def test_cores_share_the_batches_of_one_device():
   assert (two.sample_batch_size, two.train_batch_size) == (64, 32)
   same = dict(num_devices=1, parts=1, sample_batch_size=128, train_batch_size=64)
   assert dataclasses.replace(two, **same) == one
-  assert "2 of which share a batch" in two.describe()
+  assert "2 x cpu (cores, 2 of which share a batch)" in dataclasses.replace(
+      two, device="cpu").describe()
 
 
 def test_the_batch_arithmetic_is_shown():
@@ -103,6 +104,24 @@ def test_what_does_not_fit_together_is_refused_with_the_numbers(changes, numbers
   with pytest.raises(UserError) as error:
     resolve(changed(**changes))
   assert all(number in str(error.value) for number in numbers)
+
+
+@pytest.mark.parametrize("num_steps", (1, 3, 7, 50, 333, 999, 1000))
+def test_the_fraction_that_is_advised_is_accepted(num_steps):
+  with pytest.raises(UserError, match="trains no timestep") as error:
+    resolve(changed(**{"sample.num_steps": num_steps,
+                       "train.timestep_fraction": 0.99 / num_steps}))
+  advised = float(str(error.value).rpartition(" ")[2])
+  resolve(changed(**{"sample.num_steps": num_steps, "train.timestep_fraction": advised}))
+  assert advised < 1.1 / num_steps
+
+
+def test_lora_that_would_not_be_used_is_refused(tmp_path):
+  (tmp_path / "lora.safetensors").touch()
+  changes = {"lora.init_from": str(tmp_path / "lora.safetensors")}
+  resolve(changed(**changes))
+  with pytest.raises(UserError, match="lora.init_from=.* with use_lora=False"):
+    resolve(changed(**changes, use_lora=False))
 
 
 def test_unknown_and_missing_fields():

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.devices import compiler_options, usable_cores
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
+from ddpo_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = 16
@@ -117,6 +119,33 @@ def test_without_a_gpu_each_core_is_a_device(batch_size, forced, expected):
               if batch_size % n == 0 and batch_size // n >= 8 or n == 1)
   expected = f"{cores} {cores}" if expected == "cores" else expected
   assert run.stdout.splitlines() == [expected] * 2
+
+
+@pytest.mark.parametrize("kind,platform,expected", [
+    ("NVIDIA H100 80GB HBM3", "gpu", "NVIDIA H100 80GB HBM3 (gpu)"), ("cpu", "cpu", "cpu")])
+def test_the_plan_names_the_devices(monkeypatch, kind, platform, expected):
+  device = types.SimpleNamespace(device_kind=kind, platform=platform)
+  monkeypatch.setattr(jax, "devices", lambda: [device] * 8)
+  plan = devices.plan_batches(make_config(1))
+  assert f"Devices = {plan.num_devices} x {expected}\n" in plan.describe()
+
+
+def test_platforms_that_are_not_there():
+  run = subprocess.run(
+      [sys.executable, "scripts/train.py", "--config=configs/demo.py", "--dry_run"],
+      env={**os.environ, "JAX_PLATFORMS": "nope"}, cwd=ROOT, capture_output=True, text=True)
+  assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+  assert "JAX finds no device of JAX_PLATFORMS='nope'" in run.stderr
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+  """Where its plugin is not installed either, JAX says no more than AssertionError."""
+  def devices_of_jax():
+    raise AssertionError
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  monkeypatch.setattr(jax, "devices", devices_of_jax)
+  with pytest.raises(UserError, match=r"JAX_PLATFORMS='cuda'; must be unset, 'cpu'"):
+    devices.plan_batches(make_config(1))
 
 
 @pytest.mark.parametrize("backend,flags,expected", [

@@ -8,6 +8,7 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax import tiny_scenes
+from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import UserError
 
 _NAMES = list(tiny_scenes.COLORS)
@@ -20,6 +21,7 @@ _LEAST_RIM = 0.1  # of the rim's pixels have the background's own colour
 _LEAST_BACKGROUND = 0.3  # of all pixels
 
 
+@checks_metadata(lambda metadata: [_colors(data) for data in metadata])
 def color_alignment(images: UInt8[np.ndarray, "B H W 3"], prompts: list[str],
                     metadata: list[dict[str, Any]]
                     ) -> tuple[Float32[np.ndarray, " B"], dict[str, Any]]:

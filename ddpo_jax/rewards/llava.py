@@ -10,6 +10,7 @@ anything but dicts, lists, strings and numbers, and refused if it has any.
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 import io
 import pickle
 import pickletools
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ddpo_jax.rewards import remote
+from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import RewardFn, UserError
 
 _QUERY = "Answer concisely: what is going on in this image?"
@@ -61,6 +63,7 @@ def make_llava_strict_satisfaction(
   name = "llava_strict_satisfaction"
   server = _connect(name, url, batch_size, max_parallel, timeout, time_limit, backoff)
 
+  @checks_metadata(functools.partial(remote.questions_and_answers, name))
   def reward_fn(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
                 ) -> tuple[np.ndarray, dict[str, Any]]:
     del prompts

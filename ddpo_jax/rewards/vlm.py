@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import numpy as np
 
 from ddpo_jax import words
 from ddpo_jax.rewards import remote
+from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import RewardFn, UserError
 
 _NAME = "vlm_score"
@@ -81,6 +83,7 @@ def make_vlm_score(
     scores, masses = np.array(server.map(ask, range(len(images))), np.float32).T
     return scores, {"answer_probability": masses}
 
+  @checks_metadata(functools.partial(remote.questions_and_answers, _NAME))
   def strict(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
              ) -> tuple[np.ndarray, dict[str, Any]]:
     del prompts
