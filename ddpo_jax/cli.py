@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import inspect
+import os
 import pathlib
 import runpy
 import sys
@@ -104,7 +105,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     UserError: if there is no such file or experiment, or the file raises anything.
   """
   file, colon, experiment = spec.partition(":")
-  if not pathlib.Path(file).is_file():
+  if not os.path.isfile(file):
     raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
                     "as configs/demo.py")
   if pathlib.Path(file).suffix != ".py":

@@ -314,8 +314,12 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     return _reward_fn(value, problems)
   group = _group_of(kind)
   if group is not None:
-    if group is not kind and (value is None or value == {}):  # it may be None
-      return None
+    if group is not kind:  # it may be None
+      if value is None or value == {}:
+        return None
+      if not isinstance(value, Mapping):
+        problems.append(f"{path}={shown(value)} must be a group of fields, or None")
+        return None
     return _build(group, value, path + ".", problems)
   if typing.get_origin(kind) in (Mapping, typing.get_origin(Mapping[str, Any])):
     if not isinstance(value, Mapping):

@@ -177,6 +177,9 @@ def test_config_of_a_run_is_no_config_file(tmp_path):
     ([f"--config={DEMO}", "--config.items=3"], "items is not a field"),
     ([f"--config={DEMO}", "--config.sample={'steps': 3}"], "sample.steps is not a field"),
     ([f"--config={DEMO}", "--config.sample=3"], "sample=3 must be a group of fields"),
+    ([f"--config={DEMO}", "--config.per_prompt_stat_tracking=on"],
+     "per_prompt_stat_tracking='on' must be a group of fields, or None"),
+    ([f"--config={'x' * 300}"], "does not exist"),
     ([f"--config={DEMO}", "extra"], "'extra' is not an option"),
     ([f"--config={DEMO}", "--config.sample.eta=0.0"], r"sample.eta=0.0 must be in \(0, 1\]"),
 ])

@@ -79,6 +79,7 @@ def test_missing_unreadable_and_out_of_range_files(tmp_path):
     ("counting", {"nouns_file": "no.txt", "low": 1, "high": 2}, "nouns_file='no.txt'"),
     ("counting", {"nouns_file": "simple_animals.txt", "low": 3, "high": 2},
      "low=3 must be at most high=2"),
+    ("tiny_shapes", {"pool": -1}, "pool=-1 must be at least 0"),
 ])
 def test_the_argument_that_is_wrong_is_named(name, kwargs, field):
   with pytest.raises(UserError) as error:
