@@ -8,6 +8,7 @@ import json
 import pathlib
 from typing import Any, TypeVar
 
+from ddpo_jax.messages import one_line
 from ddpo_jax.ops.activations import ACTIVATIONS
 from ddpo_jax.types import UserError
 
@@ -76,7 +77,3 @@ def read(path: pathlib.Path, parse: Callable[[Mapping[str, Any]], Any]) -> Any:
     return parse(values)
   except (TypeError, ValueError, ZeroDivisionError) as error:
     raise UserError(f"{path} has a value of the wrong kind: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-  return " ".join(str(error).split())

@@ -15,6 +15,7 @@ import numpy as np
 
 from ddpo_jax import model_config
 from ddpo_jax.diffusion.schedule import NoiseSchedule
+from ddpo_jax.messages import one_line
 from ddpo_jax.models import hub, weights
 from ddpo_jax.models.clip import (
     CLIPConfig,
@@ -196,4 +197,4 @@ def _load_tokenizer(folder: pathlib.Path):
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # the library raises a different type for each damage
     raise UserError(f"{folder} cannot be read as a CLIP tokenizer: "
-                    f"{model_config.one_line(error)}") from error
+                    f"{one_line(error)}") from error

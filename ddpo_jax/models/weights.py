@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ddpo_jax.model_config import one_line
+from ddpo_jax.messages import one_line
 from ddpo_jax.types import UserError
 
 # Names found in files, and what they are called here. First match of each, in order.
