@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import dataclasses
 import functools
 import time
@@ -32,6 +33,9 @@ from ddpo_jax.types import Policy, PromptFn, RewardFn, Trajectory
 
 P = jax.sharding.PartitionSpec
 AXIS = "data"
+
+_REWARD_THREADS = 2  # calls of reward functions at a time
+_SECONDS_BETWEEN_CHECKS = 1.0  # for signals, while rewards are waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +173,8 @@ class RolloutWorker:
     Args:
       params: the trained weights.
       epoch: from 0; with the seed it decides prompts and noise.
-      before_batch: called before each batch; may raise to stop.
+      before_batch: called before each batch, and again and again while rewards are waited
+        for; may raise to stop.
 
     Raises:
       UserError: if a reward is not finite, or not one number for each image.
@@ -184,10 +189,11 @@ class RolloutWorker:
     pending: list[futures.Future] = []
     bar = functools.partial(tqdm, total=self._config.num_batches, leave=False,
                             dynamic_ncols=True, disable=hide_bars(), unit="batch")
-    with futures.ThreadPoolExecutor(max_workers=2) as pool:
+    with _reward_threads() as pool:
       with bar(desc=f"Epoch {epoch}: sampling") as progress:
         for batch in range(self._config.num_batches):
           before_batch()
+          _raise_failures(pending)
           generation = self._launch(params, embeddings[batch], batch, key)
           pending.append(pool.submit(self._score, generation.images, *drawn[batch]))
           # One batch ahead of the device at most.
@@ -198,11 +204,10 @@ class RolloutWorker:
         jax.block_until_ready(generations[-1].images)
         progress.update()
       sampled = time.perf_counter()
-      with distributed.failing_together():
-        results = [future.result() for future in
-                   bar(pending, desc=f"Epoch {epoch}: rewards")]
+      with bar(desc=f"Epoch {epoch}: rewards") as progress:
+        _wait_for_all(pending, progress, before_batch)
     scored = time.perf_counter()
-    images, rewards, info = zip(*results)
+    images, rewards, info = zip(*(future.result() for future in pending))
     indices = np.stack([self._local_indices(b) for b in range(self._config.num_batches)])
     return Rollout(
         trajectory=_stack([g.trajectory for g in generations]),
@@ -262,6 +267,42 @@ class RolloutWorker:
     from jax.experimental import multihost_utils
     everyone = multihost_utils.process_allgather(rewards)  # [processes, batches, samples]
     return np.concatenate(list(everyone), axis=1).reshape(-1)
+
+
+@contextlib.contextmanager
+def _reward_threads() -> Iterator[futures.Executor]:
+  """Threads that compute rewards. Where sampling is stopped, no further call begins.
+
+  Nor is the end of those waited for that are running, which retries of a server that is gone
+  can put off for minutes: the run is saved first.
+  """
+  pool = futures.ThreadPoolExecutor(_REWARD_THREADS)
+  try:
+    yield pool
+  except BaseException:
+    pool.shutdown(wait=False, cancel_futures=True)
+    raise
+  pool.shutdown()
+
+
+def _raise_failures(pending: Sequence[futures.Future]) -> None:
+  """Raises what any of the finished calls raised, on all processes."""
+  with distributed.failing_together():
+    for future in pending:
+      if future.done():
+        future.result()
+
+
+def _wait_for_all(pending: Sequence[futures.Future], progress: tqdm,
+                  check: Callable[[], None]) -> None:
+  """Waits until all calls of all processes have finished, or one has failed, or `check` raises."""
+  while True:
+    done, waiting = futures.wait(pending, _SECONDS_BETWEEN_CHECKS, futures.FIRST_EXCEPTION)
+    progress.update(len(done) - progress.n)
+    _raise_failures(pending)
+    if not distributed.largest(len(waiting)):
+      return
+    check()
 
 
 def _to_host(images: UInt8[Array, "B H W 3"]) -> UInt8[np.ndarray, "local H W 3"]:

@@ -52,9 +52,16 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
   if cfg.resume_from and not cfg.run_name:  # and so not "auto"
     return _run_of(pathlib.Path(cfg.resume_from).expanduser())
   run = pathlib.Path(cfg.logdir).expanduser() / name
-  if (run / "config.json").exists() and not cfg.resume_from:
+  if (run / "config.json").exists() and not _continues(cfg, run):
     _check_nothing_is_lost(run, name)
   return run
+
+
+def _continues(cfg: Config, run: pathlib.Path) -> bool:
+  """Whether the config goes on with this run, and does not begin another one in its folder."""
+  if cfg.resume_from in ("", "auto"):
+    return cfg.resume_from == "auto"
+  return _run_of(pathlib.Path(cfg.resume_from).expanduser()).resolve() == run.resolve()
 
 
 def _check_nothing_is_lost(run: pathlib.Path, name: str) -> None:

@@ -461,10 +461,12 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
   """One line of metrics.jsonl.
 
   `ratio_drift` is from before the first optimizer step, and 0 where log-probabilities were
-  computed anew because of `sampler_drift`.
+  computed anew because of `sampler_drift`. Means are over the optimizer steps that were not
+  skipped, if there are any.
   """
   each = rollout.rewards if trainer.combiner is not None else {}
-  mean = lambda name: float(np.mean([getattr(step, name) for step in steps]))
+  taken = [step for step in steps if not step.skipped] or steps
+  mean = lambda name: float(np.mean([getattr(step, name) for step in taken]))
   drift = float(steps[0].ratio_drift)
   return {
       "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),

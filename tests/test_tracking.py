@@ -66,7 +66,10 @@ def test_finished_epochs_are_never_written_over(cfg, saved, advice):
     (run / "checkpoints" / "0").mkdir(parents=True)
   with pytest.raises(UserError, match=f"run_name='run'.*already holds a run.*{advice}"):
     tracking.choose_run_folder(cfg)
-  for again in ("auto", str(run)):
+  other = dataclasses.replace(cfg, resume_from=str(run.parent / "other"))
+  with pytest.raises(UserError, match=f"run_name='run'.*already holds a run.*{advice}"):
+    tracking.choose_run_folder(other)  # its epochs would take the place of these
+  for again in ("auto", str(run), str(run / "checkpoints" / "0")):
     assert tracking.choose_run_folder(dataclasses.replace(cfg, resume_from=again)) == run
 
 
