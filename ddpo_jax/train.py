@@ -7,6 +7,7 @@ from concurrent import futures
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 import signal
 import time
@@ -93,21 +94,23 @@ def train(cfg: Config) -> pathlib.Path:
     configure_jax(cfg)
   run = prepared.run
   say(plan.describe())
-  model = open_model(cfg)
+  with distributed.failing_together():
+    model = open_model(cfg)
   with interruptible() as stop:
     say("Compiling, and reading the model")
     trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
     first_epoch = resume(trainer, run) if cfg.resume_from else 0
-    with distributed.failing_together():
-      tracker = tracking.Tracker(run, cfg, first_epoch)
-    checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
-    try:
-      checkpointer.drop_after(first_epoch - 1)
+    with contextlib.ExitStack() as closing:
+      with distributed.failing_together():
+        tracker = tracking.Tracker(run, cfg, first_epoch)
+      closing.callback(tracker.close)
+      checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
+      closing.callback(checkpointer.close)
+      dropped = checkpointer.drop_after(first_epoch - 1)
+      if dropped:
+        say(f"Deleting later checkpoints, of epochs {', '.join(map(str, dropped))}")
       say(f"Writing to {run}")
       run_epochs(trainer, tracker, checkpointer, first_epoch, stop, started)
-    finally:
-      checkpointer.close()
-      tracker.close()
   return run
 
 
@@ -132,13 +135,16 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   optimizer = update.make_optimizer(
       cfg.train.learning_rate, cfg.train.adam_beta1, cfg.train.adam_beta2,
       cfg.train.adam_weight_decay, cfg.train.adam_epsilon, cfg.train.max_grad_norm)
-  with futures.ThreadPoolExecutor(1) as pool:
-    # Into host memory alone, so that kernels are timed on a device that is at rest.
-    reading = pool.submit(_read_into_host_memory, model)
-    compiled = compile_update(cfg, plan, mesh, schedule, optimizer, model.shapes)
-  models = reading.result()
+  with distributed.failing_together():
+    with futures.ThreadPoolExecutor(1) as pool:
+      # Into host memory alone, so that kernels are timed on a device that is at rest.
+      reading = pool.submit(_read_into_host_memory, model)
+      compiled = compile_update(cfg, plan, mesh, schedule, optimizer, model.shapes)
+    models = reading.result()
+    with host_memory():
+      unet = prepare_unet(cfg, models.unet)
   with host_memory():
-    graphdef, params, frozen_unet = lora.partition(prepare_unet(cfg, models.unet), cfg.use_lora)
+    graphdef, params, frozen_unet = lora.partition(unet, cfg.use_lora)
     state = update.init_state(params, optimizer, uses_loss_scaling(cfg))
   frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
   worker = RolloutWorker(
@@ -267,40 +273,71 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
 def resume(trainer: Trainer, run: pathlib.Path) -> int:
   """Restores what a checkpoint holds; returns the epoch to go on with.
 
-  A checkpoint that is damaged is reported, and the one before it is taken.
+  All processes take the same one: the newest that is damaged for none of them. Those that are
+  damaged are reported, and stay under another name.
   """
-  cfg = trainer.cfg
-  if cfg.resume_from == "auto":
-    epochs = checkpoint.saved_epochs(run)
+  with distributed.failing_together():
+    source, epochs = _checkpoints(trainer.cfg, run)
+  epochs = json.loads(distributed.agreed(json.dumps(epochs)))
+  if not epochs:
+    return 0
+  damaged = []
+  while isinstance(restored := _restore(trainer, source, epochs[0]), checkpoint.DamagedError):
+    damaged.append(epochs.pop(0))
     if not epochs:
-      return 0
-  else:
-    run, epochs = checkpoint.find_all(cfg.resume_from)
-  while True:
-    try:
-      saved = checkpoint.restore_meta(run, epochs[0])["config"]
-      check_continues(cfg, saved, f"the checkpoint of epoch {epochs[0]}")
-      restored = checkpoint.restore(run, epochs[0], trainer.state)
-      break
-    except checkpoint.DamagedError as error:
-      damaged = epochs.pop(0)
-      if not epochs:
-        raise
-      say(f"{error}; going on from epoch {epochs[0]} and not {damaged}")
-  say(f"Resuming after epoch {restored.epoch + 1} of {run}")
+      raise restored
+    say(f"{restored}; going on from epoch {epochs[0]} and not {damaged[-1]}")
+  say(f"Resuming after epoch {restored.epoch + 1} of {source}")
+  if source == run.resolve():
+    _set_aside(run, damaged)
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
   if trainer.combiner is not None:
     trainer.combiner.load_state_dict(restored.meta["reward_stats"])
+  if "watch" in restored.meta:  # not so in earlier checkpoints
+    trainer.watch.load_state_dict(restored.meta["watch"])
+    trainer.skipped_in_a_row = restored.meta["skipped_in_a_row"]
   return restored.epoch + 1
+
+
+def _checkpoints(cfg: Config, run: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+  """The run folder to resume from, and the epochs of its checkpoints, the newest first."""
+  if cfg.resume_from == "auto":
+    return run.resolve(), checkpoint.saved_epochs(run)
+  return checkpoint.find_all(cfg.resume_from)
+
+
+def _restore(trainer: Trainer, run: pathlib.Path, epoch: int
+             ) -> checkpoint.Restored | checkpoint.DamagedError:
+  """What a checkpoint holds; on every process the error if it is damaged for any of them."""
+  damage = None
+  with distributed.failing_together():
+    try:
+      saved = checkpoint.restore_meta(run, epoch)["config"]
+      check_continues(trainer.cfg, saved, f"the checkpoint of epoch {epoch}")
+      restored = checkpoint.restore(run, epoch, trainer.state)
+    except checkpoint.DamagedError as error:
+      damage = error
+  if not distributed.largest(int(damage is not None)):
+    return restored
+  return damage or checkpoint.DamagedError(
+      f"the checkpoint of epoch {epoch} of {run} is damaged for another process")
+
+
+def _set_aside(run: pathlib.Path, epochs: Iterable[int]) -> None:
+  """Makes room for these epochs' new checkpoints; nothing is deleted."""
+  with distributed.failing_together():
+    for epoch in epochs if distributed.is_main() else ():
+      say(f"Keeping the damaged checkpoint as {checkpoint.set_aside(run, epoch)}")
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
   """The state as it is now, safe from the update's donation, and the rest as JSON."""
   of = lambda part: None if part is None else part.state_dict()
   meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": of(trainer.stat_tracker),
-          "reward_stats": of(trainer.combiner)}
+          "reward_stats": of(trainer.combiner), "watch": of(trainer.watch),
+          "skipped_in_a_row": trainer.skipped_in_a_row}
   return jax.tree.map(jnp.copy, trainer.state), meta
 
 

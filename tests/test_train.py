@@ -183,6 +183,8 @@ def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tm
   train.train(make_config(num_epochs=4, **changes))
   printed = capsys.readouterr().out
   assert "going on from epoch 1 and not 2" in printed
+  assert f"Keeping the damaged checkpoint as {run / 'checkpoints' / '2.damaged'}" in printed
+  assert (run / "checkpoints" / "2.damaged" / "state").is_dir()
   assert without_times(metrics_of(run)[:3]) == without_times(expected)
   assert len(metrics_of(run)) == 4
   np.testing.assert_array_equal(weights_of(run, 2), weights)
