@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ddpo_jax import distributed, folding, rounding
 from ddpo_jax.config import largest_part
 from ddpo_jax.console import hide_bars
-from ddpo_jax.devices import compiler_options
+from ddpo_jax.devices import AXIS, compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.embeddings import PromptEncoder
@@ -30,7 +30,6 @@ from ddpo_jax.rewards import call_reward
 from ddpo_jax.types import Policy, PromptFn, RewardFn, Trajectory
 
 P = jax.sharding.PartitionSpec
-AXIS = "data"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,13 @@ from ddpo_jax import (
 )
 from ddpo_jax.config import BatchPlan, Config, check_continues
 from ddpo_jax.console import hide_bars, say
-from ddpo_jax.devices import host_memory, plan_batches, samples_at_once
+from ddpo_jax.devices import (
+  AXIS,
+  configure_devices,
+  host_memory,
+  plan_batches,
+  samples_at_once,
+)
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import embedding_shape
@@ -87,6 +93,7 @@ def train(cfg: Config) -> pathlib.Path:
   started = time.perf_counter()
   memory.share_arenas()
   distributed.initialize(cfg.distributed)
+  configure_devices()
   plan = plan_batches(cfg)
   run_name = distributed.agreed(tracking.choose_run_name(cfg))
   with distributed.failing_together():
@@ -129,7 +136,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   """Compiles the update, reads the model meanwhile, and puts it where training needs it."""
   # In order of the processes, so that each has a run of consecutive samples.
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-  mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (update.AXIS,))
+  mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (AXIS,))
   replicated = jax.sharding.NamedSharding(mesh, P())
   schedule = DDIMSchedule.create(model.shapes.noise_schedule, cfg.sample.num_steps)
   optimizer = update.make_optimizer(
@@ -251,7 +258,7 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
       lambda params: update.init_state(params, optimizer, config.loss_scaling), params)
   replicated = jax.sharding.NamedSharding(mesh, P())
   everywhere: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
-  sharded = jax.sharding.NamedSharding(mesh, P(None, update.AXIS))
+  sharded = jax.sharding.NamedSharding(mesh, P(None, AXIS))
   samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
   of_each: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
       (*samples, *shape), dtype, sharding=sharded)
@@ -422,7 +429,7 @@ def make_batch(trainer: Trainer, rollout: Rollout, rewards: np.ndarray) -> Batch
   else:
     values = trainer.stat_tracker.update(rollout.prompts, rewards)
   shape = rollout.trajectory.log_probs.shape[:2]
-  sharding = jax.sharding.NamedSharding(trainer.mesh, P(None, update.AXIS))
+  sharding = jax.sharding.NamedSharding(trainer.mesh, P(None, AXIS))
   everywhere = values.reshape(shape)
   return Batch(trajectory=rollout.trajectory, text_embeddings=rollout.text_embeddings,
                negative_embedding=trainer.worker.negative_embedding,

@@ -104,10 +104,11 @@ def test_devices_exchange_one_gradient_per_optimizer_step():
 def test_without_a_gpu_each_core_is_a_device(batch_size, forced, expected):
   """Unless the batch is too small to share, or the user says how many devices there are."""
   program = ("from configs import base; from ddpo_jax.config import resolve\n"
-             "from ddpo_jax.devices import plan_batches\n"
+             "from ddpo_jax.devices import configure_devices, plan_batches\n"
              "config = base.get_config()\n"
              f"config.sample.batch_size = config.train.batch_size = {batch_size}\n"
              "for _ in range(2):\n"  # a second run in the same process has the same plan
+             "  configure_devices()\n"
              "  plan = plan_batches(resolve(config))\n"
              "  print(plan.num_devices, plan.parts)")
   environment = {**os.environ, "XLA_FLAGS": forced, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

@@ -22,7 +22,7 @@ from ddpo_jax import memory, train
 from ddpo_jax.benchmark import flops, profile
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
-from ddpo_jax.devices import plan_batches
+from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.models import StableDiffusion, Unread
 from ddpo_jax.models.pretrained import PARTS, ConstantRngs, load_clip_tokenizer, resolve
@@ -37,6 +37,7 @@ class JaxSide:
     memory.share_arenas()
     train.configure_jax(cfg)
     self._cfg = cfg
+    configure_devices()
     self._plan = plan_batches(cfg)
     model = random_model(cfg)
     self._shapes = model.shapes
