@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ddpo_jax import checkpoint, lora, tracking, train
+from ddpo_jax import build, checkpoint, lora, tracking
 from ddpo_jax.config import Config
 from ddpo_jax.config import resolve as resolve_config
 from ddpo_jax.console import say
@@ -53,7 +53,7 @@ def load_run(path: str, mixed_precision: str | None = None) -> FineTuned:
   """
   run, epoch = checkpoint.find(path)
   cfg = _config_of(run, mixed_precision)
-  models = train.load_models(cfg)
+  models = build.load_models(cfg)
   graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
   trained = checkpoint.restore_params(run, epoch, params)
   return FineTuned(dataclasses.replace(models, unet=nnx.merge(graphdef, trained, frozen)),
@@ -154,7 +154,7 @@ def sample_to_files(run: str | None, model: str | None, prompts: Sequence[str],
       guidance_scale=given(guidance_scale, lambda cfg: cfg.sample.guidance_scale, 5.0),
       eta=given(eta, lambda cfg: cfg.sample.eta, 1.0), seed=seed,
       batch_size=min(batch_size, len(prompts)))
-  dtype = train.DTYPES[given(mixed_precision, lambda cfg: cfg.mixed_precision, "no")]
+  dtype = build.DTYPES[given(mixed_precision, lambda cfg: cfg.mixed_precision, "no")]
   columns, captions = [], list(prompts)
   if tuned is None or compare:
     name, revision = (model, None) if tuned is None else (

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import demo
-from ddpo_jax import checkpoint, diagnostics, distributed, train, update
+from ddpo_jax import build, checkpoint, diagnostics, distributed, train, update
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.types import UserError
 
@@ -79,12 +79,12 @@ def main(folder, coordinator, index):
   epoch = outcome(lambda: train.resume(trainer, run))
   steps = int(trainer.state.step)
 
-  model = train.open_model(trainer.cfg)
+  model = build.open_model(trainer.cfg)
   if index == 1:
     model = dataclasses.replace(model, read=failing_once(model.read, OSError(errno.EIO, "")))
-  train.compile_update = lambda *arguments: None
+  build.compile_update = lambda *arguments: None
   plan = BatchPlan.create(trainer.cfg, jax.device_count())
-  built = outcome(lambda: train.build(trainer.cfg, plan, lambda rng: ("", {}), {}, model))
+  built = outcome(lambda: build.build(trainer.cfg, plan, lambda rng: ("", {}), {}, model))
   assert distributed.is_main() == (index == 0)
   print(json.dumps([unreadable, epoch, steps, built]))
 
