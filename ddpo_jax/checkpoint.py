@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
+import errno
+import itertools
 import os
 import pathlib
+import re
 from typing import Any
 
 from flax import nnx
@@ -17,9 +20,13 @@ from ddpo_jax.types import TrainState, UserError
 
 FORMAT_VERSION = 1
 
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # a file is not there, or not a file
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in the messages of tensorstore
+_RANK_AXES = {"lora_down": 1, "lora_up": 0}
+
 
 class DamagedError(UserError):
-  """A checkpoint that cannot be read."""
+  """A checkpoint of which files are missing, or do not hold what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +82,12 @@ class Checkpointer:
   def __init__(self, run: pathlib.Path, keep: int):
     """Opens `run`/checkpoints, of which at most `keep` stay."""
     policy = ocp.checkpoint_managers.LatestN(keep)
-    self._manager = _manager(run, ocp.CheckpointManagerOptions(
-        preservation_policy=policy, enable_async_checkpointing=True,
-        cleanup_tmp_directories=True))
+    self._manager = ocp.CheckpointManager(
+        (run / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(
+            preservation_policy=policy, enable_async_checkpointing=True,
+            cleanup_tmp_directories=True),
+        item_handlers={"state": ocp.StandardCheckpointHandler(),
+                       "meta": ocp.JsonCheckpointHandler()})
 
   def save(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Starts writing; returns once the arrays are copied. `meta` must be JSON-able."""
@@ -87,51 +97,61 @@ class Checkpointer:
         state=ocp.args.StandardSave(_flatten(state)),
         meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta})))
 
-  def drop_after(self, epoch: int) -> None:
-    """Deletes the checkpoints of later epochs, which are about to be made again."""
-    for later in self._manager.all_steps():
-      if later > epoch:
-        self._manager.delete(later)
+  def drop_after(self, epoch: int) -> list[int]:
+    """Deletes the checkpoints of later epochs, which are about to be made again.
+
+    Returns:
+      Those epochs, in order.
+    """
+    later = sorted(step for step in self._manager.all_steps() if step > epoch)
+    for step in later:
+      self._manager.delete(step)
+    return later
 
   def close(self) -> None:
     """Waits for what is being written."""
-    self._manager.wait_until_finished()
     self._manager.close()
 
 
+def set_aside(run: pathlib.Path, epoch: int) -> pathlib.Path:
+  """Renames a damaged checkpoint, so that its epoch can be saved again; returns the new path."""
+  folder = _folder(run, epoch)
+  names = itertools.chain([f"{epoch}.damaged"], (f"{epoch}.damaged.{i}" for i in itertools.count(2)))
+  kept = next(path for path in map(folder.with_name, names) if not path.exists())
+  return folder.rename(kept)
+
+
 def restore_meta(run: pathlib.Path, epoch: int) -> dict[str, Any]:
-  """Reads what `Checkpointer.save` was given beside the state.
+  """Reads what `Checkpointer.save` was given beside the state. No collective is in it.
 
   Raises:
-    DamagedError: if it is missing or cannot be read.
-    UserError: if it is of another format.
+    DamagedError: if it is missing or is not what was written.
+    UserError: if it is of another format, or the system cannot read it now.
   """
-  where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
-  with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
-    with _as_damage(where):
-      meta = manager.restore(epoch, args=ocp.args.Composite(
-          meta=ocp.args.JsonRestore())).meta
+  with _as_damage(_where(run, epoch)):
+    meta = dict(ocp.JsonCheckpointHandler().restore(_folder(run, epoch) / "meta"))
   version = meta.pop("format_version", None)
   if version != FORMAT_VERSION:
-    raise UserError(f"{where} has format_version {version}; must be {FORMAT_VERSION}")
+    raise UserError(f"{_where(run, epoch)} has format_version {version}; must be "
+                    f"{FORMAT_VERSION}")
   return meta
 
 
 def restore(run: pathlib.Path, epoch: int, like: TrainState) -> Restored:
-  """Reads a checkpoint into the shapes, dtypes and shardings of `like`.
+  """Reads a checkpoint into the shapes, dtypes and shardings of `like`. No collective is in it.
 
   Raises:
-    DamagedError: if it is missing, cannot be read, or is of another model.
-    UserError: if it is of another format.
+    DamagedError: if files are missing or do not hold what was written.
+    UserError: if it is of another format or model, or the system cannot read it now.
   """
   meta = restore_meta(run, epoch)
   abstract = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
               for path, x in _flatten(like).items()}
-  where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
-  with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
-    with _as_damage(where):
-      flat = manager.restore(epoch, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract))).state
+  stored = _stored_shapes(run, epoch)
+  for name in [*abstract, *stored]:
+    if name not in abstract or stored.get(name) != abstract[name].shape:
+      raise _another_model(run, epoch, name)
+  flat = _restore_arrays(run, epoch, abstract)
   treedef = jax.tree.structure(like)
   return Restored(epoch, jax.tree.unflatten(treedef, [flat[k] for k in abstract]), meta)
 
@@ -147,45 +167,98 @@ def restore_params(run: pathlib.Path, epoch: int, like: nnx.State) -> nnx.State:
   Raises:
     UserError: if the checkpoint is missing, damaged or of another model.
   """
-  paths, treedef = jax.tree.flatten_with_path(like)
-  names = ["params/" + jax.tree_util.keystr(path, simple=True, separator="/")
-           for path, _ in paths]
+  leaves, treedef = jax.tree.flatten_with_path(like)
+  wanted = {f"params/{_name(path)}": leaf for path, leaf in leaves}
+  stored = _stored_shapes(run, epoch)
+  for name, leaf in wanted.items():
+    if name not in stored or _without_rank(name, stored[name]) != _without_rank(name, leaf.shape):
+      raise _another_model(run, epoch, name)
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  where = f"checkpoint {run / 'checkpoints' / str(epoch)}"
-  with _manager(run, ocp.CheckpointManagerOptions(create=False)) as manager:
-    with _as_damage(where):
-      stored = manager.item_metadata(epoch).state
-      abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-                  for name, x in stored.items()}
-      flat = manager.restore(epoch, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract))).state
-  absent = [name for name in names if name not in flat]
-  if absent:
-    raise UserError(f"{where} has no {absent[0]!r}; is pretrained.model still the model "
-                    "that it was trained on?")
-  return jax.tree.unflatten(treedef, [flat[name] for name in names])
+  flat = _restore_arrays(run, epoch, {
+      name: jax.ShapeDtypeStruct(stored[name], leaf.dtype, sharding=sharding)
+      for name, leaf in wanted.items()})
+  return jax.tree.unflatten(treedef, [flat[name] for name in wanted])
+
+
+def _stored_shapes(run: pathlib.Path, epoch: int) -> dict[str, tuple[int, ...]]:
+  """The shapes of the arrays that a checkpoint's state has, by their path."""
+  with _as_damage(_where(run, epoch)):
+    tree = ocp.PyTreeCheckpointHandler().metadata(_folder(run, epoch) / "state").tree
+    return {name: tuple(array.shape) for name, array in tree.items()}
+
+
+def _restore_arrays(run: pathlib.Path, epoch: int,
+                    abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """Reads these arrays of a checkpoint's state and no others.
+
+  By the handler and not by a manager, which would make processes wait for each other.
+  """
+  arguments = ocp.args.PyTreeRestore(
+      dict(abstract), restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
+      partial_restore=True)
+  with _as_damage(_where(run, epoch)):
+    return ocp.PyTreeCheckpointHandler().restore(
+        _folder(run, epoch) / "state", args=arguments)
+
+
+def _without_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """A weight's shape without what LoRA's rank decides."""
+  axes = [_RANK_AXES[part] for part in name.split("/") if part in _RANK_AXES]
+  return tuple(size for axis, size in enumerate(shape) if axis not in axes)
+
+
+def _another_model(run: pathlib.Path, epoch: int, name: str) -> UserError:
+  return UserError(f"{_where(run, epoch)} is of another model, whose {name!r} is missing or of "
+                   "another shape; pretrained.model must be the one that it was trained on")
 
 
 @contextlib.contextmanager
 def _as_damage(where: str) -> Iterator[None]:
-  """Turns whatever orbax raises for files that are not as it left them into one error."""
+  """Tells damaged files from files that cannot be read now; other errors pass.
+
+  Raises:
+    DamagedError: if files are missing or do not hold what was written.
+    UserError: if the system cannot read them: they may be whole.
+  """
   try:
     yield
-  except Exception as error:  # of many types: of the file system, of the formats, of its own
-    reason = " ".join(str(error).split())[:300]
-    raise DamagedError(
-        f"{where} cannot be read, or is of another model: {reason}") from error
+  except Exception as error:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+      cause = cause.__cause__
+    reason = " ".join(str(cause).partition(" [tensorstore_spec")[0].split())[:300]
+    if not isinstance(cause, (ValueError, LookupError, EOFError, OSError)) or (
+        "RESOURCE_EXHAUSTED" in reason):
+      raise
+    number = _os_error(cause)
+    if number is None or number in _MISSING:
+      raise DamagedError(f"{where} is damaged: {reason}") from error
+    raise UserError(
+        f"{where} cannot be read ({os.strerror(number)}), and may yet be whole; must be "
+        f"readable, or resume_from an older checkpoint: {reason}") from error
 
 
-def _manager(run: pathlib.Path, options: ocp.CheckpointManagerOptions
-             ) -> ocp.CheckpointManager:
-  return ocp.CheckpointManager((run / "checkpoints").resolve(), options=options,
-                               item_handlers={"state": ocp.StandardCheckpointHandler(),
-                                              "meta": ocp.JsonCheckpointHandler()})
+def _os_error(error: BaseException) -> int | None:
+  """The number of the system's error that this one is, or None if it is of another kind."""
+  if isinstance(error, OSError):
+    return error.errno
+  found = _OS_ERROR.search(str(error))
+  return int(found[1]) if found else None
+
+
+def _folder(run: pathlib.Path, epoch: int) -> pathlib.Path:
+  return run.resolve() / "checkpoints" / str(epoch)
+
+
+def _where(run: pathlib.Path, epoch: int) -> str:
+  return f"checkpoint {run / 'checkpoints' / str(epoch)}"
 
 
 def _flatten(state: TrainState) -> dict[str, jax.Array]:
   """The state's arrays by their path, in tree order."""
   leaves, _ = jax.tree.flatten_with_path(state)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-          for path, leaf in leaves}
+  return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -518,6 +518,9 @@ _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
                "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
                "tensorboard", "distributed", "sample.decode_batch_size",
                "train.max_skipped_steps")
+# Of a reward's arguments: where and how it is computed, not what it is. Nor are its secrets.
+_ARGUMENTS_MAY_CHANGE = ("url", "timeout", "time_limit", "backoff", "max_parallel",
+                         "batch_size", "api_key_env")
 
 
 def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
@@ -532,21 +535,38 @@ def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
     UserError: one line for every field that contradicts.
   """
   before, now = _flat(saved), _flat(json.loads(json.dumps(cfg.to_dict())))
+  value = lambda values, name: repr(values[name]) if name in values else "nothing"
   problems = [
-      f"{name}={now[name]!r} contradicts {where}, which has {before[name]!r}; set it back, "
-      "or start a new run (lora.init_from takes exported weights)"
-      for name in now if name in before and now[name] != before[name]
+      f"{name}={value(now, name)} contradicts {where}, which has {value(before, name)}; set it "
+      "back, or start a new run (lora.init_from takes exported weights)"
+      for name in {**now, **before} if value(now, name) != value(before, name)
+      # A field that only one of them has is another version's; an argument is the user's.
+      and (name in now and name in before or name.startswith("reward_kwargs."))
       and not any(name == free or name.startswith(free + ".") for free in _MAY_CHANGE)]
   if problems:
     raise UserError("\n".join(problems))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The fields by their full names, of a reward's arguments those that may not change."""
   flat: dict[str, Any] = {}
   for name, value in values.items():
-    if isinstance(value, Mapping) and not name.endswith(("_kwargs", "reward_fn")):
+    if name == "reward_kwargs":
+      flat.update(_flat_arguments(value, isinstance(values.get("reward_fn"), Mapping)))
+    elif isinstance(value, Mapping) and not name.endswith(("_kwargs", "reward_fn")):
       flat.update(_flat(value, f"{prefix}{name}."))
     else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _flat_arguments(arguments: Mapping[str, Any], of_several: bool,
+                    prefix: str = "reward_kwargs.") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for name, value in arguments.items():
+    if of_several and isinstance(value, Mapping):
+      flat.update(_flat_arguments(value, False, f"{prefix}{name}."))
+    elif name not in _ARGUMENTS_MAY_CHANGE and not _SECRET_NAME.search(name):
       flat[prefix + name] = value
   return flat
 

@@ -15,19 +15,30 @@ from ddpo_jax.config import BatchPlan, Config, largest_part
 from ddpo_jax.messages import one_line
 from ddpo_jax.types import UserError
 
+AXIS = "data"  # of the mesh, over every device of every process
 # With fewer samples of a microbatch a core does not gain what its copy of the weights takes.
 _LEAST_SAMPLES = 8
-# On a processor more samples at a time are no faster, and take more memory.
+# On a CPU more samples at a time are no faster, and take more memory.
 _MOST_SAMPLES_AT_ONCE = 16
+
+
+def configure_devices() -> None:
+  """Makes each core of the CPU a device, because XLA uses one core for much of a program.
+
+  Must come before JAX's first use of a device, and after `distributed.initialize`. Does nothing
+  where there are several processes, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES say how many
+  devices the CPU is.
+  """
+  if not _number_is_given():
+    with contextlib.suppress(RuntimeError):  # the number of devices has been settled
+      jax.config.update("jax_num_cpu_devices", usable_cores())
 
 
 def plan_batches(cfg: Config) -> BatchPlan:
   """The batch arithmetic of a run on the devices there are.
 
-  Without a GPU the processor is one device to the config. XLA uses one core for much of a
-  program, so each core becomes a device and takes an equal part of the batches; the results
-  are the same to rounding. Not so where there are several processes, or where XLA_FLAGS or
-  JAX_NUM_CPU_DEVICES say how many devices the processor is.
+  Without a GPU the CPU is one device to the config. If `configure_devices` has made each core a
+  device, all of them take equal parts of its batches; the results are the same to rounding.
 
   Raises:
     UserError: if JAX finds no device.
@@ -53,7 +64,7 @@ def _name(device: jax.Device) -> str:
 
 
 def host_memory() -> contextlib.AbstractContextManager:
-  """A context in which new arrays are in host memory, if JAX is allowed to use the processor.
+  """A context in which new arrays are in host memory, if JAX is allowed to use the CPU.
 
   Weights that are read so and then placed are on the device once, and not twice for a while.
   """
@@ -65,8 +76,8 @@ def host_memory() -> contextlib.AbstractContextManager:
 
 def samples_at_once(batch_size: int) -> int:
   """How many samples of a batch a device of the default backend had best compute at a time."""
-  on_processor = jax.default_backend() == "cpu"
-  return largest_part(batch_size, _MOST_SAMPLES_AT_ONCE) if on_processor else batch_size
+  on_cpu = jax.default_backend() == "cpu"
+  return largest_part(batch_size, _MOST_SAMPLES_AT_ONCE) if on_cpu else batch_size
 
 
 def compiler_options() -> dict[str, int]:
@@ -96,16 +107,16 @@ def _is_known(option: str, value: int) -> bool:
 
 
 def _cores_as_devices() -> int:
-  """Makes each core a device, if this comes before JAX's first use; returns how many."""
-  forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-  if forced or "JAX_NUM_CPU_DEVICES" in os.environ or jax.distributed.is_initialized():
+  """How many devices are a core each; 1 where devices are something else."""
+  if _number_is_given() or jax.config.values["jax_num_cpu_devices"] != usable_cores():
     return 1
-  try:
-    jax.config.update("jax_num_cpu_devices", usable_cores())
-  except RuntimeError:  # the number of devices has been settled
-    if jax.config.values["jax_num_cpu_devices"] != usable_cores():
-      return 1
   return jax.device_count() if jax.default_backend() == "cpu" else 1
+
+
+def _number_is_given() -> bool:
+  """Whether the user, or the processes' arrangement, says how many devices the CPU is."""
+  forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  return forced or "JAX_NUM_CPU_DEVICES" in os.environ or jax.distributed.is_initialized()
 
 
 def usable_cores() -> int:

@@ -75,6 +75,14 @@ class Watch:
     self._said |= {name for name, text in found.items() if text is not None}
     return lines
 
+  def state_dict(self) -> dict[str, float]:
+    """What later epochs are compared with, JSON-able. What was said may be said again."""
+    return {"most_diverse": self._most_diverse}
+
+  def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    """Restores what `state_dict` gave."""
+    self._most_diverse = state["most_diverse"]
+
   def _drift(self, metrics: Mapping[str, Any]) -> str | None:
     drift, clip_range = metrics["ratio_drift"], self._cfg.train.clip_range
     if not drift > largest_drift(self._cfg):

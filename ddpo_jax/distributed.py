@@ -79,11 +79,11 @@ def largest(value: int) -> int:
 
 
 def agreed(text: str) -> str:
-  """Process 0's text (at most 4096 bytes), for all of them."""
+  """Process 0's text, for all of them."""
   if jax.process_count() == 1:
     return text
-  buffer = np.zeros(4096, np.uint8)
   encoded = np.frombuffer(text.encode(), np.uint8)
+  buffer = np.zeros(largest(len(encoded)), np.uint8)
   buffer[:len(encoded)] = encoded
   return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode()
 

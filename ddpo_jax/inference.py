@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ddpo_jax import checkpoint, lora, tracking, train
+from ddpo_jax import build, checkpoint, lora, tracking
 from ddpo_jax.config import Config
 from ddpo_jax.config import resolve as resolve_config
 from ddpo_jax.console import say
@@ -65,7 +65,7 @@ def load_run(path: str, mixed_precision: str | None = None) -> FineTuned:
   run, epoch = checkpoint.find(path, "--run")
   cfg = _config_of(run, mixed_precision)
   with host_memory():
-    models = train.load_models(cfg)
+    models = build.load_models(cfg)
   graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
   trained = checkpoint.restore_params(run, epoch, params)
   return FineTuned(dataclasses.replace(models, unet=nnx.merge(graphdef, trained, frozen)),
@@ -82,11 +82,11 @@ def load_base_unet(tuned: FineTuned) -> UNet2DConditionModel:
     graphdef, trained, frozen = lora.partition(tuned.models.unet)
     return nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, trained), frozen)
   folder = resolve(cfg.pretrained.model, cfg.pretrained.revision) / "unet"
-  build = functools.partial(UNet2DConditionModel, tuned.models.unet.config,
-                            dtype=train.DTYPES[cfg.mixed_precision])
+  make = functools.partial(UNet2DConditionModel, tuned.models.unet.config,
+                           dtype=build.DTYPES[cfg.mixed_precision])
   with host_memory():
-    unet: Any = load_module(build, find_weights(folder, _UNET_STEM))
-    return train.prepare_unet(cfg, unet)
+    unet: Any = load_module(make, find_weights(folder, _UNET_STEM))
+    return build.prepare_unet(cfg, unet)
 
 
 def _config_of(run: pathlib.Path, mixed_precision: str | None) -> Config:
@@ -243,7 +243,7 @@ def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]
   if request.run is None:
     assert request.model is not None  # checked by the request
     with host_memory():
-      models = _load_base(request.model, train.DTYPES[request.mixed_precision or "no"])
+      models = _load_base(request.model, build.DTYPES[request.mixed_precision or "no"])
     generate = ImageGenerator(models, request.sampling_options(None))
     return [generate(models.unet, prompts, "Base model")]
   tuned = load_run(request.run, request.mixed_precision)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddpo_jax import distributed, folding, rounding
 from ddpo_jax.config import largest_part
 from ddpo_jax.console import hide_bars
-from ddpo_jax.devices import compiler_options
+from ddpo_jax.devices import AXIS, compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.embeddings import PromptEncoder
@@ -32,7 +32,6 @@ from ddpo_jax.rewards.info import InfoCollector, RewardInfo
 from ddpo_jax.types import Policy, PromptFn, RewardFn, Trajectory
 
 P = jax.sharding.PartitionSpec
-AXIS = "data"
 
 _REWARD_THREADS = 2  # calls of reward functions at a time
 _SECONDS_BETWEEN_CHECKS = 1.0  # for signals, while rewards are waited for

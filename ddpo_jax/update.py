@@ -23,13 +23,12 @@ from jaxtyping import Array, Float32, Int, Key
 import optax
 
 from ddpo_jax import folding, ppo
-from ddpo_jax.devices import compiler_options, samples_at_once
+from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.types import Batch, LossScale, TrainState
 
 P = jax.sharding.PartitionSpec
-AXIS = "data"
 
 Update = Callable[..., tuple[TrainState, "UpdateMetrics"]]  # see `make_update`
 Program = Callable[..., tuple[TrainState, Float32[Array, "batches samples T"], "UpdateMetrics"]]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
-from ddpo_jax.devices import plan_batches
+from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.messages import one_line, place, with_type
 from ddpo_jax.models import hub
 from ddpo_jax.prompts import get_prompt_fn, sample_rng
@@ -326,6 +326,7 @@ def dry_run(cfg: Config) -> None:
     UserError: a line for each problem.
   """
   distributed.initialize(cfg.distributed)
+  configure_devices()
   plan = plan_batches(cfg)
   prepared = prepare(cfg)
   say(plan.describe("The run would be"))

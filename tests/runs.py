@@ -10,7 +10,8 @@ import time
 import jax
 import numpy as np
 
-from ddpo_jax import checkpoint, lora, train
+from ddpo_jax import checkpoint, lora
+from ddpo_jax.build import load_models
 from ddpo_jax.config import resolve
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def without_times(lines):
 def weights_of(run, epoch=None):
   """The trained weights of a checkpoint, by default the newest, as one vector."""
   cfg = resolve(json.loads((run / "config.json").read_text()) | {"resume_from": ""})
-  params = lora.partition(train.load_models(cfg).unet)[1]
+  params = lora.partition(load_models(cfg).unet)[1]
   epoch = checkpoint.find(run)[1] if epoch is None else epoch
   leaves = jax.tree.leaves(checkpoint.restore_params(run, epoch, params))
   return np.concatenate([np.ravel(leaf) for leaf in leaves])

@@ -1,12 +1,19 @@
-"""What a checkpoint takes on disk."""
+"""What a checkpoint takes on disk, and what is read of one that is not as it should be."""
 
+import errno
+import json
 import types
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
 
 from ddpo_jax import checkpoint, lora, update
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ddpo_jax.types import UserError
 
 SD15 = UNetConfig(cross_attention_dim=768)
 
@@ -36,3 +43,139 @@ def test_lora_of_stable_diffusion_takes_less_than_15_mb(tmp_path):
   checkpointer.close()
   size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
   assert 9e6 < size < 15e6, size
+
+
+def make_state(size=64, rank=4):
+  """Like a run's, without a model."""
+  draw = lambda seed, *shape: nnx.LoRAParam(jax.random.normal(jax.random.key(seed), shape))
+  params = nnx.State({"to_q": {"lora_down": draw(0, size, rank), "lora_up": draw(1, rank, size)}})
+  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  return update.init_state(params, optimizer, loss_scaling=False)
+
+
+def save(run, epochs, keep=10):
+  checkpointer = checkpoint.Checkpointer(run, keep)
+  for epoch in epochs:
+    checkpointer.save(epoch, make_state(), {"config": {"epoch": epoch}})
+  checkpointer.close()
+
+
+@pytest.fixture
+def run(tmp_path):
+  save(tmp_path, [3])
+  return tmp_path
+
+
+def data_file(run):
+  """The state's largest file with data: the weights are in it."""
+  files = (run / "checkpoints" / "3" / "state").rglob("d/*")
+  return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_reads_what_was_saved(run):
+  restored = checkpoint.restore(run, 3, jax.tree.map(jnp.zeros_like, make_state()))
+  assert (restored.epoch, restored.meta) == (3, {"config": {"epoch": 3}})
+  jax.tree.map(np.testing.assert_array_equal, restored.state, make_state())
+
+
+@pytest.mark.parametrize("name", ("meta/metadata", "state/_METADATA", "state/manifest.ocdbt", None))
+@pytest.mark.parametrize("damage", (
+    lambda path: path.unlink(), lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: path.write_bytes(bytes(path.stat().st_size))),
+    ids=("gone", "empty", "cut off", "zeros"))
+def test_damage(run, name, damage):
+  damage(run / "checkpoints" / "3" / name if name else data_file(run))
+  try:
+    restored = checkpoint.restore(run, 3, make_state())
+  except checkpoint.DamagedError as error:
+    assert str(run / "checkpoints" / "3") in str(error) and "\n" not in str(error)
+  else:  # orbax has more copies of what this file says
+    assert name == "state/_METADATA"
+    jax.tree.map(np.testing.assert_array_equal, restored.state, make_state())
+
+
+def test_a_file_that_cannot_be_read_now_is_no_damage(run):
+  """As far as tensorstore says; here the links go round in a circle."""
+  path = data_file(run)
+  path.unlink()
+  path.symlink_to(path)
+  with pytest.raises(UserError, match="symbolic links.*may yet be whole") as error:
+    checkpoint.restore(run, 3, make_state())
+  assert not isinstance(error.value, checkpoint.DamagedError)
+
+
+@pytest.mark.parametrize("error,raised", (
+    (OSError(errno.EIO, "Input/output error"), UserError),
+    (OSError(errno.EMFILE, "Too many open files"), UserError),
+    (ValueError("UNKNOWN: Failed to open [os_error_code='116']"), UserError),  # ESTALE
+    (MemoryError(), MemoryError),
+    (ValueError("RESOURCE_EXHAUSTED: Failed to allocate"), ValueError),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED"), jax.errors.JaxRuntimeError),
+))
+def test_other_errors_are_no_damage(run, monkeypatch, error, raised):
+  def fail(*args, **kwargs):
+    raise Exception("Encountered error while reading array index") from error  # as orbax does
+
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+  with pytest.raises(Exception) as found:
+    checkpoint.restore(run, 3, make_state())
+  if raised is UserError:
+    assert type(found.value) is UserError and "\n" not in str(found.value)
+  else:
+    assert found.value.__cause__ is error
+
+
+def test_another_format(run):
+  file = run / "checkpoints" / "3" / "meta" / "metadata"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
+  with pytest.raises(UserError, match="format_version 2; must be 1") as error:
+    checkpoint.restore_meta(run, 3)
+  assert not isinstance(error.value, checkpoint.DamagedError)
+
+
+def test_another_model_is_no_damage(run):
+  for like in (make_state(size=65), make_state(rank=2)):
+    with pytest.raises(UserError, match="of another model, whose '.*lora") as error:
+      checkpoint.restore(run, 3, like)
+    assert not isinstance(error.value, checkpoint.DamagedError)
+  with pytest.raises(UserError, match="of another model, whose 'params/to_q/lora_down"):
+    checkpoint.restore_params(run, 3, make_state(size=65).params)
+  other = nnx.State({"to_v": make_state().params["to_q"]})
+  with pytest.raises(UserError, match="of another model, whose 'params/to_v"):
+    checkpoint.restore_params(run, 3, other)
+
+
+def test_trained_weights_alone(run, monkeypatch):
+  """Without the optimizer's, which take twice as much; of the rank that they were saved in."""
+  read, restore = [], ocp.PyTreeCheckpointHandler.restore
+
+  def spy(*args, **kwargs):
+    read.append(restore(*args, **kwargs))
+    return read[-1]
+
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", spy)
+  params = checkpoint.restore_params(run, 3, make_state(rank=2).params)
+  jax.tree.map(np.testing.assert_array_equal, params, make_state().params)
+  ((down, up),) = read
+  assert down == "params/to_q/lora_down/value" and up == "params/to_q/lora_up/value"
+
+
+def test_what_is_set_aside_stays_and_is_no_checkpoint(tmp_path):
+  save(tmp_path, [1, 2])
+  folder = tmp_path.resolve() / "checkpoints"
+  assert checkpoint.set_aside(tmp_path, 2) == folder / "2.damaged"
+  assert checkpoint.saved_epochs(tmp_path) == [1]
+  save(tmp_path, [2])
+  assert checkpoint.set_aside(tmp_path, 2) == folder / "2.damaged.2"
+  save(tmp_path, [2, 3, 4], keep=1)
+  assert checkpoint.find(tmp_path) == (tmp_path.resolve(), 4)
+  assert {path.name for path in folder.iterdir()} == {"2.damaged", "2.damaged.2", "4"}
+
+
+def test_later_checkpoints_are_dropped(tmp_path):
+  save(tmp_path, [1, 2, 4])
+  checkpointer = checkpoint.Checkpointer(tmp_path, 10)
+  assert checkpointer.drop_after(1) == [2, 4]
+  checkpointer.close()
+  assert checkpoint.saved_epochs(tmp_path) == [1]

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from configs import base, demo, dgx, single_gpu
-from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.config import BatchPlan, check_continues, resolve
 from ddpo_jax.types import UserError
 
 EXPERIMENTS = [base.get_config,
@@ -145,3 +145,43 @@ def test_per_prompt_stat_tracking_may_be_none_or_a_dict(value):
 def test_config_is_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     resolve(base.get_config()).seed = 3
+
+
+VLM, LLAVA = "vlm_score", "llava_bertscore"
+
+
+@pytest.mark.parametrize("before,now,contradicting", [
+    ({"url": "http://a/v1"}, {"url": "http://b/v1", "timeout": 9.0, "time_limit": 99.0,
+                              "backoff": 2.0, "max_parallel": 1, "api_key_env": "KEY"}, []),
+    ({}, {"api_key": "sk-1"}, []),
+    ({"mode": "strict", "url": "a"}, {"mode": "probability", "url": "b"}, ["mode"]),
+    ({}, {"mode": "strict"}, ["mode"]),
+    ({"model": "m", "question": "Is it?"}, {"url": "a"}, ["model", "question"]),
+    ({"nested": {"url": "a"}}, {"nested": {"url": "b"}}, ["nested"]),
+    ({VLM: {"url": "a"}}, {VLM: {"url": "b"}, LLAVA: {"batch_size": 2}}, []),
+    ({VLM: {"url": "a", "mode": "strict"}}, {VLM: {"url": "b"}}, [f"{VLM}.mode"]),
+])
+def test_a_resumed_run_may_have_its_reward_elsewhere(before, now, contradicting):
+  """The server may have moved; what it is asked may not have changed."""
+  config = base.get_config().to_dict()
+  several = VLM in before
+  config["reward_fn"] = {VLM: 1.0, LLAVA: 0.5} if several else VLM
+  saved = json.loads(json.dumps(resolve(config | {"reward_kwargs": before}).to_dict()))
+  cfg = resolve(config | {"reward_kwargs": now})
+  if not contradicting:
+    return check_continues(cfg, saved, "the checkpoint of epoch 3")
+  with pytest.raises(UserError) as error:
+    check_continues(cfg, saved, "the checkpoint of epoch 3")
+  lines = str(error.value).splitlines()
+  assert [line.partition("=")[0] for line in lines] == [
+      f"reward_kwargs.{name}" for name in contradicting]
+  assert all("contradicts the checkpoint of epoch 3, which has " in line for line in lines)
+
+
+def test_a_resumed_run_learns_as_before():
+  """What changes nothing of what is learned may change, and so may what is new here."""
+  before = resolve(base.get_config()).to_dict()
+  del before["tensorboard"]  # as in a checkpoint of before there was this field
+  check_continues(resolve(changed(num_epochs=7, **{"wandb.mode": "disabled"})), before, "it")
+  with pytest.raises(UserError, match="seed=7 contradicts it, which has 42"):
+    check_continues(resolve(changed(seed=7)), before, "it")

@@ -14,9 +14,10 @@ import pytest
 from small_model import small_model
 
 from configs import base
-from ddpo_jax import devices, train
+from ddpo_jax import build, devices, train
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.devices import compiler_options, usable_cores
+from ddpo_jax.interrupt import Stop
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import UserError
@@ -46,14 +47,14 @@ def make_config(devices):
 
 def run_epoch(devices):
   cfg = make_config(devices)
-  trainer = train.build(cfg, BatchPlan.create(cfg, devices),
+  trainer = build.build(cfg, BatchPlan.create(cfg, devices),
                         get_prompt_fn(cfg.prompt_fn), get_rewards(cfg.reward_fn, {}),
-                        train.open_model(cfg))
+                        build.open_model(cfg))
   rollout = trainer.worker.run(trainer.state.params, epoch=0)
   # JPEG sizes jump by bytes where a pixel rounds the other way; these do not.
   smooth = np.random.default_rng(0).normal(size=IMAGES).astype(np.float32)
   batch = train.make_batch(trainer, rollout, smooth)
-  steps = train.optimizer_steps(trainer, batch, 0, train.Stop())
+  steps = train.optimizer_steps(trainer, batch, 0, Stop())
   next(steps)
   # After one step Adam's first moment is (1 − beta1) times the clipped gradient.
   gradient = flat(trainer.state.opt_state[1][0].mu)
@@ -89,8 +90,8 @@ def test_as_on_one_device(single, devices):
 def test_devices_exchange_one_gradient_per_optimizer_step():
   """Beside it only a scalar, the largest ratio drift, however many microbatches there are."""
   cfg = make_config(8)
-  trainer = train.build(cfg, BatchPlan.create(cfg, 8), get_prompt_fn(cfg.prompt_fn),
-                        get_rewards(cfg.reward_fn, {}), train.open_model(cfg))
+  trainer = build.build(cfg, BatchPlan.create(cfg, 8), get_prompt_fn(cfg.prompt_fn),
+                        get_rewards(cfg.reward_fn, {}), build.open_model(cfg))
   params, program = trainer.state.params, trainer.update.as_text()
   collectives = re.findall(
       r"= (.*) (?:all|collective|reduce-scatter)[-a-z]*\(", program)
@@ -106,10 +107,11 @@ def test_devices_exchange_one_gradient_per_optimizer_step():
 def test_without_a_gpu_each_core_is_a_device(batch_size, forced, expected):
   """Unless the batch is too small to share, or the user says how many devices there are."""
   program = ("from configs import base; from ddpo_jax.config import resolve\n"
-             "from ddpo_jax.devices import plan_batches\n"
+             "from ddpo_jax.devices import configure_devices, plan_batches\n"
              "config = base.get_config()\n"
              f"config.sample.batch_size = config.train.batch_size = {batch_size}\n"
              "for _ in range(2):\n"  # a second run in the same process has the same plan
+             "  configure_devices()\n"
              "  plan = plan_batches(resolve(config))\n"
              "  print(plan.num_devices, plan.parts)")
   environment = {**os.environ, "XLA_FLAGS": forced, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}

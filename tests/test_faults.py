@@ -310,6 +310,68 @@ def test_fault(folder, whole, one_build, monkeypatch, kind, moment):
   np.testing.assert_array_equal(weights_of(path, one_build), weights)
 
 
+# ---- resuming ----
+
+
+def test_what_becomes_of_later_checkpoints(folder, whole, monkeypatch, capsys):
+  """Those that cannot be read now are kept: the disk's trouble is not theirs.
+
+  Those after the epoch that the user goes on from are deleted, and not in silence.
+  """
+  global injection
+  injection = Injection()
+  cfg, path = make_config(folder, "whole"), folder / "whole"
+
+  def fails(*args, **kwargs):
+    raise OSError(errno.EIO, "Input/output error")
+
+  with monkeypatch.context() as patch:
+    patch.setattr("orbax.checkpoint.PyTreeCheckpointHandler.restore", fails)
+    with pytest.raises(UserError, match="checkpoints/2 cannot be read .Input/output error"):
+      run(cfg)
+  assert checkpoint.saved_epochs(path) == [2, 1, 0]
+  run(dataclasses.replace(cfg, resume_from=str(path / "checkpoints" / "0"), num_epochs=2))
+  assert "Deleting later checkpoints, of epochs 1, 2" in capsys.readouterr().out
+  assert checkpoint.saved_epochs(path) == [1, 0]
+
+
+def test_the_tracker_is_closed_whatever_happens_to_the_last_checkpoint(folder, monkeypatch):
+  global injection
+  injection = Injection()
+  closed = []
+
+  def fails(self):
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "close", fails)
+  monkeypatch.setattr(tracking.Tracker, "close", lambda self: closed.append(self))
+  with pytest.raises(OSError, match="Input/output error"):
+    run(dataclasses.replace(make_config(folder, "closing"), num_epochs=1))
+  assert len(closed) == 1
+
+
+def test_what_is_remembered_is_resumed(folder, whole, one_build):
+  """Beside the weights and the statistics of rewards; earlier checkpoints hold less."""
+  cfg = make_config(folder, "remembered")
+  (trainer,) = one_build
+  trainer = dataclasses.replace(trainer, cfg=cfg, stat_tracker=PerPromptStatTracker(16, 2),
+                                watch=diagnostics.Watch(cfg), skipped_in_a_row=3)
+  trainer.watch.new_warnings(HEALTHY)
+  state, meta = train.checkpoint_of(trainer)
+  less = {name: meta[name] for name in ("config", "per_prompt_stats", "reward_stats")}
+  checkpointer = checkpoint.Checkpointer(folder / "remembered", 2)
+  checkpointer.save(0, state, less)
+  checkpointer.save(1, state, meta)
+  checkpointer.close()
+  for epoch, skipped, warnings in ((1, 3, 1), (0, 0, 0)):
+    resumed = dataclasses.replace(
+        trainer, watch=diagnostics.Watch(cfg), skipped_in_a_row=0, cfg=dataclasses.replace(
+            cfg, resume_from=str(folder / "remembered" / "checkpoints" / str(epoch))))
+    assert train.resume(resumed, folder / "remembered") == epoch + 1
+    assert resumed.skipped_in_a_row == skipped
+    assert len(resumed.watch.new_warnings(HEALTHY | {"diversity": 0.05})) == warnings
+
+
 # ---- what is said ----
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 
 import numpy as np
 import pytest
@@ -34,11 +35,15 @@ def arguments(logdir, name, *more):
       f"--config.num_epochs={EPOCHS}", "--config.save_freq=100", *more)
 
 
-def start_two(arguments):
+def free_address():
   with socket.socket() as listener:
     listener.bind(("localhost", 0))
-    port = listener.getsockname()[1]
-  return [start([*arguments, f"--config.distributed.coordinator_address=localhost:{port}",
+    return f"localhost:{listener.getsockname()[1]}"
+
+
+def start_two(arguments):
+  address = free_address()
+  return [start([*arguments, f"--config.distributed.coordinator_address={address}",
                  "--config.distributed.num_processes=2",
                  f"--config.distributed.process_id={i}"], devices=2) for i in (0, 1)]
 
@@ -98,6 +103,21 @@ def test_a_reward_that_fails_on_one_stops_both(whole):
   assert codes == [1, 1]
   assert "OtherProcessFailed" in errors[0]
   assert "the server is gone" in errors[1]
+
+
+def test_trouble_of_one_with_what_is_read_reaches_both(tmp_path):
+  """Neither waits for the other for ever, nor goes on from another epoch; without a model."""
+  address = free_address()
+  processes = [start(["-m", "tests.resuming", str(tmp_path), address, str(i)], devices=2,
+                     stdout=subprocess.PIPE) for i in (0, 1)]
+  outputs = [process.communicate(timeout=300) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], outputs
+  first, second = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+  # Of four checkpoints the second process finds the newest damaged: both take that of epoch 2.
+  assert first == ["OtherProcessFailed", 3, 2, "OtherProcessFailed"]
+  assert second == ["UserError", 3, 2, "OSError"]
+  folder = tmp_path / "checkpoints"
+  assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "3.damaged"}
 
 
 @pytest.mark.parametrize("environment, expected", (

@@ -1,11 +1,20 @@
 """The scanned sampler: the reference's trajectories, a plain loop, and its randomness."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.diffusion import DDIMSchedule, ddim, policy_step, sample
+from ddpo_jax.diffusion import (
+  DDIMSchedule,
+  NoiseSchedule,
+  ddim,
+  denoise,
+  policy_step,
+  sample,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +79,21 @@ def draw(tiny_sd, embeddings, key, guidance_scale=1.0):
                 guidance_scale=guidance_scale, key=key)
 
 
+@jax.tree_util.register_static
+class Zeros:
+  """A policy without weights."""
+
+  config = types.SimpleNamespace(sample_size=4, in_channels=4)
+
+  def __call__(self, latents, timesteps, text_embeddings):
+    return jnp.zeros_like(latents)
+
+
+def sample_zeros(batch, key, draw=sample):
+  schedule = DDIMSchedule.create(NoiseSchedule(clip_sample=False, steps_offset=1), 2)
+  return draw(Zeros(), schedule, jnp.zeros((batch, 7, 5)), jnp.zeros((1, 7, 5)), key=key)
+
+
 def test_a_sample_does_not_depend_on_its_batch(tiny_sd, pipeline):
   embeddings = jnp.tile(jnp.asarray(pipeline["prompt_embeds"]), (2, 1, 1))
   keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(4))
@@ -79,6 +103,26 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_sd, pipeline):
   np.testing.assert_allclose(together.latents[2], alone.latents[0], atol=1e-4)
   one_key = draw(tiny_sd, embeddings, jax.random.key(3))
   np.testing.assert_array_equal(one_key.latents, together.latents)
+
+
+@pytest.mark.parametrize("several", (False, True))
+def test_keys_of_either_type(several):
+  """JAX's own, and the plain arrays of before, which many programs still pass."""
+  keys = jax.random.key(3), jax.random.PRNGKey(3)
+  if several:
+    keys = [jax.random.split(key, 3) for key in keys]
+  latents = [sample_zeros(3, key).latents for key in keys]
+  np.testing.assert_array_equal(*latents)
+  assert len(np.unique(latents[0][:, 0, 0, 0, 0])) == 3
+
+
+@pytest.mark.parametrize("draw_images", (False, True))
+@pytest.mark.parametrize("key", (
+    jax.random.split(jax.random.key(0), 2), jax.random.split(jax.random.PRNGKey(0), 2),
+    jax.random.split(jax.random.key(0), (3, 1))))
+def test_as_many_keys_as_samples(key, draw_images):
+  with pytest.raises(ValueError, match=r"key has shape .*; must be \[\], one key, or \[3\]"):
+    sample_zeros(3, key, denoise if draw_images else sample)
 
 
 def test_no_noise_is_drawn_twice(tiny_sd, pipeline):

@@ -12,7 +12,7 @@ from runs import metrics_of, weights_of, without_times
 from small_model import small_model
 
 from configs import base
-from ddpo_jax import checkpoint, train, update
+from ddpo_jax import build, checkpoint, train, update
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import plan_batches
 from ddpo_jax.prompts import get_prompt_fn
@@ -112,9 +112,9 @@ def test_the_model_is_read_while_the_update_compiles(make_config, monkeypatch):
     return model.read()
 
   cfg = make_config()
-  model = train.open_model(cfg)
+  model = build.open_model(cfg)
   monkeypatch.setattr(update, "compile_for", begin)
-  trainer = train.build(cfg, plan_batches(cfg), get_prompt_fn("simple_animals"),
+  trainer = build.build(cfg, plan_batches(cfg), get_prompt_fn("simple_animals"),
                         get_rewards(cfg.reward_fn, {}), dataclasses.replace(model, read=wait))
   assert {leaf.dtype for leaf in jax.tree.leaves(trainer.frozen_unet)} == {jnp.dtype("float32")}
 
@@ -196,6 +196,8 @@ def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tm
   train.train(make_config(num_epochs=4, **changes))
   printed = capsys.readouterr().out
   assert "going on from epoch 1 and not 2" in printed
+  assert f"Keeping the damaged checkpoint as {run / 'checkpoints' / '2.damaged'}" in printed
+  assert (run / "checkpoints" / "2.damaged" / "state").is_dir()
   assert without_times(metrics_of(run)[:3]) == without_times(expected)
   assert len(metrics_of(run)) == 4
   np.testing.assert_array_equal(weights_of(run, 2), weights)

@@ -404,9 +404,9 @@ def test_model_size_is_that_of_the_loaded_model(tmp_path):
   from flax import nnx
   import jax
 
-  from ddpo_jax import lora, train
+  from ddpo_jax import build, lora
   cfg = resolve(demo_values(tmp_path))
-  models = train.load_models(cfg)
+  models = build.load_models(cfg)
   _, trained, _ = lora.partition(models.unet)
   size = validation.model_size(cfg)
   numbers = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))

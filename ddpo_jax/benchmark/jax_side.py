@@ -18,12 +18,13 @@ import jaxlib
 import numpy as np
 from PIL import Image
 
-from ddpo_jax import memory, train
+from ddpo_jax import build, memory, train
 from ddpo_jax.benchmark import flops, profile
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
-from ddpo_jax.devices import plan_batches
+from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
+from ddpo_jax.interrupt import Stop
 from ddpo_jax.models import StableDiffusion, Unread
 from ddpo_jax.models.hub import resolve
 from ddpo_jax.models.pretrained import PARTS, load_clip_tokenizer
@@ -39,10 +40,11 @@ class JaxSide:
     memory.share_arenas()
     train.configure_jax(cfg)
     self._cfg = cfg
+    configure_devices()
     self._plan = plan_batches(cfg)
     model = random_model(cfg)
     self._shapes = model.shapes
-    self._trainer = train.build(
+    self._trainer = build.build(
         cfg, self._plan, get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs),
         get_rewards(cfg.reward_fn, cfg.reward_kwargs), model)
     self._epoch = 0
@@ -69,7 +71,7 @@ class JaxSide:
     rollout = trainer.worker.run(trainer.state.params, self._epoch)
     sampled = time.perf_counter()
     batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))
-    steps = train.optimizer_steps(trainer, batch, self._epoch, train.Stop())
+    steps = train.optimizer_steps(trainer, batch, self._epoch, Stop())
     drift = float(jax.device_get(next(steps)).ratio_drift)
     for metrics in () if first_step_only else steps:
       jax.device_get(metrics)
@@ -93,7 +95,7 @@ class JaxSide:
     batch = train.make_batch(trainer, rollouts[0], train.total_rewards(trainer, rollouts[0]))
     training = profile.during(
         lambda: jax.device_get(list(
-            train.optimizer_steps(trainer, batch, self._epoch, train.Stop()))),
+            train.optimizer_steps(trainer, batch, self._epoch, Stop()))),
         self._last["training_seconds"])
     self._epoch += 1
     return {"sampling": sampling, "training": training}
@@ -115,14 +117,14 @@ class JaxSide:
   def matmul_peak(self) -> dict[str, Any]:
     """What a large matrix product reaches in the dtype of the networks, in FLOP/s."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), train.DTYPES[self._cfg.mixed_precision])
+    x = jnp.ones((size, size), build.DTYPES[self._cfg.mixed_precision])
     product = jax.jit(lambda x: x @ x)
     seconds = median_seconds(lambda: jax.block_until_ready(product(x)), repeats=10, best=True)
     return {"flops_per_second": 2 * size**3 / seconds, "size": size}
 
   def flops(self) -> dict[str, Any]:
     """Of one sample: counted from the shapes, and by the compiler, in FLOP."""
-    unet = nnx.eval_shape(functools.partial(train.prepare_unet, self._cfg), self._shapes.unet)
+    unet = nnx.eval_shape(functools.partial(build.prepare_unet, self._cfg), self._shapes.unet)
     return flops.of_models(dataclasses.replace(self._shapes, unet=unet),
                            guided=self._cfg.sample.guidance_scale > 1)
 
@@ -148,7 +150,7 @@ def random_model(cfg: Config) -> Unread[StableDiffusion]:
   shapes are Stable Diffusion 1.5's.)
   """
   configs = model_configs(cfg.pretrained.model)
-  dtype = train.DTYPES[cfg.mixed_precision]
+  dtype = build.DTYPES[cfg.mixed_precision]
 
   def shapes(module: Any, config: Any) -> nnx.Module:
     return nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=ConstantRngs()))

@@ -7,11 +7,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key, UInt32
 
 from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.schedule import DDIMSchedule
 from ddpo_jax.types import Policy, Trajectory
+
+AnyKey = Key[Array, "*B"] | UInt32[Array, "*B words"]  # of jax.random.key, of PRNGKey
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +28,7 @@ class _Step:
 @functools.partial(jax.jit, static_argnames=("guidance_scale", "eta", "latent_size"))
 def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "B L D"],
            negative_embeddings: Float[Array, "#B L D"], *, guidance_scale: float = 5.0,
-           eta: float = 1.0, key: Key[Array, "*B"] | None = None,
+           eta: float = 1.0, key: AnyKey | None = None,
            latent_size: tuple[int, int] | None = None,
            initial_latents: Float[Array, "B h w C"] | None = None,
            step_noise: Float[Array, "T B h w C"] | None = None) -> Trajectory:
@@ -42,8 +44,9 @@ def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "
     negative_embeddings: of the empty prompt, [B, L, D] or [1, L, D].
     guidance_scale: classifier-free guidance; up to 1 means none.
     eta: in (0, 1], the noise of each step relative to DDPM's.
-    key: one key, of which sample i gets `fold_in(key, i)`; or one key a sample, [B]. Not
-      needed where `initial_latents` and `step_noise` are both given.
+    key: one key, of which sample i gets `fold_in(key, i)`; or one key a sample, [B]; made by
+      `jax.random.key` or `jax.random.PRNGKey`. Not needed where `initial_latents` and
+      `step_noise` are both given.
     latent_size: (h, w); the UNet's own `sample_size` where absent.
     initial_latents: standard normal: replays another draw.
     step_noise: standard normal: likewise.
@@ -53,8 +56,8 @@ def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "
     by the VAE's scaling factor), log_probs [B, T].
 
   Raises:
-    ValueError: if a step would have no density (see `ddim_step`), or if there is neither
-      a key nor a draw.
+    ValueError: if a step would have no density (see `ddim_step`), if there is neither a key
+      nor a draw, or if there is not a key for each sample.
   """
   ddim.check_density(schedule, eta)
   batch = text_embeddings.shape[0]
@@ -82,14 +85,14 @@ def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "
 @functools.partial(jax.jit, static_argnames=("guidance_scale", "eta"))
 def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "B L D"],
             negative_embeddings: Float[Array, "#B L D"], *, guidance_scale: float = 5.0,
-            eta: float = 1.0, key: Key[Array, "*B"]) -> Float32[Array, "B h w C"]:
+            eta: float = 1.0, key: AnyKey) -> Float32[Array, "B h w C"]:
   """`sample` for those who only want the images: the clean latents.
 
   Draws what `sample` draws from the same key, and takes an `eta` of 0 as well, where each
   step is deterministic.
 
   Raises:
-    ValueError: if eta is not in [0, 1].
+    ValueError: if eta is not in [0, 1], or if there is not a key for each sample.
   """
   if not 0.0 <= eta <= 1.0:
     raise ValueError(f"{eta=} must be in [0, 1]")
@@ -107,8 +110,13 @@ def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, 
   return jax.lax.scan(body, latents, jnp.arange(schedule.num_steps))[0]
 
 
-def _sample_keys(key: Key[Array, "*B"], batch: int) -> Key[Array, " B"]:
-  """One key a sample."""
+def _sample_keys(key: AnyKey, batch: int) -> Key[Array, " B"]:
+  """One key a sample, of the new type."""
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.wrap_key_data(key)
+  if key.shape not in ((), (batch,)):
+    raise ValueError(f"key has shape {key.shape}; must be [], one key, or [{batch}], one for "
+                     "each sample")
   if key.ndim:
     return key
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))

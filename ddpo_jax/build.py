@@ -1,0 +1,198 @@
+"""What a run needs, built once: the models, the sampler, the compiled update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent import futures
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ddpo_jax import advantages, diagnostics, distributed, lora, memory, update
+from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.devices import AXIS, host_memory, samples_at_once
+from ddpo_jax.diffusion import DDIMSchedule
+from ddpo_jax.diffusion.sampler import native_size
+from ddpo_jax.embeddings import embedding_shape
+from ddpo_jax.models import StableDiffusion, Unread, open_pretrained
+from ddpo_jax.models.layers import set_compute_dtype
+from ddpo_jax.models.placement import place_weights, placed_shapes, replicate
+from ddpo_jax.models.unet import UNet2DConditionModel
+from ddpo_jax.rewards.combined import RewardCombiner
+from ddpo_jax.rollout import FrozenModels, RolloutWorker, SamplingConfig
+from ddpo_jax.types import Batch, PromptFn, RewardFn, TrainState, Trajectory
+
+P = jax.sharding.PartitionSpec
+
+DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
+# Keys are folded from the seed by purpose, then by epoch: sampling takes the plain seed.
+LORA_STREAM, SHUFFLE_STREAM, EVAL_STREAM = 1_000_001, 1_000_002, 1_000_003
+
+
+@dataclasses.dataclass
+class Trainer:
+  """What is built once; the loop only calls it."""
+
+  cfg: Config
+  plan: BatchPlan
+  mesh: jax.sharding.Mesh
+  worker: RolloutWorker
+  update: update.Update
+  frozen_unet: nnx.State
+  state: TrainState
+  stat_tracker: advantages.PerPromptStatTracker | None
+  combiner: RewardCombiner | None  # of several reward functions
+  watch: diagnostics.Watch
+  skipped_in_a_row: int = 0
+
+
+def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
+          reward_fns: Mapping[str, RewardFn], model: Unread[StableDiffusion]) -> Trainer:
+  """Compiles the update, reads the model meanwhile, and puts it where training needs it."""
+  # In order of the processes, so that each has a run of consecutive samples.
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (AXIS,))
+  replicated = jax.sharding.NamedSharding(mesh, P())
+  schedule = DDIMSchedule.create(model.shapes.noise_schedule, cfg.sample.num_steps)
+  optimizer = update.make_optimizer(
+      cfg.train.learning_rate, cfg.train.adam_beta1, cfg.train.adam_beta2,
+      cfg.train.adam_weight_decay, cfg.train.adam_epsilon, cfg.train.max_grad_norm)
+  with distributed.failing_together():
+    with futures.ThreadPoolExecutor(1) as pool:
+      # Into host memory alone, so that kernels are timed on a device that is at rest.
+      reading = pool.submit(_read_into_host_memory, model)
+      compiled = compile_update(cfg, plan, mesh, schedule, optimizer, model.shapes)
+    models = reading.result()
+    with host_memory():
+      unet = prepare_unet(cfg, models.unet)
+  with host_memory():
+    graphdef, params, frozen_unet = lora.partition(unet, cfg.use_lora)
+    state = update.init_state(params, optimizer, uses_loss_scaling(cfg))
+  frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
+  worker = RolloutWorker(
+      make_sampling_config(cfg, plan),
+      models, graphdef, frozen, schedule, prompt_fn, reward_fns, cfg.seed, mesh)
+  tracking_config = cfg.per_prompt_stat_tracking
+  return Trainer(
+      cfg=cfg, plan=plan, mesh=mesh, worker=worker, frozen_unet=frozen.unet,
+      update=compiled, state=replicate(state, replicated),
+      stat_tracker=None if tracking_config is None else advantages.PerPromptStatTracker(
+          tracking_config.buffer_size, tracking_config.min_count),
+      combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None,
+      watch=diagnostics.Watch(cfg))
+
+
+def open_model(cfg: Config) -> Unread[StableDiffusion]:
+  """The pretrained model in the dtype asked for; a hub's is downloaded."""
+  return open_pretrained(cfg.pretrained.model, cfg.pretrained.revision,
+                         DTYPES[cfg.mixed_precision])
+
+
+def load_models(cfg: Config) -> StableDiffusion:
+  """The pretrained model, with a UNet that is ready to be partitioned."""
+  models = open_model(cfg).read()
+  prepare_unet(cfg, models.unet)
+  return models
+
+
+def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+  """Makes what training needs of a pretrained UNet, in place, and returns it."""
+  unet.gradient_checkpointing = cfg.train.gradient_checkpointing
+  if not cfg.use_lora:
+    # What the optimizer changes stays float32; the network computes in its own dtype.
+    weights = jax.tree.map(lambda w: w.astype(jnp.float32), nnx.state(unet))
+    nnx.update(unet, weights)
+    set_compute_dtype(unet, DTYPES[cfg.mixed_precision])
+  elif cfg.lora.init_from:
+    lora.import_lora(unet, cfg.lora.init_from)
+  else:
+    key = jax.random.fold_in(jax.random.key(cfg.seed), LORA_STREAM)
+    lora.inject_lora(unet, cfg.lora.rank, key)
+  return unet
+
+
+def _read_into_host_memory(model: Unread[StableDiffusion]) -> StableDiffusion:
+  with host_memory():
+    return model.read()
+
+
+def make_sampling_config(cfg: Config, plan: BatchPlan) -> SamplingConfig:
+  round_as_update = _must_round_alike(cfg)
+  pairs_of_update = plan.train_batch_size * cfg.train.timesteps_per_batch
+  at_once = samples_at_once(pairs_of_update if round_as_update else plan.sample_batch_size)
+  return SamplingConfig(
+      batch_size=plan.sample_batch_size, num_batches=cfg.sample.num_batches_per_epoch,
+      guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta, samples_at_once=at_once,
+      decode_batch_size=cfg.sample.decode_batch_size, round_as_update=round_as_update)
+
+
+def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
+  return update.UpdateConfig(
+      batch_size=plan.train_batch_size, sample_batch_size=plan.sample_batch_size,
+      accumulation_steps=cfg.train.gradient_accumulation_steps,
+      num_train_timesteps=plan.num_train_timesteps,
+      timesteps_per_batch=cfg.train.timesteps_per_batch,
+      guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
+      clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
+      loss_scaling=uses_loss_scaling(cfg),
+      recompute_log_probs=_must_round_alike(cfg))
+
+
+def uses_loss_scaling(cfg: Config) -> bool:
+  """Whether gradients could be too small for the numbers that they are computed in."""
+  return cfg.mixed_precision == "fp16"
+
+
+def _must_round_alike(cfg: Config) -> bool:
+  """Whether rounding could move ratios by more than PPO's clip range allows (docs/gpu.md)."""
+  uses_tf32 = cfg.allow_tf32 and jax.default_backend() == "gpu"
+  return cfg.train.recompute_log_probs and (cfg.mixed_precision != "no" or uses_tf32)
+
+
+def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
+                   schedule: DDIMSchedule, optimizer: optax.GradientTransformation,
+                   shapes: StableDiffusion) -> update.Update:
+  """Compiles the update for arrays of the shapes that an epoch will have.
+
+  Before anything is sampled, and not beside it: on a CPU both would use the same cores
+  and hold memory at once; on a GPU the compiler times kernels, which nothing may disturb, and
+  the sampler's, compiled later, are those that it has chosen for the update.
+
+  Args:
+    cfg: the run's.
+    plan: likewise.
+    mesh: the devices.
+    schedule: the sampler's.
+    optimizer: that will be used.
+    shapes: the model as it is read, with shapes in the place of its weights.
+  """
+  unet = nnx.eval_shape(functools.partial(prepare_unet, cfg), shapes.unet)
+  graphdef, params, frozen = lora.partition(unet, cfg.use_lora)
+  config = make_update_config(cfg, plan)
+  state = jax.eval_shape(
+      lambda params: update.init_state(params, optimizer, config.loss_scaling), params)
+  replicated = jax.sharding.NamedSharding(mesh, P())
+  everywhere: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+  sharded = jax.sharding.NamedSharding(mesh, P(None, AXIS))
+  samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
+  of_each: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+      (*samples, *shape), dtype, sharding=sharded)
+  embedding = embedding_shape(shapes.text_encoder)
+  latent_shape = (*native_size(unet), unet.config.in_channels)
+  batch = Batch(
+      trajectory=Trajectory(latents=of_each(cfg.sample.num_steps + 1, *latent_shape),
+                            log_probs=of_each(cfg.sample.num_steps)),
+      text_embeddings=of_each(*embedding.shape[1:], dtype=embedding.dtype),
+      negative_embedding=everywhere(embedding), advantages=of_each())
+  compiled = update.compile_for(
+      update.make_update(config, graphdef, schedule, optimizer, mesh),
+      jax.tree.map(everywhere, state), placed_shapes(frozen, replicated), batch,
+      jax.random.key(0), jnp.int32(0))
+  memory.return_freed_memory()  # the compiler's, or what reading its program took
+  return compiled

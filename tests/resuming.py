@@ -1,0 +1,93 @@
+"""One of two processes that resume while the second meets trouble. Started by test_processes.
+
+    python -m tests.resuming FOLDER COORDINATOR INDEX
+"""
+
+import dataclasses
+import errno
+import json
+import pathlib
+import sys
+import types
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from configs import demo
+from ddpo_jax import build, checkpoint, diagnostics, distributed, train, update
+from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.types import UserError
+
+NEWEST = 3
+
+
+def make_trainer(run):
+  """What resuming asks of a trainer, without a model."""
+  config = demo.get_config()
+  config.resume_from = str(run)
+  cfg = resolve(config)
+  mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  params = nnx.State({"weights": nnx.LoRAParam(jnp.ones(5))})
+  state = update.init_state(params, update.make_optimizer(1e-3, 0.9, 0.999, 0, 1e-8, 1.0), False)
+  return types.SimpleNamespace(
+      cfg=cfg, state=jax.device_put(state, replicated), stat_tracker=None, combiner=None,
+      watch=diagnostics.Watch(cfg), skipped_in_a_row=0)
+
+
+def save(trainer, run):
+  checkpointer = checkpoint.Checkpointer(run, 10)
+  for epoch in range(NEWEST + 1):
+    state, meta = train.checkpoint_of(trainer)
+    checkpointer.save(epoch, dataclasses.replace(state, step=state.step + epoch), meta)
+  checkpointer.close()
+
+
+def failing_once(function, error):
+  """The function, of which the first call raises."""
+  errors = [error]
+
+  def call(*arguments):
+    if errors:
+      raise errors.pop()
+    return function(*arguments)
+
+  return call
+
+
+def outcome(call):
+  """What a call returns, or the name of what it raises."""
+  try:
+    return call()
+  except Exception as error:
+    return type(error).__name__
+
+
+def main(folder, coordinator, index):
+  jax.distributed.initialize(coordinator, 2, index)
+  run = pathlib.Path(folder)
+  trainer = make_trainer(run)
+  save(trainer, run)
+  restore, find_all = checkpoint.restore, checkpoint.find_all
+  if index == 1:
+    checkpoint.restore = failing_once(restore, UserError("cannot be read now"))
+  unreadable = outcome(lambda: train.resume(trainer, run))
+  if index == 1:
+    checkpoint.restore = failing_once(restore, checkpoint.DamagedError("damaged"))
+    checkpoint.find_all = lambda path: (find_all(path)[0], [0])  # its view of the disk is old
+  epoch = outcome(lambda: train.resume(trainer, run))
+  steps = int(trainer.state.step)
+
+  model = build.open_model(trainer.cfg)
+  if index == 1:
+    model = dataclasses.replace(model, read=failing_once(model.read, OSError(errno.EIO, "")))
+  build.compile_update = lambda *arguments: None
+  plan = BatchPlan.create(trainer.cfg, jax.device_count())
+  built = outcome(lambda: build.build(trainer.cfg, plan, lambda rng: ("", {}), {}, model))
+  assert distributed.is_main() == (index == 0)
+  print(json.dumps([unreadable, epoch, steps, built]))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
