@@ -116,9 +116,9 @@ class Checkpointer:
 def set_aside(run: pathlib.Path, epoch: int) -> pathlib.Path:
   """Renames a damaged checkpoint, so that its epoch can be saved again; returns the new path."""
   folder = _folder(run, epoch)
-  names = itertools.chain([f"{epoch}.damaged"], (f"{epoch}.damaged.{i}" for i in itertools.count(2)))
-  kept = next(path for path in map(folder.with_name, names) if not path.exists())
-  return folder.rename(kept)
+  name = f"{epoch}.damaged"  # no number, so that orbax leaves it alone
+  names = itertools.chain([name], (f"{name}.{i}" for i in itertools.count(2)))
+  return folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
 
 
 def restore_meta(run: pathlib.Path, epoch: int) -> dict[str, Any]:
@@ -232,10 +232,10 @@ def _as_damage(where: str) -> Iterator[None]:
       raise
     number = _os_error(cause)
     if number is None or number in _MISSING:
-      raise DamagedError(f"{where} is damaged: {reason}") from error
+      raise DamagedError(f"{where} is damaged, and must be another one: {reason}") from error
     raise UserError(
-        f"{where} cannot be read ({os.strerror(number)}), and may yet be whole; must be "
-        f"readable, or resume_from an older checkpoint: {reason}") from error
+        f"{where} cannot be read ({os.strerror(number)}), and may yet be whole; must be readable, "
+        f"or another one: {reason}") from error
 
 
 def _os_error(error: BaseException) -> int | None:
