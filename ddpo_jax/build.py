@@ -69,6 +69,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
       reading = pool.submit(_read_into_host_memory, model)
       compiled = compile_update(cfg, plan, mesh, schedule, optimizer, model.shapes)
     models = reading.result()
+    models.vae.drop_encoder()
     with host_memory():
       unet = prepare_unet(cfg, models.unet)
   with host_memory():

@@ -32,8 +32,6 @@ from ddpo_jax.types import PromptFn, RewardFn, UserError
 
 T = TypeVar("T")
 
-_PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-          "text_encoder": "model"}
 _PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
 # In checkpoints and on the device: the trained weights and two moments of each, float32.
 _STATE_BYTES = 3 * 4
@@ -230,15 +228,18 @@ def model_size(cfg: Config) -> ModelSize | None:
   if model != hub.TINY and not pathlib.Path(model).expanduser().is_dir():
     return None
   folder = hub.resolve(model)
-  shapes = {part: _shapes(folder / part, stem) for part, stem in _PARTS.items()}
-  unet, vae, text = (_read_config(folder / part / "config.json") for part in _PARTS)
+  shapes = {part: _shapes(folder / part, stem) for part, stem in hub.WEIGHT_NAMES.items()}
+  unet, vae, text = (_read_config(folder / part / "config.json") for part in hub.WEIGHT_NAMES)
   side = unet["sample_size"] if isinstance(unet.get("sample_size"), int) else 64
   channels = _number(vae, "latent_channels", 4)
   tokens = _number(text, "max_position_embeddings", 77)
-  count = lambda part: sum(math.prod(shape) for shape in shapes[part].values())
+  count = lambda shapes: sum(map(math.prod, shapes))
+  decoder = [shape for name, shape in shapes["vae"].items()
+             if not name.startswith(("encoder.", "quant_conv."))]
+  unet_weights = count(shapes["unet"].values())
   projections = [shape for name, shape in shapes["unet"].items() if _PROJECTION.search(name)]
   return ModelSize(
-      weights=count("unet") + count("vae"), unet_weights=count("unet"),
+      weights=unet_weights + count(decoder), unet_weights=unet_weights,
       lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
       latent_size=side * side * channels,
       embedding_size=tokens * _number(text, "hidden_size", 768))

@@ -204,6 +204,10 @@ class AutoencoderKL(nnx.Module):
     mean, log_variance = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
     return mean, jnp.clip(log_variance, -30.0, 20.0)
 
+  def drop_encoder(self) -> None:
+    """Leaves what `decode` needs, which is all that sampling does."""
+    del self.encoder, self.quant_conv
+
   def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
     """Latents, already divided by `scaling_factor`, to images in [-1, 1]."""
     return self.decoder(self.post_quant_conv(latents))
