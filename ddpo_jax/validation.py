@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 import dataclasses
-import json
 import math
 import os
 import pathlib
-import re
 import shutil
 from typing import Any, TypeVar
 
 import jax
-from safetensors import SafetensorError, safe_open
 
 from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_devices, plan_batches
-from ddpo_jax.messages import one_line, place, with_type
-from ddpo_jax.models import hub
+from ddpo_jax.messages import place, with_type
+from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
 from ddpo_jax.prompts import get_prompt_fn, sample_rng
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
 from ddpo_jax.rewards.metadata import check_metadata
@@ -32,12 +29,10 @@ from ddpo_jax.types import PromptFn, RewardFn, UserError
 
 T = TypeVar("T")
 
-_PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
 # In checkpoints and on the device: the trained weights and two moments of each, float32.
 _STATE_BYTES = 3 * 4
 # While training: the same, the gradient, and the state before the epoch, kept to be saved.
 _TRAINING_BYTES = 2 * _STATE_BYTES + 4
-_MAX_JSON_BYTES = 2**20  # of a config.json in a model folder; real ones have one kilobyte
 _GIB = 2**30
 _LARGE_LATENT = 64 * 64 * 4  # numbers in a latent of 512 × 512 pixels
 
@@ -49,17 +44,6 @@ class Prepared:
   run: pathlib.Path
   prompt_fn: PromptFn
   reward_fns: dict[str, RewardFn]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSize:
-  """What the headers of a model's files say."""
-
-  weights: int  # numbers in the UNet and the VAE, which stay on the device
-  unet_weights: int
-  lora_weights_per_rank: int
-  latent_size: int  # numbers in one image's latent
-  embedding_size: int  # numbers in one prompt's embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +153,7 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
   if cache is not None and cfg.compilation_cache != "auto":
     problems.of(_check_writable, "compilation_cache", cfg.compilation_cache, cache)
   if "lora" not in wrong and "lora.init_from" not in wrong and cfg.lora.init_from:
-    problems.of(_read_header, "lora.init_from",
+    problems.of(read_header, "lora.init_from",
                 pathlib.Path(cfg.lora.init_from).expanduser())
   if run is not None and cfg.resume_from and "resume_from" not in wrong:
     problems.of(_check_resumes, cfg, run)
@@ -213,88 +197,6 @@ def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
   except checkpoint.DamagedError:
     return  # the one before it may do; resuming finds out
   check_continues(cfg, saved, f"the checkpoint of epoch {epochs[0]}")
-
-
-# ---- the model's size ----
-
-
-def model_size(cfg: Config) -> ModelSize | None:
-  """Reads the headers of the model's files, not its weights; None if it is on the hub.
-
-  Raises:
-    UserError: if a file is missing, truncated or of another kind.
-  """
-  model = cfg.pretrained.model
-  if model != hub.TINY and not pathlib.Path(model).expanduser().is_dir():
-    return None
-  folder = hub.resolve(model)
-  shapes = {part: _shapes(folder / part, stem) for part, stem in hub.WEIGHT_NAMES.items()}
-  unet, vae, text = (_read_config(folder / part / "config.json") for part in hub.WEIGHT_NAMES)
-  side = unet["sample_size"] if isinstance(unet.get("sample_size"), int) else 64
-  channels = _number(vae, "latent_channels", 4)
-  tokens = _number(text, "max_position_embeddings", 77)
-  count = lambda shapes: sum(map(math.prod, shapes))
-  decoder = [shape for name, shape in shapes["vae"].items()
-             if not name.startswith(("encoder.", "quant_conv."))]
-  unet_weights = count(shapes["unet"].values())
-  projections = [shape for name, shape in shapes["unet"].items() if _PROJECTION.search(name)]
-  return ModelSize(
-      weights=unet_weights + count(decoder), unet_weights=unet_weights,
-      lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
-      latent_size=side * side * channels,
-      embedding_size=tokens * _number(text, "hidden_size", 768))
-
-
-def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
-  shapes: dict[str, tuple[int, ...]] = {}
-  try:
-    files = hub.find_weights(folder, stem)
-  except UserError as error:
-    raise UserError(f"pretrained.model={str(folder.parent)!r}: {error}") from error
-  for file in files:
-    shapes |= _read_header("pretrained.model", file)
-  return shapes
-
-
-def _read_header(field: str, file: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  """The tensors' shapes; that the file is as long as they need is checked with it."""
-  try:
-    with safe_open(file, framework="numpy") as tensors:
-      return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-  except (OSError, SafetensorError) as error:
-    raise UserError(f"{field}={str(file)!r} cannot be read as safetensors: "
-                    f"{one_line(error)}; must be a whole .safetensors file") from error
-
-
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    with open(path, "rb") as file:
-      text = file.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
-      raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
-    content = json.loads(text)
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"pretrained.model: {path} cannot be read as JSON "
-                    f"({one_line(error)}); must describe a part of the model") from error
-  if not isinstance(content, dict):
-    raise UserError(f"pretrained.model: {path} holds a {type(content).__name__}; must be a "
-                    "JSON object")
-  return content
-
-
-def _number(values: Mapping[str, Any], name: str, default: int) -> int:
-  value = values.get(name)
-  return value if isinstance(value, int) else default
-
-
-def trained_weights(cfg: Config, size: ModelSize) -> int:
-  """How many numbers training changes."""
-  if cfg.use_lora and cfg.lora.init_from:  # a file of whatever rank
-    file = pathlib.Path(cfg.lora.init_from).expanduser()
-    return sum(map(math.prod, _read_header("lora.init_from", file).values()))
-  if cfg.use_lora:
-    return cfg.lora.rank * size.lora_weights_per_rank
-  return size.unet_weights
 
 
 def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:

@@ -14,7 +14,7 @@ import pytest
 import servers
 
 from configs import base
-from ddpo_jax import cli, validation
+from ddpo_jax import cli, model_size, validation
 from ddpo_jax.config import resolve
 from ddpo_jax.types import UserError
 
@@ -297,7 +297,7 @@ def test_disk_too_small_for_the_checkpoints(exit_with, monkeypatch, tmp_path, ch
                                             message):
   """Five are made and kept. A disk that has no room for two is no good with any limit."""
   cfg = resolve(demo_values(tmp_path))
-  each = validation.trained_weights(cfg, validation.model_size(cfg)) * 12  # AdamW in float32
+  each = model_size.trained_weights(cfg, model_size.model_size(cfg)) * 12  # AdamW in float32
   usage = shutil.disk_usage("/")
   monkeypatch.setattr("shutil.disk_usage",
                       lambda path: usage._replace(free=int(checkpoints * each)))
@@ -312,7 +312,7 @@ def test_lora_of_another_rank_counts_as_it_is(tmp_path):
   values = demo_values(tmp_path)
   values["lora"]["init_from"] = str(tmp_path / "lora.safetensors")
   cfg = resolve(values)
-  assert validation.trained_weights(cfg, validation.model_size(cfg)) == 16
+  assert model_size.trained_weights(cfg, model_size.model_size(cfg)) == 16
 
 
 @pytest.mark.parametrize("reward_fn,mode", [
@@ -342,7 +342,7 @@ def test_prompts_that_do_not_fit_are_said_with_the_rest(exit_with):
     ("fp16", 32 * 32 * 4, False)])
 def test_a_large_model_on_a_processor_is_warned_of(tmp_path, monkeypatch, capsys, precision,
                                                    latent_size, warns):
-  size = latent_size and validation.ModelSize(1, 1, 1, latent_size, 1)
+  size = latent_size and model_size.ModelSize(1, 1, 1, latent_size, 1)
   monkeypatch.setattr(validation, "model_size", lambda cfg: size)
   validation.prepare(resolve(demo_values(tmp_path) | {"mixed_precision": precision}))
   out = capsys.readouterr().out
@@ -408,10 +408,12 @@ def test_model_size_is_that_of_the_loaded_model(tmp_path):
   cfg = resolve(demo_values(tmp_path))
   models = build.load_models(cfg)
   _, trained, _ = lora.partition(models.unet)
-  size = validation.model_size(cfg)
+  size = model_size.model_size(cfg)
   numbers = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  assert validation.trained_weights(cfg, size) == numbers(trained)
+  assert model_size.trained_weights(cfg, size) == numbers(trained)
   assert size.unet_weights == numbers(nnx.state(models.unet)) - numbers(trained)
+  models.vae.drop_encoder()
+  assert size.weights == size.unet_weights + numbers(nnx.state(models.vae))
 
 
 @pytest.mark.parametrize("arguments,words", [

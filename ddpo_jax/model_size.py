@@ -1,0 +1,111 @@
+"""How large a model is, by the headers of its files: before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ddpo_jax.config import Config
+from ddpo_jax.messages import one_line
+from ddpo_jax.models import hub
+from ddpo_jax.types import UserError
+
+_PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
+_MAX_JSON_BYTES = 2**20  # of a config.json in a model folder; real ones have one kilobyte
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+  """What the headers of a model's files say."""
+
+  weights: int  # numbers in the UNet and the VAE's decoder, which stay on the device
+  unet_weights: int
+  lora_weights_per_rank: int
+  latent_size: int  # numbers in one image's latent
+  embedding_size: int  # numbers in one prompt's embedding
+
+
+def model_size(cfg: Config) -> ModelSize | None:
+  """Reads the headers of the model's files, not its weights; None if it is on the hub.
+
+  Raises:
+    UserError: if a file is missing, truncated or of another kind.
+  """
+  model = cfg.pretrained.model
+  if model != hub.TINY and not pathlib.Path(model).expanduser().is_dir():
+    return None
+  folder = hub.resolve(model)
+  shapes = {part: _shapes(folder / part, stem) for part, stem in hub.WEIGHT_NAMES.items()}
+  unet, vae, text = (_read_config(folder / part / "config.json") for part in hub.WEIGHT_NAMES)
+  side = unet["sample_size"] if isinstance(unet.get("sample_size"), int) else 64
+  channels = _number(vae, "latent_channels", 4)
+  tokens = _number(text, "max_position_embeddings", 77)
+  count = lambda shapes: sum(map(math.prod, shapes))
+  decoder = [shape for name, shape in shapes["vae"].items()
+             if not name.startswith(("encoder.", "quant_conv."))]
+  unet_weights = count(shapes["unet"].values())
+  projections = [shape for name, shape in shapes["unet"].items() if _PROJECTION.search(name)]
+  return ModelSize(
+      weights=unet_weights + count(decoder), unet_weights=unet_weights,
+      lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
+      latent_size=side * side * channels,
+      embedding_size=tokens * _number(text, "hidden_size", 768))
+
+
+def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
+  shapes: dict[str, tuple[int, ...]] = {}
+  try:
+    files = hub.find_weights(folder, stem)
+  except UserError as error:
+    raise UserError(f"pretrained.model={str(folder.parent)!r}: {error}") from error
+  for file in files:
+    shapes |= read_header("pretrained.model", file)
+  return shapes
+
+
+def read_header(field: str, file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """The tensors' shapes; that the file is as long as they need is checked with it."""
+  try:
+    with safe_open(file, framework="numpy") as tensors:
+      return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+  except (OSError, SafetensorError) as error:
+    raise UserError(f"{field}={str(file)!r} cannot be read as safetensors: "
+                    f"{one_line(error)}; must be a whole .safetensors file") from error
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    with open(path, "rb") as file:
+      text = file.read(_MAX_JSON_BYTES + 1)
+    if len(text) > _MAX_JSON_BYTES:
+      raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
+    content = json.loads(text)
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"pretrained.model: {path} cannot be read as JSON "
+                    f"({one_line(error)}); must describe a part of the model") from error
+  if not isinstance(content, dict):
+    raise UserError(f"pretrained.model: {path} holds a {type(content).__name__}; must be a "
+                    "JSON object")
+  return content
+
+
+def _number(values: Mapping[str, Any], name: str, default: int) -> int:
+  value = values.get(name)
+  return value if isinstance(value, int) else default
+
+
+def trained_weights(cfg: Config, size: ModelSize) -> int:
+  """How many numbers training changes."""
+  if cfg.use_lora and cfg.lora.init_from:  # a file of whatever rank
+    file = pathlib.Path(cfg.lora.init_from).expanduser()
+    return sum(map(math.prod, read_header("lora.init_from", file).values()))
+  if cfg.use_lora:
+    return cfg.lora.rank * size.lora_weights_per_rank
+  return size.unet_weights
