@@ -50,8 +50,11 @@ class Setup:
 def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
          unet_config=UNET, num_steps=STEPS, train_steps=STEPS, guidance_scale=5.0,
          prepare=lambda unet: None, loss_scaling=False, checkpointing="none",
-         round_as_update=False, timesteps_per_batch=1):
-  """Samples in batches of `sample_batch`; the update will take `train_batch` at a time."""
+         round_as_update=False, timesteps_per_batch=1, batch=None):
+  """Samples in batches of `sample_batch`; the update will take `train_batch` at a time.
+
+  With a batch nothing is sampled.
+  """
   unet = with_weights(functools.partial(
       UNet2DConditionModel, UNetConfig.from_dict(unet_config), dtype=dtype,
       gradient_checkpointing=checkpointing), 0)
@@ -72,8 +75,6 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
                   eta=1.0, key=key)
 
   draw = jax.jit(draw, compiler_options=compiler_options())
-  trajectories = [draw(params, embeddings, jax.random.key(10 + i), jnp.array(False))
-                  for i, embeddings in enumerate(text)]
   config = update.UpdateConfig(
       batch_size=train_batch, sample_batch_size=sample_batch, accumulation_steps=1,
       num_train_timesteps=train_steps, timesteps_per_batch=timesteps_per_batch,
@@ -86,10 +87,13 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
   everywhere = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, P()))
   by_sample = functools.partial(
       jax.device_put, device=jax.sharding.NamedSharding(mesh, P(None, "data")))
-  batch = Batch(
-      trajectory=by_sample(jax.tree.map(lambda *x: jnp.stack(x), *trajectories)),
-      text_embeddings=by_sample(text), negative_embedding=everywhere(negative),
-      advantages=by_sample(jax.random.normal(jax.random.key(4), text.shape[:2])))
+  if batch is None:
+    trajectories = [draw(params, embeddings, jax.random.key(10 + i), jnp.array(False))
+                    for i, embeddings in enumerate(text)]
+    batch = Batch(
+        trajectory=by_sample(jax.tree.map(lambda *x: jnp.stack(x), *trajectories)),
+        text_embeddings=by_sample(text), negative_embedding=everywhere(negative),
+        advantages=by_sample(jax.random.normal(jax.random.key(4), text.shape[:2])))
   return Setup(config, update.make_update(config, graphdef, schedule, optimizer, mesh),
                everywhere(update.init_state(params, optimizer, loss_scaling)),
                everywhere(frozen), batch)
@@ -113,9 +117,16 @@ def copy(tree):
 
 
 @pytest.fixture(scope="module")
-def plain():
-  """State and metrics after one optimizer step in float32, with nothing special."""
-  return first_step(make(jnp.float32), jax.random.key(0))
+def plain_setup():
+  """In float32, with nothing special."""
+  return make(jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_setup):
+  """State and metrics after one optimizer step of it."""
+  return first_step(dataclasses.replace(plain_setup, state=copy(plain_setup.state)),
+                    jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +293,10 @@ def test_rescoring_changes_nothing_else(half):
 
 @pytest.mark.parametrize("options", (
     {"recompute": True}, {"checkpointing": "blocks"}, {"checkpointing": "full"}), ids=str)
-def test_the_same_step(plain, options):
+def test_the_same_step(plain_setup, plain, options):
   """Whatever is kept for the backward pass, and with a condition around that pass."""
-  state, metrics = first_step(make(jnp.float32, **options), jax.random.key(0))
+  state, metrics = first_step(make(jnp.float32, batch=plain_setup.batch, **options),
+                              jax.random.key(0))
   assert float(metrics.grad_norm) > 0
   np.testing.assert_allclose(metrics.grad_norm, plain[1].grad_norm, rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
