@@ -1,7 +1,9 @@
 """Shared by all tests: virtual CPU devices, golden files, an embedded model to load."""
 
+import functools
 import os
 import pathlib
+import types
 
 # Before JAX is imported: eight devices, for the tests that compare numbers of devices.
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") +
@@ -22,8 +24,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile("quick")
 
+# The longest files, so that no worker is left alone with one at the end; between them those
+# that sleep more than they compute.
+FIRST = ("processes", "precision", "experiments", "vlm", "update", "train", "folding", "llava",
+         "resume", "inference", "sampler", "faults", "devices")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+  place = {f"test_{name}": i for i, name in enumerate(FIRST)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +50,11 @@ def compilation_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def golden():
   """Loads a golden file by name: `golden("a_extras")` -> {array name: array}."""
-  return lambda name: dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False))
+  @functools.cache
+  def load(name):
+    return types.MappingProxyType(dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False)))
+
+  return load
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +78,8 @@ def golden_lora(golden, tiny_sd, tmp_path_factory):
 
   from ddpo_jax import lora
 
-  def make(group):
+  @functools.cache
+  def read(group):
     arrays = golden("e_lora_grads")
     tensors = {name.split("/")[1]: np.ascontiguousarray(array)
                for source in ("lora_old", group) for name, array in arrays.items()
@@ -74,4 +90,4 @@ def golden_lora(golden, tiny_sd, tmp_path_factory):
     lora.import_lora(unet, path)
     return unet
 
-  return make
+  return lambda group: nnx.clone(read(group))

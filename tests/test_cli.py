@@ -205,13 +205,22 @@ def test_exit_statuses(monkeypatch, capsys):
     ("--config.reward_fn=nope", "jpeg_compressibility"),
     ("--config.prompt_fn=nope", "tiny_shapes"),
     ("--config.prompt_fn_kwargs.path=x", "prompt_fn='tiny_shapes'"),
-    ("--config.reward_fn=no_such_module:f", "cannot be imported"),
 ])
-def test_process_says_one_line_and_exits_2(argument, message, tmp_path):
+def test_one_line_and_exit_status_2(argument, message, tmp_path, monkeypatch, capsys):
   """Before any model is loaded, and leaving no run folder behind."""
+  monkeypatch.setattr("ddpo_jax.train.build", lambda *args: pytest.fail("work began"))
+  assert cli.main(["train.py", f"--config={DEMO}", argument,
+                   f"--config.logdir={tmp_path / 'logs'}"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert message in line
+  assert not (tmp_path / "logs").exists()
+
+
+def test_process_says_one_line_and_exits_2(tmp_path):
   done = subprocess.run(
-      [sys.executable, str(ROOT / "scripts" / "train.py"), f"--config={DEMO}", argument,
-       f"--config.logdir={tmp_path / 'logs'}"], cwd=ROOT, capture_output=True, text=True)
+      [sys.executable, str(ROOT / "scripts" / "train.py"), f"--config={DEMO}",
+       "--config.reward_fn=no_such_module:f", f"--config.logdir={tmp_path / 'logs'}"],
+      cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 2
-  assert message in done.stderr and len(done.stderr.splitlines()) == 1
+  assert "cannot be imported" in done.stderr and len(done.stderr.splitlines()) == 1
   assert not (tmp_path / "logs").exists()

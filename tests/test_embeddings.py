@@ -7,9 +7,8 @@ import weakref
 import jax
 import numpy as np
 import pytest
-from small_model import small_model
+from small_model import small_config
 
-from configs import base
 from ddpo_jax import embeddings, train
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.embeddings import PromptEncoder
@@ -73,11 +72,7 @@ def test_a_prompt_that_is_too_long_is_said_once(encoder, capfd):
 
 def test_the_trainer_keeps_no_second_copy_of_the_weights():
   """What was read from the files goes when the weights are where training needs them."""
-  config = base.get_config()
-  config.pretrained.model, config.mixed_precision = str(small_model()), "no"
-  config.sample.batch_size = config.train.batch_size = 2
-  config.per_prompt_stat_tracking.min_count = 2
-  cfg = resolve(config)
+  cfg = resolve(small_config())
   model, held = train.open_model(cfg), []
 
   def read():

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from runs import metrics_of, without_times
 import servers
-from small_model import small_model
+from small_model import small_config
 
-from configs import base
 from ddpo_jax import checkpoint, cli, diagnostics, tracking, train
 from ddpo_jax.advantages import PerPromptStatTracker
 from ddpo_jax.config import resolve
@@ -62,7 +61,7 @@ def reward_raises(images, prompts, metadata):
 
 
 def reward_is_nan(images, prompts, metadata):
-  return brightness(images) * np.nan, {}
+  return np.where(np.arange(len(images)) == 2, np.nan, brightness(images)), {}
 
 
 def reward_is_infinite(images, prompts, metadata):
@@ -217,6 +216,8 @@ KINDS = {
     "second signal in the save": (signal_and_arm, signal_in_the_save,
                                   (KeyboardInterrupt, Interrupted)),
 }
+MESSAGES = {
+    "reward is NaN": rf"{__name__}:scored' returned nan for sample 2, prompt '\w+'; must be"}
 MOMENTS = (0, 1, EPOCHS - 1)
 
 
@@ -225,19 +226,11 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("logs")
 
 
-def make_config(folder, name):
-  config = base.get_config()
-  config.pretrained.model, config.mixed_precision = str(small_model()), "no"
-  config.logdir, config.run_name, config.resume_from = str(folder), name, "auto"
-  config.compilation_cache = ""
-  config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:scored"
-  config.num_epochs, config.save_freq, config.eval_freq = EPOCHS, 1, 0
-  config.sample.num_steps, config.sample.guidance_scale = 2, 1.0
-  config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 1
-  config.train.batch_size, config.train.learning_rate = 2, 1e-2
-  config.train.max_skipped_steps = 0
-  config.per_prompt_stat_tracking.min_count = 2
-  return resolve(config)
+def make_config(folder, name, **changes):
+  return resolve(small_config(**{
+      "logdir": str(folder), "run_name": name, "resume_from": "auto",
+      "reward_fn": f"{__name__}:scored", "num_epochs": EPOCHS, "save_freq": 1, "eval_freq": 0,
+      "train.max_skipped_steps": 0, **changes}))
 
 
 def run(cfg):
@@ -248,8 +241,11 @@ def run(cfg):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_build():
-  """Loads and compiles once: each run starts from a copy of the same trainer."""
-  build, built = train.build, []
+  """Loads and compiles once: each run starts from a copy of the same trainer.
+
+  And no run writes a report.
+  """
+  build, open_model, built = train.build, train.open_model, []
 
   def copy(cfg, plan, *args):
     if not built:
@@ -263,6 +259,8 @@ def one_build():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("jax.device_count", lambda: 1)
     patch.setattr(train, "build", copy)
+    patch.setattr(train, "open_model", lambda cfg: None if built else open_model(cfg))
+    patch.setattr("ddpo_jax.report.write_report", lambda run: None)
     yield built
 
 
@@ -298,7 +296,7 @@ def test_fault(folder, whole, one_build, monkeypatch, kind, moment):
   injection = Injection(path, moment, fault)
   with monkeypatch.context() as patch:
     strike(patch)
-    with pytest.raises(raised) if raised else contextlib.nullcontext():
+    with pytest.raises(raised, match=MESSAGES.get(kind)) if raised else contextlib.nullcontext():
       run(cfg)
   if raised:
     # Of the epoch that failed nothing counts; a full disk keeps what was saved before.
@@ -311,6 +309,15 @@ def test_fault(folder, whole, one_build, monkeypatch, kind, moment):
 
 
 # ---- resuming ----
+
+
+def test_resume_from_another_model_is_refused(folder, whole):
+  cfg = make_config(folder, "whole", **{"seed": 1, "lora.rank": 2, "sample.num_steps": 3})
+  with pytest.raises(UserError) as error:
+    run(cfg)
+  lines = str(error.value).splitlines()
+  assert len(lines) == 3
+  assert any("lora.rank=2" in line and "has 3" in line for line in lines)
 
 
 def test_what_becomes_of_later_checkpoints(folder, whole, monkeypatch, capsys):

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 import pytest
 from safetensors import safe_open
-from small_model import small_model
+from small_model import small_config, small_model
 
-from configs import base
 from ddpo_jax import checkpoint, inference, lora, train
 from ddpo_jax.config import resolve
 from ddpo_jax.models import load_pretrained
@@ -27,25 +26,18 @@ def brightness(images, prompts, metadata):
 
 
 def make_run(folder, **changes):
-  config = base.get_config()
-  config.pretrained.model = str(small_model())
-  config.mixed_precision = "no"
-  config.logdir, config.run_name = str(folder), "run"
-  config.compilation_cache = ""
-  config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:brightness"
-  config.num_epochs, config.save_freq = 2, 1
-  config.sample.num_steps, config.sample.guidance_scale = 2, 1.0
-  config.sample.batch_size = config.train.batch_size = 4
-  config.train.learning_rate = 1e-2
-  config.update_from_flattened_dict(changes)
+  config = small_config(**{
+      "logdir": str(folder), "run_name": "run", "reward_fn": f"{__name__}:brightness",
+      "num_epochs": 2, "save_freq": 1, **changes})
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("jax.device_count", lambda: 1)
+    patch.setattr("ddpo_jax.report.write_report", lambda run: None)
     return train.train(resolve(config))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  return make_run(tmp_path_factory.mktemp("lora"), **{"lora.rank": 3})
+  return make_run(tmp_path_factory.mktemp("lora"))
 
 
 def sample(output, **changes):

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import types
 
 from flax import nnx
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import small_model
+from small_model import small_model, with_weights
 
 from configs import base
 from ddpo_jax import lora, rounding, train, update
@@ -23,8 +24,9 @@ from ddpo_jax.rewards import get_rewards
 from ddpo_jax.types import Batch, LossScale
 
 UNET = dict(sample_size=16, block_out_channels=(32,), layers_per_block=1,
-            attention_head_dim=4, cross_attention_dim=32,
+            mid_block_type=None, attention_head_dim=4, cross_attention_dim=32,
             down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
+P = jax.sharding.PartitionSpec
 NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
              num_train_timesteps=1000, steps_offset=1, set_alpha_to_one=False,
              clip_sample=False)
@@ -48,10 +50,14 @@ class Setup:
 def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
          unet_config=UNET, num_steps=STEPS, train_steps=STEPS, guidance_scale=5.0,
          prepare=lambda unet: None, loss_scaling=False, checkpointing="none",
-         round_as_update=False, timesteps_per_batch=1):
-  """Samples in batches of `sample_batch`; the update will take `train_batch` at a time."""
-  unet = UNet2DConditionModel(UNetConfig.from_dict(unet_config), dtype=dtype,
-                              rngs=nnx.Rngs(0), gradient_checkpointing=checkpointing)
+         round_as_update=False, timesteps_per_batch=1, batch=None):
+  """Samples in batches of `sample_batch`; the update will take `train_batch` at a time.
+
+  With a batch nothing is sampled.
+  """
+  unet = with_weights(functools.partial(
+      UNet2DConditionModel, UNetConfig.from_dict(unet_config), dtype=dtype,
+      gradient_checkpointing=checkpointing), 0)
   lora.inject_lora(unet, 4, jax.random.key(1))
   prepare(unet)
   graphdef, params, frozen = lora.partition(unet)
@@ -69,12 +75,6 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
                   eta=1.0, key=key)
 
   draw = jax.jit(draw, compiler_options=compiler_options())
-  trajectories = [draw(params, embeddings, jax.random.key(10 + i), jnp.array(False))
-                  for i, embeddings in enumerate(text)]
-  batch = Batch(
-      trajectory=jax.tree.map(lambda *x: jnp.stack(x), *trajectories),
-      text_embeddings=text, negative_embedding=negative,
-      advantages=jax.random.normal(jax.random.key(4), text.shape[:2]))
   config = update.UpdateConfig(
       batch_size=train_batch, sample_batch_size=sample_batch, accumulation_steps=1,
       num_train_timesteps=train_steps, timesteps_per_batch=timesteps_per_batch,
@@ -83,8 +83,20 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, recompute=False,
   optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
                        devices=jax.devices()[:1])
+  # Where the trainer has them, and where the update leaves them: one program is enough.
+  everywhere = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, P()))
+  by_sample = functools.partial(
+      jax.device_put, device=jax.sharding.NamedSharding(mesh, P(None, "data")))
+  if batch is None:
+    trajectories = [draw(params, embeddings, jax.random.key(10 + i), jnp.array(False))
+                    for i, embeddings in enumerate(text)]
+    batch = Batch(
+        trajectory=by_sample(jax.tree.map(lambda *x: jnp.stack(x), *trajectories)),
+        text_embeddings=by_sample(text), negative_embedding=everywhere(negative),
+        advantages=by_sample(jax.random.normal(jax.random.key(4), text.shape[:2])))
   return Setup(config, update.make_update(config, graphdef, schedule, optimizer, mesh),
-               update.init_state(params, optimizer, loss_scaling), frozen, batch)
+               everywhere(update.init_state(params, optimizer, loss_scaling)),
+               everywhere(frozen), batch)
 
 
 def rescored(setup, key):
@@ -105,9 +117,16 @@ def copy(tree):
 
 
 @pytest.fixture(scope="module")
-def plain():
-  """State and metrics after one optimizer step in float32, with nothing special."""
-  return first_step(make(jnp.float32), jax.random.key(0))
+def plain_setup():
+  """In float32, with nothing special."""
+  return make(jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_setup):
+  """State and metrics after one optimizer step of it."""
+  return first_step(dataclasses.replace(plain_setup, state=copy(plain_setup.state)),
+                    jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +160,8 @@ def test_a_sampler_that_rounds_as_the_update_does(options):
 
 def test_the_sampler_keeps_what_a_backward_pass_needs():
   """And computes the same."""
-  unet = UNet2DConditionModel(UNetConfig.from_dict(UNET), dtype=jnp.float32, rngs=nnx.Rngs(0))
+  unet = with_weights(functools.partial(
+      UNet2DConditionModel, UNetConfig.from_dict(UNET), dtype=jnp.float32), 0)
   lora.inject_lora(unet, 4, jax.random.key(1))
   split = lora.partition(unet)
   inputs = jnp.ones((4, 16, 16, 4)), jnp.full(4, 500), jnp.ones((4, TOKENS, 32))
@@ -273,9 +293,10 @@ def test_rescoring_changes_nothing_else(half):
 
 @pytest.mark.parametrize("options", (
     {"recompute": True}, {"checkpointing": "blocks"}, {"checkpointing": "full"}), ids=str)
-def test_the_same_step(plain, options):
+def test_the_same_step(plain_setup, plain, options):
   """Whatever is kept for the backward pass, and with a condition around that pass."""
-  state, metrics = first_step(make(jnp.float32, **options), jax.random.key(0))
+  state, metrics = first_step(make(jnp.float32, batch=plain_setup.batch, **options),
+                              jax.random.key(0))
   assert float(metrics.grad_norm) > 0
   np.testing.assert_allclose(metrics.grad_norm, plain[1].grad_norm, rtol=1e-4)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
@@ -289,7 +310,8 @@ def scaled():
 
 def test_loss_scale_skips_overflow_and_goes_down(scaled):
   """fp16 gradients overflow under a scale too large: nothing is applied, the scale halves."""
-  too_large = LossScale(jnp.float32(2.0**100), jnp.int32(5))
+  too_large = jax.device_put(LossScale(jnp.float32(2.0**100), jnp.int32(5)),
+                             scaled.state.loss_scale.scale.sharding)
   before = dataclasses.replace(scaled.state, loss_scale=too_large)
   after, metrics = first_step(dataclasses.replace(scaled, state=copy(before)),
                               jax.random.key(0))

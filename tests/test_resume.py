@@ -17,14 +17,17 @@ from small_model import small_model
 from ddpo_jax import checkpoint
 
 EPOCHS = 12
-OPTIONS = (f"--config.pretrained.model={small_model()}", "--config.sample.num_steps=2",
-           "--config.sample.batch_size=2", "--config.train.batch_size=1",
-           "--config.sample.guidance_scale=1.0", "--config.resume_from=auto",
-           f"--config.num_epochs={EPOCHS}")
+
+
+def usual_options():
+  return (f"--config.pretrained.model={small_model()}", "--config.sample.num_steps=2",
+          "--config.sample.batch_size=2", "--config.train.batch_size=1",
+          "--config.sample.guidance_scale=1.0", "--config.resume_from=auto",
+          f"--config.num_epochs={EPOCHS}")
 
 
 def run_to_the_end(logdir, name, *options):
-  codes, errors = finish([start(command(logdir, name, *OPTIONS, *options))])
+  codes, errors = finish([start(command(logdir, name, *usual_options(), *options))])
   assert codes == [0], errors
   return without_times(metrics_of(logdir / name)), weights_of(logdir / name)
 
@@ -37,14 +40,14 @@ def test_stopped_run_resumed_is_the_run_never_stopped(tmp_path):
   lines, weights = run_to_the_end(tmp_path, "whole", "--config.save_freq=1")
   run = tmp_path / "stopped"
   with open(tmp_path / "stdout", "w") as stdout:
-    killed = start(command(tmp_path, "stopped", *OPTIONS, "--config.save_freq=1"),
+    killed = start(command(tmp_path, "stopped", *usual_options(), "--config.save_freq=1"),
                    stdout=stdout)
   wait_for_epochs([killed], run, 4)
   killed.kill()
   killed.communicate()
   assert "epoch 3/12  reward" in (tmp_path / "stdout").read_text()  # said at once
 
-  told = start(command(tmp_path, "stopped", *OPTIONS, "--config.save_freq=1000"))
+  told = start(command(tmp_path, "stopped", *usual_options(), "--config.save_freq=1000"))
   wait_for_epochs([told], run, 6)
   told.send_signal(signal.SIGTERM)
   codes, errors = finish([told])

@@ -11,9 +11,8 @@ import time
 import jax
 import numpy as np
 import pytest
-from small_model import small_model
+from small_model import small_config
 
-from configs import base
 from ddpo_jax import train
 from ddpo_jax.config import resolve
 
@@ -55,14 +54,9 @@ def soak(tmp_path, monkeypatch, epochs):
   global probe
   probe = Probe()
   monkeypatch.setattr("jax.device_count", lambda: 1)
-  config = base.get_config()
-  config.pretrained.model, config.mixed_precision = str(small_model()), "no"
-  config.logdir, config.run_name, config.compilation_cache = str(tmp_path), "run", ""
-  config.prompt_fn, config.reward_fn = "simple_animals", f"{__name__}:measured"
-  config.num_epochs, config.save_freq, config.eval_freq = epochs, 10, 50
-  config.sample.num_steps, config.sample.guidance_scale = 2, 1.0
-  config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 1
-  config.train.batch_size = 4
+  config = small_config(
+      logdir=str(tmp_path), run_name="run", reward_fn=f"{__name__}:measured",
+      num_epochs=epochs, save_freq=10, eval_freq=50)
   jax.monitoring.register_event_duration_secs_listener(probe.on_event)
   started = time.perf_counter()
   try:

@@ -74,21 +74,21 @@ def results(micro, schedule, batch, golden_lora, request):
   graphdef, _, frozen = lora.partition(golden_lora("lora_old"))
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
-  def compute(clip_range, state, samples, microbatches):
+  def compute(clip_range, state, frozen, samples, microbatches):
     grads, metrics, log_probs = update.accumulate_gradients(
         dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
         frozen, samples, microbatches)
     # And those of a step by itself, without the update.
     unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
     (sample,), steps = microbatches.sample, microbatches.step[0].swapaxes(1, 2).reshape(3, 4)
-    by_itself = jnp.stack([policy_step(
+    by_itself = jax.lax.map(lambda step: policy_step(
         unet, schedule, step, latents[sample, step], samples.text_embeddings[sample],
         samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
-        prev_latents=latents[sample, step + 1])[1] for step in steps])
+        prev_latents=latents[sample, step + 1])[1], steps)
     both = jnp.stack([log_probs[0].swapaxes(1, 2).reshape(3, 4), by_itself])
     return grads, metrics, both
 
-  mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 4, out_specs=P(),
+  mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 5, out_specs=P(),
                                  check_vma=False))
   samples, microbatches = batch
   step = microbatches.step.swapaxes(1, 3).reshape(1, 4, -1, together).swapaxes(1, 2)
@@ -99,8 +99,8 @@ def results(micro, schedule, batch, golden_lora, request):
     state = update.init_state(params, optimizer, loss_scaling=False)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(jax, "default_backend", lambda: backend)
-      out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, samples,
-                                 microbatches))
+      out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, frozen,
+                                 samples, microbatches))
   return optimizer, out
 
 
@@ -242,7 +242,7 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
 def test_loss_scale_halves_on_overflow_and_doubles_in_time():
   from ddpo_jax.types import LossScale
   scale = LossScale(jnp.float32(8.0), jnp.int32(update._LOSS_SCALE_PERIOD - 1))
-  halved = update._adjust(scale, jnp.bool_(False))
+  halved = update._next_loss_scale(scale, jnp.bool_(False))
   assert (float(halved.scale), int(halved.good_steps)) == (4.0, 0)
-  doubled = update._adjust(scale, jnp.bool_(True))
+  doubled = update._next_loss_scale(scale, jnp.bool_(True))
   assert (float(doubled.scale), int(doubled.good_steps)) == (16.0, 0)

@@ -381,6 +381,7 @@ def test_all_problems_of_the_world_at_once(exit_with, tmp_path):
     ["--config.seed=two"], ["--config.nope=1"], ["--config.train.learning_rate=fast"],
     ["--config.seed=" + "9" * 5000], ["--config.use_lora=maybe"], ["--nope"],
     ["--config.reward_kwargs=3"], ["--config.prompt_fn_kwargs.pool=" + "(" * 500],
+    ["--config.logdir=/dev/null/x"], ["--config.pretrained.model=/nowhere"],
 ])
 def test_bad_override(exit_with, arguments):
   (line,) = exit_with({}, *arguments)
@@ -418,8 +419,6 @@ def test_model_size_is_that_of_the_loaded_model(tmp_path):
 
 @pytest.mark.parametrize("arguments,words", [
     (["--config.sample.eta=0"], "sample.eta"),
-    (["--config.logdir=/dev/null/x"], "logdir"),
-    (["--config.pretrained.model=/nowhere"], "pretrained.model"),
     (["--config.sample.eta=0", "--config.lora.rank=0", "--dry_run"], "lora.rank"),
 ])
 def test_process_exits_2_without_traceback(tmp_path, arguments, words):
