@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save
 
 from configs import base
-from ddpo_jax import cli, lora, prompts, validation
+from ddpo_jax import cli, lora, model_size, prompts, validation
 from ddpo_jax.config import inspect, resolve
 from ddpo_jax.models import hub
 from ddpo_jax.rewards import aesthetic_head, llava, remote
@@ -96,7 +96,7 @@ def with_header(header, data=b"\0" * 8):
 def test_safetensors_header(file, content):
   file.write_bytes(content)
   try:
-    validation._read_header("lora.init_from", file)
+    model_size.read_header("lora.init_from", file)
   except UserError as error:
     assert "lora.init_from" in str(error)
 
