@@ -52,7 +52,10 @@ def golden():
   """Loads a golden file by name: `golden("a_extras")` -> {array name: array}."""
   @functools.cache
   def load(name):
-    return types.MappingProxyType(dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False)))
+    arrays = dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False))
+    for array in arrays.values():
+      array.setflags(write=False)  # all tests share it
+    return types.MappingProxyType(arrays)
 
   return load
 

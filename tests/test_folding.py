@@ -1,12 +1,14 @@
 """Folded networks: the same output, and the same gradients once they are handed on."""
 
 import collections
+import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import with_weights
 
 from ddpo_jax import folding, lora
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -24,7 +26,7 @@ PROMPTS = jax.random.normal(jax.random.key(1), (2, 7, 32))  # each of two latent
 
 
 def make_unet(dtype):
-  return UNet2DConditionModel(UNET, dtype=dtype, rngs=nnx.Rngs(0))
+  return with_weights(functools.partial(UNet2DConditionModel, UNET, dtype=dtype), seed=0)
 
 
 @pytest.fixture(scope="module")
