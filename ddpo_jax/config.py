@@ -619,7 +619,7 @@ class BatchPlan:
 
   def describe(self, heading: str = "Running training") -> str:
     """What is printed before training, as ddpo-pytorch does."""
-    shared = f" (cores, {self.parts} of which share a batch)" if self.parts > 1 else ""
+    shared = f" ({self.parts} cores share each batch)" if self.parts > 1 else ""
     lines = {
         "Number of epochs": self.num_epochs,
         "Devices": f"{self.num_devices} x {self.device}{shared}",
