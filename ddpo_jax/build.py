@@ -20,12 +20,20 @@ from ddpo_jax.devices import AXIS, host_memory, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import embedding_shape
+from ddpo_jax.generation import (
+  FrozenModels,
+  Generate,
+  SamplingConfig,
+  make_generate,
+  make_shared_generate,
+)
 from ddpo_jax.models import StableDiffusion, Unread, open_pretrained
 from ddpo_jax.models.layers import set_compute_dtype
 from ddpo_jax.models.placement import place_weights, placed_shapes, replicate
 from ddpo_jax.models.unet import UNet2DConditionModel
 from ddpo_jax.rewards.combined import RewardCombiner
-from ddpo_jax.rollout import FrozenModels, RolloutWorker, SamplingConfig
+from ddpo_jax.rollout import RolloutWorker
+from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Batch, PromptFn, RewardFn, TrainState, Trajectory
 
 P = jax.sharding.PartitionSpec
@@ -76,9 +84,14 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
     graphdef, params, frozen_unet = lora.partition(unet, cfg.use_lora)
     state = update.init_state(params, optimizer, uses_loss_scaling(cfg))
   frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
-  worker = RolloutWorker(
-      make_sampling_config(cfg, plan),
-      models, graphdef, frozen, schedule, prompt_fn, reward_fns, cfg.seed, mesh)
+  sampling = make_sampling_config(cfg, plan)
+  generate: Generate
+  if isinstance(compiled, SharedProgram):
+    generate = make_shared_generate(sampling, models.vae, compiled, mesh)
+  else:
+    generate = make_generate(sampling, models.vae, graphdef, schedule, mesh)
+  worker = RolloutWorker(sampling, models, generate, frozen, prompt_fn, reward_fns, cfg.seed,
+                         mesh)
   tracking_config = cfg.per_prompt_stat_tracking
   return Trainer(
       cfg=cfg, plan=plan, mesh=mesh, worker=worker, frozen_unet=frozen.unet,
@@ -124,13 +137,11 @@ def _read_into_host_memory(model: Unread[StableDiffusion]) -> StableDiffusion:
 
 
 def make_sampling_config(cfg: Config, plan: BatchPlan) -> SamplingConfig:
-  round_as_update = _must_round_alike(cfg)
-  pairs_of_update = plan.train_batch_size * cfg.train.timesteps_per_batch
-  at_once = samples_at_once(pairs_of_update if round_as_update else plan.sample_batch_size)
   return SamplingConfig(
       batch_size=plan.sample_batch_size, num_batches=cfg.sample.num_batches_per_epoch,
-      guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta, samples_at_once=at_once,
-      decode_batch_size=cfg.sample.decode_batch_size, round_as_update=round_as_update)
+      guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
+      samples_at_once=samples_at_once(plan.sample_batch_size),
+      decode_batch_size=cfg.sample.decode_batch_size)
 
 
 def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
@@ -141,8 +152,7 @@ def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
       timesteps_per_batch=cfg.train.timesteps_per_batch,
       guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
       clip_range=cfg.train.clip_range, adv_clip_max=cfg.train.adv_clip_max,
-      loss_scaling=uses_loss_scaling(cfg),
-      recompute_log_probs=_must_round_alike(cfg))
+      loss_scaling=uses_loss_scaling(cfg))
 
 
 def uses_loss_scaling(cfg: Config) -> bool:
@@ -162,8 +172,7 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   """Compiles the update for arrays of the shapes that an epoch will have.
 
   Before anything is sampled, and not beside it: on a CPU both would use the same cores
-  and hold memory at once; on a GPU the compiler times kernels, which nothing may disturb, and
-  the sampler's, compiled later, are those that it has chosen for the update.
+  and hold memory at once; on a GPU the compiler times kernels, which nothing may disturb.
 
   Args:
     cfg: the run's.
@@ -180,20 +189,31 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
       lambda params: update.init_state(params, optimizer, config.loss_scaling), params)
   replicated = jax.sharding.NamedSharding(mesh, P())
   everywhere: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+  state, frozen = jax.tree.map(everywhere, state), placed_shapes(frozen, replicated)
+  embedding = everywhere(embedding_shape(shapes.text_encoder))
+  latent_shape = (*native_size(unet), unet.config.in_channels)
+  compiled: update.Update
+  if _must_round_alike(cfg):
+    compiled = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh)
+    compiled.compile(state.params, frozen, embedding)
+  else:
+    program: Any = update.make_update(config, graphdef, schedule, optimizer, mesh)
+    compiled = program.lower(
+        state, frozen, _batch_shapes(cfg, plan, mesh, latent_shape, embedding),
+        jax.random.key(0), jnp.int32(0)).compile()
+  memory.return_freed_memory()  # the compiler's, or what reading its program took
+  return compiled
+
+
+def _batch_shapes(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
+                  latent_shape: tuple[int, ...], embedding: Any) -> Batch:
+  """Of an epoch's samples."""
   sharded = jax.sharding.NamedSharding(mesh, P(None, AXIS))
   samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
   of_each: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
       (*samples, *shape), dtype, sharding=sharded)
-  embedding = embedding_shape(shapes.text_encoder)
-  latent_shape = (*native_size(unet), unet.config.in_channels)
-  batch = Batch(
+  return Batch(
       trajectory=Trajectory(latents=of_each(cfg.sample.num_steps + 1, *latent_shape),
                             log_probs=of_each(cfg.sample.num_steps)),
       text_embeddings=of_each(*embedding.shape[1:], dtype=embedding.dtype),
-      negative_embedding=everywhere(embedding), advantages=of_each())
-  compiled = update.compile_for(
-      update.make_update(config, graphdef, schedule, optimizer, mesh),
-      jax.tree.map(everywhere, state), placed_shapes(frozen, replicated), batch,
-      jax.random.key(0), jnp.int32(0))
-  memory.return_freed_memory()  # the compiler's, or what reading its program took
-  return compiled
+      negative_embedding=embedding, advantages=of_each())

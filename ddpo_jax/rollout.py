@@ -17,55 +17,21 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import distributed, folding, rounding
-from ddpo_jax.config import largest_part
+from ddpo_jax import distributed
 from ddpo_jax.console import hide_bars
-from ddpo_jax.devices import AXIS, compiler_options
-from ddpo_jax.diffusion import DDIMSchedule, sample
-from ddpo_jax.diffusion.ddim import guidance_context
+from ddpo_jax.devices import AXIS
 from ddpo_jax.embeddings import PromptEncoder
+from ddpo_jax.generation import FrozenModels, Generate, Generation, SamplingConfig
 from ddpo_jax.models import StableDiffusion
-from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import draw_prompts
 from ddpo_jax.rewards import call_reward
 from ddpo_jax.rewards.info import InfoCollector, RewardInfo
-from ddpo_jax.types import Policy, PromptFn, RewardFn, Trajectory
+from ddpo_jax.types import PromptFn, RewardFn, Trajectory
 
 P = jax.sharding.PartitionSpec
 
 _REWARD_THREADS = 2  # calls of reward functions at a time
 _SECONDS_BETWEEN_CHECKS = 1.0  # for signals, while rewards are waited for
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """What sampling needs to know; sizes are per device."""
-
-  batch_size: int
-  num_batches: int  # per epoch
-  guidance_scale: float
-  eta: float
-  samples_at_once: int  # at most, of a batch
-  decode_batch_size: int  # images decoded at a time; bounds the decoder's memory
-  round_as_update: bool  # see `rounding.TrainedPolicy`
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What the device program makes of one batch of prompts, sharded over samples."""
-
-  trajectory: Trajectory
-  images: UInt8[Array, "B H W 3"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class FrozenModels:
-  """The weights that sampling reads and training never changes."""
-
-  unet: nnx.State  # all but the trained ones
-  vae: nnx.State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,69 +49,11 @@ class Rollout:
   reward_seconds: float  # waited for rewards after the last image was there
 
 
-def make_generate(config: SamplingConfig, models: StableDiffusion,
-                  unet_graphdef: nnx.GraphDef, schedule: DDIMSchedule,
-                  mesh: jax.sharding.Mesh) -> Callable[..., Generation]:
-  """Builds the jitted sampling program.
-
-  Returns:
-    `generate(params, frozen, negative_embedding, text_embeddings, sample_indices, key)`:
-    text_embeddings [B, L, D] and sample_indices [B] int32 sharded over devices, all else
-    replicated; `key` is the epoch's.
-  """
-  vae_graphdef = nnx.graphdef(models.vae)
-  scaling_factor = models.vae.config.scaling_factor
-
-  def generate(params: nnx.State, frozen: FrozenModels,
-               negative_embedding: Float[Array, "1 L D"],
-               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-               key: Key[Array, ""]) -> Generation:
-    # Marked as differing between devices, as in the update.
-    trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
-    unet = folding.round_lora(*folding.fold_weights(unet_graphdef, trained, rest))
-    never = sample_indices[0] < 0
-    vae = nnx.merge(vae_graphdef, frozen.vae)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
-
-    def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
-      context = guidance_context(embeddings, negative_embedding, config.guidance_scale)
-      folded = folding.fold_prompts(*unet, context)
-      policy: Policy = (rounding.TrainedPolicy(*folded, never)
-                        if config.round_as_update else nnx.merge(*folded))
-      return sample(policy, schedule, embeddings, negative_embedding,
-                    guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
-
-    decode = lambda latents: to_uint8(vae.decode(latents / scaling_factor))
-    trajectory = _map_in_parts(draw, config.samples_at_once, text_embeddings, keys)
-    images = _map_in_parts(decode, config.decode_batch_size, trajectory.images_latents)
-    return Generation(trajectory, images)
-
-  mapped = jax.shard_map(generate, mesh=mesh,
-                         in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
-                         out_specs=P(AXIS))
-  return jax.jit(mapped, compiler_options=compiler_options())
-
-
-def _map_in_parts(function: Callable[..., Any], largest: int, *arguments: jax.Array) -> Any:
-  """function(*arguments), by the largest equal parts of their first axis up to `largest`.
-
-  `jax.lax.map` with a batch_size would do it by `vmap`, which adds an axis to every product.
-  """
-  size = len(arguments[0])
-  part = largest_part(size, largest)
-  if part == size:
-    return function(*arguments)
-  parts = [x.reshape(-1, part, *x.shape[1:]) for x in arguments]
-  out = jax.lax.map(lambda part: function(*part), parts)
-  return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), out)
-
-
 class RolloutWorker:
   """Samples whole epochs. Rewards are computed in threads while the next batch samples."""
 
-  def __init__(self, config: SamplingConfig, models: StableDiffusion,
-               unet_graphdef: nnx.GraphDef, frozen: FrozenModels,
-               schedule: DDIMSchedule, prompt_fn: PromptFn,
+  def __init__(self, config: SamplingConfig, models: StableDiffusion, generate: Generate,
+               frozen: FrozenModels, prompt_fn: PromptFn,
                reward_fns: Mapping[str, RewardFn], seed: int, mesh: jax.sharding.Mesh):
     self._config = config
     self._encode = PromptEncoder(models)
@@ -156,7 +64,7 @@ class RolloutWorker:
     self._seed = seed
     self._sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
     self._global_batch = config.batch_size * mesh.size
-    self._generate = make_generate(config, models, unet_graphdef, schedule, mesh)
+    self._generate = generate
     negative = self._encode([""])
     self.negative_embedding = jax.make_array_from_callback(  # [1, L, D]
         negative.shape, jax.sharding.NamedSharding(mesh, P()), lambda index: negative[index])

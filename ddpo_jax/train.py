@@ -31,6 +31,7 @@ from ddpo_jax.console import hide_bars, say
 from ddpo_jax.devices import AXIS, configure_devices, plan_batches
 from ddpo_jax.interrupt import Stop, interruptible
 from ddpo_jax.rollout import Rollout
+from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Batch, TrainState
 
 P = jax.sharding.PartitionSpec
@@ -264,27 +265,26 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
            for index in range(trainer.plan.steps_per_inner_epoch)]
   for step in _progress(steps, f"Epoch {epoch}: training"):
     stop.check()
-    if step is steps[0] and isinstance(trainer.update, update.RescoringUpdate):
+    if step is steps[0] and isinstance(trainer.update, SharedProgram):
       batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
     else:
       trainer.state, metrics = trainer.update(trainer.state, trainer.frozen_unet, batch, *step)
     yield metrics
 
 
-def _first_step(trainer: Trainer, rescoring: update.RescoringUpdate, batch: Batch,
+def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
                 steps: Sequence[_Step], epoch: int, stop: Stop
                 ) -> tuple[Batch, update.UpdateMetrics]:
   """Takes the first of the steps, and sees to the log-probabilities that the others read."""
   params = jax.tree.map(jnp.copy, trainer.state.params)  # the sampler's; the step donates them
-  trainer.state, batch, metrics = rescoring.first_step(
+  trainer.state, batch, metrics = program.first_step(
       trainer.state, trainer.frozen_unet, batch, *steps[0])
   count = num_rescored(trainer, float(jax.device_get(metrics.ratio_drift)))
   if count:
-    state = dataclasses.replace(trainer.state, params=params)
+    sampler = dataclasses.replace(trainer.state, params=params)
     for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
       stop.check()
-      state, batch = rescoring.rescore(state, trainer.frozen_unet, batch, *step)
-    trainer.state = dataclasses.replace(state, params=trainer.state.params)
+      batch = program.rescore(sampler, trainer.frozen_unet, batch, *step)
   return batch, metrics
 
 
@@ -296,7 +296,7 @@ def leaves_sampler(trainer: Trainer, drift: float) -> bool:
     drift: the `ratio_drift` of the epoch's first optimizer step.
   """
   acceptable = drift <= diagnostics.largest_drift(trainer.cfg)  # False where it is not finite
-  return not acceptable and isinstance(trainer.update, update.RescoringUpdate)
+  return not acceptable and isinstance(trainer.update, SharedProgram)
 
 
 def num_rescored(trainer: Trainer, drift: float) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import enum
 import functools
 import math
 from typing import Any
@@ -29,13 +28,16 @@ from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.types import Batch, LossScale, TrainState
 
 P = jax.sharding.PartitionSpec
+_BY_SAMPLE: Any = P(None, AXIS)
+_EVERYWHERE: Any = P()
+BATCH_SPECS = Batch(trajectory=_BY_SAMPLE, text_embeddings=_BY_SAMPLE,
+                    negative_embedding=_EVERYWHERE, advantages=_BY_SAMPLE)
 
 Update = Callable[..., tuple[TrainState, "UpdateMetrics"]]  # see `make_update`
-Program = Callable[..., tuple[TrainState, Float32[Array, "batches samples T"], "UpdateMetrics"]]
 
 _INITIAL_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
-_LARGEST_PACKED = 2**18  # elements of a weight, see `_packing`
+_LARGEST_PACKED = 2**18  # elements of a weight, see `packing`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,6 @@ class UpdateConfig:
   clip_range: float
   adv_clip_max: float
   loss_scaling: bool  # for fp16
-  recompute_log_probs: bool = False  # make a `RescoringUpdate`
 
 
 @jax.tree_util.register_dataclass
@@ -83,71 +84,27 @@ class Microbatches:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Sums:
-  """The scan's carry: added up over microbatches."""
+class Sums:
+  """Of one device: added up over microbatches."""
 
-  grads: Any  # of the weights, as `_packing` has them
+  grads: Any  # of the weights, as `packing` has them
   loss: Float32[Array, ""]
   approx_kl: Float32[Array, ""]
   clipfrac: Float32[Array, ""]
   ratio_drift: Float32[Array, ""]  # a maximum
 
+  @classmethod
+  def zero(cls, grads: Any) -> Sums:
+    """Before the first microbatch; gradients like these."""
+    zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
+    return cls(jax.tree.map(jnp.zeros_like, grads), zero, zero, zero, zero)
 
-class Mode(enum.IntEnum):
-  """What a `RescoringUpdate`'s program does."""
-
-  RESCORE = 0  # computes log-probabilities; the state stays as it is
-  FIRST_STEP = 1  # an optimizer step whose own log-probabilities are the old ones too
-  STEP = 2  # an optimizer step
-
-
-@dataclasses.dataclass(frozen=True)
-class RescoringUpdate:
-  """An update that can replace the sampler's log-probabilities by its own.
-
-  Where sampler and update round differently, half precision moves the ratio by as much as
-  PPO's clip range. Even a forward pass alone is compiled otherwise than one that a backward
-  pass follows. So both come from one program, whose backward pass is behind a condition:
-  before the first optimizer step the ratio is 1 to the last bit.
-  """
-
-  program: Program  # (state, frozen, batch, key, index, mode [] int32)
-
-  def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
-               key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, UpdateMetrics]:
-    state, _, metrics = self._run(Mode.STEP, state, frozen, batch, key, index)
-    return state, metrics
-
-  def first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
-                 key: Key[Array, ""], index: Int[Array, ""]
-                 ) -> tuple[TrainState, Batch, UpdateMetrics]:
-    """An epoch's first optimizer step: its policy is the sampler's, and the ratio 1.
-
-    It needs no `rescore`: what it computes are the log-probabilities under that policy.
-
-    Returns:
-      The state; the batch with those log-probabilities; the metrics, of which `ratio_drift`
-      says how far those of the batch given were from them.
-    """
-    return self._run(Mode.FIRST_STEP, state, frozen, batch, key, index)
-
-  def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
-              key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, Batch]:
-    """Replaces the log-probabilities that the update with these arguments will read.
-
-    Returns:
-      The state, unchanged but in other buffers (the one given is donated); the batch.
-    """
-    state, batch, _ = self._run(Mode.RESCORE, state, frozen, batch, key, index)
-    return state, batch
-
-  def _run(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
-           key: Key[Array, ""], index: Int[Array, ""]
-           ) -> tuple[TrainState, Batch, UpdateMetrics]:
-    state, log_probs, metrics = self.program(state, frozen, batch, key, index,
-                                             jnp.int32(mode))
-    trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
-    return state, dataclasses.replace(batch, trajectory=trajectory), metrics
+  def add(self, loss: jax.Array, info: ppo.PPOInfo, grads: Any) -> Sums:
+    """With another microbatch, whose gradient is already in `grads`."""
+    return Sums(grads=grads, loss=self.loss + loss,
+                approx_kl=self.approx_kl + info.approx_kl,
+                clipfrac=self.clipfrac + info.clipfrac,
+                ratio_drift=jnp.maximum(self.ratio_drift, info.ratio_drift))
 
 
 def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float,
@@ -183,70 +140,41 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
     `update(state, frozen, batch, key, index) -> (state, metrics)`: the optimizer step
     number `index` ([] int32) of an inner epoch whose shuffle is drawn from `key`. The
     state given is donated. `batch` has its samples as [batches, samples of all devices,
-    …], sharded over the second axis; all else is replicated. With
-    `config.recompute_log_probs` it is a `RescoringUpdate`.
+    …], sharded over the second axis; all else is replicated.
   """
   local = functools.partial(_update, config, graphdef, schedule, optimizer)
-  specs: Any = {"trajectory": P(None, AXIS), "text_embeddings": P(None, AXIS),
-                "negative_embedding": P(), "advantages": P(None, AXIS)}
-  in_specs = (P(), P(), Batch(**specs), P(), P())
-  jit = functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options())
-  if config.recompute_log_probs:
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(*in_specs, P()),
-                           out_specs=(P(), P(None, AXIS), P()))
-    return RescoringUpdate(jit(mapped))
-
-  def update(*args) -> tuple[TrainState, UpdateMetrics]:
-    state, _, metrics = local(*args)
-    return state, metrics
-
-  return jit(jax.shard_map(update, mesh=mesh, in_specs=in_specs, out_specs=(P(), P())))
-
-
-def compile_for(update: Update, *arguments: Any) -> Update:
-  """The update compiled for arguments of these shapes, which may be abstract."""
-  if isinstance(update, RescoringUpdate):
-    program: Any = update.program
-    compiled = program.lower(*arguments, jnp.int32(Mode.RESCORE)).compile()
-    return dataclasses.replace(update, program=compiled)
-  program = update
-  return program.lower(*arguments).compile()
+  mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), BATCH_SPECS, P(), P()),
+                         out_specs=P())
+  return jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options())
 
 
 def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
             optimizer: optax.GradientTransformation, state: TrainState,
-            frozen: nnx.State, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
-            mode: Int[Array, ""] | None = None
-            ) -> tuple[TrainState, Float32[Array, "batches samples T"], UpdateMetrics]:
-  """The program of one device; `mode` is a `Mode`, or None for an optimizer step.
+            frozen: nnx.State, batch: Batch, key: Key[Array, ""], index: Int[Array, ""]
+            ) -> tuple[TrainState, UpdateMetrics]:
+  """The program of one device."""
+  batches, samples = batch.advantages.shape
+  microbatches = choose_microbatches(config, schedule.num_steps, batches, samples, key, index)
+  microbatches = _split(microbatches, batch.text_embeddings.dtype)
+  grads, metrics, _ = accumulate_gradients(
+      config, graphdef, schedule, state, frozen, flatten_samples(batch), microbatches)
+  return take_step(config, optimizer, state, grads, metrics)
 
-  Returns:
-    The state; the log-probabilities, those of the microbatches computed anew; the
-    metrics.
-  """
-  shape = batch.trajectory.log_probs.shape
-  microbatches = _split(choose_microbatches(config, schedule.num_steps, shape[0], shape[1],
-                                            key, index), batch.text_embeddings.dtype)
-  batch = flatten_samples(batch)
-  grads, metrics, log_probs = accumulate_gradients(
-      config, graphdef, schedule, state, frozen, batch, microbatches, mode)
-  sample = microbatches.sample[:, None, :, None]
-  log_probs = batch.trajectory.log_probs.at[sample, microbatches.step].set(log_probs)
-  log_probs = log_probs.reshape(shape)
+
+def take_step(config: UpdateConfig, optimizer: optax.GradientTransformation,
+              state: TrainState, grads: nnx.State, metrics: UpdateMetrics
+              ) -> tuple[TrainState, UpdateMetrics]:
+  """The optimizer's step, or none where loss or gradient is not finite."""
   finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   stepped = TrainState(params=optax.apply_updates(state.params, updates),
                        opt_state=opt_state, step=state.step + 1,
                        loss_scale=state.loss_scale)
-  train = True if mode is None else mode != Mode.RESCORE
-  taken = finite & train
-  stepped = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, state)
+  stepped = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
   if config.loss_scaling:
-    adjusted = jax.tree.map(lambda new, old: jnp.where(train, new, old),
-                            _next_loss_scale(state.loss_scale, finite), state.loss_scale)
-    stepped = dataclasses.replace(stepped, loss_scale=adjusted)
-  skipped = 1.0 - finite.astype(jnp.float32)
-  return stepped, log_probs, dataclasses.replace(metrics, skipped=skipped)
+    stepped = dataclasses.replace(stepped,
+                                  loss_scale=_next_loss_scale(state.loss_scale, finite))
+  return stepped, dataclasses.replace(metrics, skipped=1.0 - finite.astype(jnp.float32))
 
 
 def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samples: int,
@@ -322,8 +250,7 @@ def _map_samples(function: Callable[[jax.Array], jax.Array], batch: Batch) -> Ba
 
 def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
-                         batch: Batch, microbatches: Microbatches,
-                         mode: Int[Array, ""] | None = None
+                         batch: Batch, microbatches: Microbatches
                          ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "groups M b t"]]:
   """The gradient of the mean loss over all microbatches of all devices.
 
@@ -335,8 +262,6 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     frozen: the UNet's other weights.
     batch: this device's samples, flat.
     microbatches: this device's.
-    mode: a `Mode`, or None for an optimizer step. To rescore there is no backward pass,
-      and the gradient is 0.
 
   Returns:
     The gradient, the metrics, and this device's log-probabilities.
@@ -347,58 +272,60 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
   # Gradients are summed for the weights that the network computes with, and pulled back to
   # those that these come from once: for all prompts, and for those of each group.
-  folded_weights, pullback = _fold(folding.fold_weights, (graphdef, params, frozen))
+  folded_weights, pullback = fold(folding.fold_weights, (graphdef, params, frozen))
   unet = folding.round_lora(*folded_weights)
-  pack, unpack = _packing(folded_weights[1])
+  pack, unpack = packing(folded_weights[1])
 
-  def add_group(sums: _Sums, group: Microbatches) -> tuple[_Sums, Float32[Array, "M b t"]]:
+  def add_group(sums: Sums, group: Microbatches) -> tuple[Sums, Float32[Array, "M b t"]]:
     samples = take_samples(batch, group.sample)
     context = guidance_context(samples.text_embeddings, samples.negative_embedding,
                                config.guidance_scale)
-    (graphdef, weights, rest), prompts_pullback = _fold(
+    (graphdef, weights, rest), prompts_pullback = fold(
         functools.partial(folding.fold_prompts, context=context), unet)
 
     def loss_fn(weights: nnx.State, step: Int[Array, "b t"]):
       loss, info, log_prob = microbatch_loss(
-          config, nnx.merge(graphdef, weights, rest), schedule, samples, step, mode)
+          config, nnx.merge(graphdef, weights, rest), schedule, samples, step)
       return loss * scale, (loss, info, log_prob)
+
+    def add_microbatch(sums: Sums, step: Int[Array, "b t"]) -> tuple[Sums, jax.Array]:
+      scaled, backward, (loss, info, log_prob) = jax.vjp(
+          lambda weights: loss_fn(weights, step), weights, has_aux=True)
+      grads = pack(backward(jnp.ones_like(scaled))[0])
+      return sums.add(loss, info, jax.tree.map(jnp.add, sums.grads, grads)), log_prob
 
     folded = graphdef != unet[0]  # else the sums go on, without another gradient's memory
     start = sums
     if folded:
       start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
-    summed, log_probs = jax.lax.scan(
-        functools.partial(_add_microbatch, loss_fn, weights, pack, mode), start, group.step)
+    summed, log_probs = jax.lax.scan(add_microbatch, start, group.step)
     if folded:
       grads = jax.tree.map(jnp.add, sums.grads, prompts_pullback(summed.grads)[0])
       summed = dataclasses.replace(summed, grads=grads)
     return summed, log_probs
 
-  zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
-  start = _Sums(grads=jax.tree.map(jnp.zeros_like, pack(folded_weights[1])), loss=zero,
-                approx_kl=zero, clipfrac=zero, ratio_drift=zero)
-  sums, log_probs = jax.lax.scan(add_group, start, microbatches)
+  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(folded_weights[1])), microbatches)
   (grads,) = pullback(unpack(sums.grads))
-  grads, metrics = _mean(dataclasses.replace(sums, grads=grads),
-                         log_probs.shape[0] * log_probs.shape[1], scale)
+  grads, metrics = average(dataclasses.replace(sums, grads=grads),
+                           log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
 
 
-def _fold(fold: Callable[..., folding.Split], unet: folding.Split
-          ) -> tuple[folding.Split, Callable[[nnx.State], tuple[nnx.State]]]:
+def fold(function: Callable[..., folding.Split], unet: folding.Split
+         ) -> tuple[folding.Split, Callable[[nnx.State], tuple[nnx.State]]]:
   """The folded network, and what takes its weights' gradient to those of the one given."""
   graphdef, trained, frozen = unet
 
   def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
-    folded, weights, rest = fold(graphdef, trained, frozen)
+    folded, weights, rest = function(graphdef, trained, frozen)
     return weights, (folded, rest)
 
   weights, pullback, (folded, rest) = jax.vjp(split, trained, has_aux=True)
   return (folded, weights, rest), pullback
 
 
-def _packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
-                                         Callable[[Any], nnx.State]]:
+def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
+                                        Callable[[Any], nnx.State]]:
   """How gradients are added up, and how to get them back.
 
   Those of small weights as one vector on a GPU, where each addition is a kernel of its own,
@@ -410,53 +337,26 @@ def _packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
   return lambda grads: ravel_pytree(grads)[0], ravel_pytree(weights)[1]
 
 
-def _add_microbatch(loss_fn: Callable[..., Any], weights: nnx.State,
-                    pack: Callable[[nnx.State], Any], mode: Int[Array, ""] | None,
-                    sums: _Sums, step: Int[Array, "b t"]
-                    ) -> tuple[_Sums, Float32[Array, "b t"]]:
-  """Adds a microbatch's gradient and metrics; also returns its log-probabilities."""
-  scaled, backward, (loss, info, log_prob) = jax.vjp(
-      lambda weights: loss_fn(weights, step), weights, has_aux=True)
-  gradient = lambda backward: pack(backward(jnp.ones_like(scaled))[0])
-  if mode is None:
-    grads = gradient(backward)
-  else:
-    grads = jax.lax.cond(mode != Mode.RESCORE, gradient,
-                         lambda _: jax.tree.map(jnp.zeros_like, pack(weights)), backward)
-  return _Sums(grads=jax.tree.map(jnp.add, sums.grads, grads),
-               loss=sums.loss + loss,
-               approx_kl=sums.approx_kl + info.approx_kl,
-               clipfrac=sums.clipfrac + info.clipfrac,
-               ratio_drift=jnp.maximum(sums.ratio_drift, info.ratio_drift)), log_prob
-
-
 def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,
-                    samples: Batch, step: Int[Array, "b t"],
-                    mode: Int[Array, ""] | None = None
+                    samples: Batch, step: Int[Array, "b t"]
                     ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, "b t"]]:
   """PPO's loss at t steps of each of b samples, what it logs, and the log-probabilities."""
   latents, each = samples.trajectory.latents, jnp.arange(len(step))[:, None]
   pairs = lambda x: x.reshape(step.size, *x.shape[2:])  # a sample's steps in a row
-  text_embeddings = samples.text_embeddings
-  if mode is not None:  # the sampler's shapes, see `rounding`
-    text_embeddings = jnp.repeat(text_embeddings, step.shape[1], axis=0)
   _, log_prob = policy_step(
-      unet, schedule, pairs(step), pairs(latents[each, step]), text_embeddings,
+      unet, schedule, pairs(step), pairs(latents[each, step]), samples.text_embeddings,
       samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
       prev_latents=pairs(latents[each, step + 1]))
   log_prob = log_prob.reshape(step.shape)
-  given = old_log_prob = samples.trajectory.log_probs[each, step]
-  if mode is not None:
-    old_log_prob = jnp.where(mode == Mode.FIRST_STEP, jax.lax.stop_gradient(log_prob), given)
+  old_log_prob = samples.trajectory.log_probs[each, step]
   advantages = jnp.broadcast_to(samples.advantages[:, None], step.shape)
   loss, info = ppo.ppo_loss(log_prob, old_log_prob, advantages, config.clip_range,
                             config.adv_clip_max)
-  drift = jnp.max(ppo.ratio_deviation(log_prob, given))
-  return loss, dataclasses.replace(info, ratio_drift=drift), log_prob
+  return loss, info, log_prob
 
 
-def _mean(sums: _Sums, microbatches: int, scale: Float32[Array, ""]
-          ) -> tuple[nnx.State, UpdateMetrics]:
+def average(sums: Sums, microbatches: int, scale: Float32[Array, ""]
+            ) -> tuple[nnx.State, UpdateMetrics]:
   """What each device added up -> the mean gradient, unscaled, and the metrics."""
   count = microbatches * jax.lax.axis_size(AXIS)
   total = jax.lax.psum((sums.grads, sums.loss, sums.approx_kl, sums.clipfrac), AXIS)

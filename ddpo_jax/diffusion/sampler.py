@@ -64,13 +64,13 @@ def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "
   keys = None if key is None else _sample_keys(key, batch)
   if initial_latents is None:
     shape = (*(latent_size or native_size(unet)), unet.config.in_channels)
-    initial_latents = _normal(keys, 0, shape)
+    initial_latents = draw_noise(keys, 0, shape)
   latents = initial_latents.astype(jnp.float32)
 
   def body(latents: jax.Array, step: _Step) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     noise = step.noise
     if noise is None:
-      noise = _normal(keys, step.index + 1, latents.shape[1:])
+      noise = draw_noise(keys, step.index + 1, latents.shape[1:])
     latents, log_probs = ddim.policy_step(
         unet, schedule, jnp.full(batch, step.index), latents, text_embeddings,
         negative_embeddings, guidance_scale=guidance_scale, eta=eta, noise=noise)
@@ -97,7 +97,7 @@ def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, 
   if not 0.0 <= eta <= 1.0:
     raise ValueError(f"{eta=} must be in [0, 1]")
   keys = _sample_keys(key, text_embeddings.shape[0])
-  latents = _normal(keys, 0, (*native_size(unet), unet.config.in_channels))
+  latents = draw_noise(keys, 0, (*native_size(unet), unet.config.in_channels))
 
   def body(latents: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
     step = jnp.full(latents.shape[0], index)
@@ -105,7 +105,7 @@ def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, 
         unet, latents, schedule.timesteps[step], text_embeddings, negative_embeddings,
         guidance_scale)
     mean, std = ddim.ddim_mean_and_std(schedule, prediction, step, latents, eta)
-    return mean + std * _normal(keys, index + 1, latents.shape[1:]), None
+    return mean + std * draw_noise(keys, index + 1, latents.shape[1:]), None
 
   return jax.lax.scan(body, latents, jnp.arange(schedule.num_steps))[0]
 
@@ -122,13 +122,13 @@ def _sample_keys(key: AnyKey, batch: int) -> Key[Array, " B"]:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
 
 
-def _normal(keys: Key[Array, " B"] | None, index: Int[Array, ""] | int,
-            shape: tuple[int, ...]) -> Float32[Array, "B h w C"]:
-  """Each sample's noise number `index`; 0 is the initial latents."""
+def draw_noise(keys: Key[Array, " B"] | None, index: Int[Array, "#B"] | Int[Array, ""] | int,
+               shape: tuple[int, ...]) -> Float32[Array, "B h w C"]:
+  """Each sample's noise number `index`; 0 is the initial latents, i + 1 that of step i."""
   if keys is None:
     raise ValueError("give a key, or initial_latents and step_noise")
-  draw = lambda key: jax.random.normal(jax.random.fold_in(key, index), shape)
-  return jax.vmap(draw)(keys)
+  draw = lambda key, index: jax.random.normal(jax.random.fold_in(key, index), shape)
+  return jax.vmap(draw)(keys, jnp.broadcast_to(index, keys.shape))
 
 
 def native_size(unet: Policy) -> tuple[int, int]:

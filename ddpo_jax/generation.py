@@ -1,0 +1,138 @@
+"""Prompts -> trajectories and images: one sampling batch, as a program over all devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from ddpo_jax import folding
+from ddpo_jax.config import largest_part
+from ddpo_jax.devices import AXIS, compiler_options
+from ddpo_jax.diffusion import DDIMSchedule, sample
+from ddpo_jax.diffusion.ddim import guidance_context
+from ddpo_jax.models.vae import AutoencoderKL, to_uint8
+from ddpo_jax.shared_program import SharedProgram
+from ddpo_jax.types import Trajectory
+
+P = jax.sharding.PartitionSpec
+
+Generate = Callable[..., "Generation"]  # see `make_generate`
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """What sampling needs to know; sizes are per device."""
+
+  batch_size: int
+  num_batches: int  # per epoch
+  guidance_scale: float
+  eta: float
+  samples_at_once: int  # at most, of a batch
+  decode_batch_size: int  # images decoded at a time; bounds the decoder's memory
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What the device program makes of one batch of prompts, sharded over samples."""
+
+  trajectory: Trajectory
+  images: UInt8[Array, "B H W 3"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrozenModels:
+  """The weights that sampling reads and training never changes."""
+
+  unet: nnx.State  # all but the trained ones
+  vae: nnx.State
+
+
+def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx.GraphDef,
+                  schedule: DDIMSchedule, mesh: jax.sharding.Mesh) -> Generate:
+  """Builds the jitted sampling program.
+
+  Returns:
+    `generate(params, frozen, negative_embedding, text_embeddings, sample_indices, key)`:
+    text_embeddings [B, L, D] and sample_indices [B] int32 sharded over devices, all else
+    replicated; `key` is the epoch's.
+  """
+  decode = _make_decode(config, vae)
+
+  def generate(params: nnx.State, frozen: FrozenModels,
+               negative_embedding: Float[Array, "1 L D"],
+               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
+               key: Key[Array, ""]) -> Generation:
+    # Marked as differing between devices, as in the update.
+    trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
+    unet = folding.round_lora(*folding.fold_weights(unet_graphdef, trained, rest))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
+
+    def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
+      context = guidance_context(embeddings, negative_embedding, config.guidance_scale)
+      policy = nnx.merge(*folding.fold_prompts(*unet, context))
+      return sample(policy, schedule, embeddings, negative_embedding,
+                    guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
+
+    trajectory = _map_in_parts(draw, config.samples_at_once, text_embeddings, keys)
+    return Generation(trajectory, decode(frozen.vae, trajectory.images_latents))
+
+  mapped = jax.shard_map(generate, mesh=mesh,
+                         in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
+                         out_specs=P(AXIS))
+  return jax.jit(mapped, compiler_options=compiler_options())
+
+
+def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: SharedProgram,
+                         mesh: jax.sharding.Mesh) -> Generate:
+  """As `make_generate`, with the update's own program: the two round alike."""
+  decode = _make_decode(config, vae)
+
+  def finish(vae: nnx.State, parts: list[Trajectory]) -> Generation:
+    trajectory = jax.tree.map(
+        lambda *parts: jnp.concatenate([x[:program.pairs] for x in parts])[:config.batch_size],
+        *parts)
+    return Generation(trajectory, decode(vae, trajectory.images_latents))
+
+  finished = jax.jit(jax.shard_map(finish, mesh=mesh, in_specs=(P(), P(AXIS)),
+                                   out_specs=P(AXIS)), compiler_options=compiler_options())
+
+  def generate(params: nnx.State, frozen: FrozenModels, *arguments: jax.Array) -> Generation:
+    return finished(frozen.vae, program.denoise(params, frozen.unet, *arguments))
+
+  return generate
+
+
+def _make_decode(config: SamplingConfig, vae: AutoencoderKL
+                 ) -> Callable[[nnx.State, jax.Array], UInt8[Array, "B H W 3"]]:
+  """What takes the decoder's weights and clean latents to images, by parts."""
+  graphdef, scaling_factor = nnx.graphdef(vae), vae.config.scaling_factor
+
+  def decode(weights: nnx.State, latents: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
+    vae = nnx.merge(graphdef, weights)
+    return _map_in_parts(lambda latents: to_uint8(vae.decode(latents / scaling_factor)),
+                         config.decode_batch_size, latents)
+
+  return decode
+
+
+def _map_in_parts(function: Callable[..., Any], largest: int, *arguments: jax.Array) -> Any:
+  """function(*arguments), by the largest equal parts of their first axis up to `largest`.
+
+  `jax.lax.map` with a batch_size would do it by `vmap`, which adds an axis to every product.
+  """
+  size = len(arguments[0])
+  part = largest_part(size, largest)
+  if part == size:
+    return function(*arguments)
+  parts = [x.reshape(-1, part, *x.shape[1:]) for x in arguments]
+  out = jax.lax.map(lambda part: function(*part), parts)
+  return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), out)

@@ -1,0 +1,358 @@
+"""The policy's network as one program, for the sampler and the update.
+
+Two programs of the same network round differently: a compiler fuses its operations by what
+comes after them, and chooses kernels anew. In half precision one number in thousands then rounds
+the other way, a few layers later all of them do, and the ratio of two programs'
+log-probabilities is off by as much as PPO's clip range.
+
+So the network is compiled once. The program is a loop over microbatches of (sample, step) pairs
+that either takes these steps or scores steps that were taken; its backward pass is behind a
+condition. An epoch's first ratio is then 1 to the last bit, as far as the device's kernels are
+deterministic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Key
+import optax
+
+from ddpo_jax import folding, ppo
+from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
+from ddpo_jax.diffusion import DDIMSchedule
+from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
+from ddpo_jax.diffusion.sampler import draw_noise
+from ddpo_jax.types import Batch, TrainState, Trajectory
+from ddpo_jax.update import (
+  BATCH_SPECS,
+  Microbatches,
+  Sums,
+  UpdateConfig,
+  UpdateMetrics,
+  average,
+  choose_microbatches,
+  flatten_samples,
+  fold,
+  packing,
+  take_step,
+)
+
+P = jax.sharding.PartitionSpec
+
+
+class Mode(enum.IntEnum):
+  """What the program does with its pairs."""
+
+  SAMPLE = 0  # takes the steps: writes the next latents and their log-probabilities
+  SCORE = 1  # writes the log-probabilities of the steps that were taken
+  FIRST_STEP = 2  # likewise, and adds up the gradient at a ratio of 1
+  STEP = 3  # adds up the gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """Some samples, and which of their steps the program visits in which order.
+
+  With the trajectory of each of its rows; rows that no pair names may hold anything.
+  """
+
+  text_embeddings: Float[Array, "rows L D"]
+  advantages: Float32[Array, " rows"]
+  sample_index: Int[Array, " rows"]  # which noise is the sample's
+  row: Int[Array, "microbatches pairs"]
+  step: Int[Array, "microbatches pairs"]
+
+
+_BY_ROW: Any = P(AXIS)
+_BY_PAIR: Any = P(None, AXIS)
+_WORK_SPECS = Work(text_embeddings=_BY_ROW, advantages=_BY_ROW, sample_index=_BY_ROW,
+                   row=_BY_PAIR, step=_BY_PAIR)
+
+
+class SharedProgram:
+  """The program and what calls it: an update, and a sampler.
+
+  As an update it is called as those of `make_update`. Arrays are those of all devices.
+
+  Attributes:
+    pairs: how many (sample, step) pairs a device visits at a time.
+  """
+
+  def __init__(self, config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
+               optimizer: optax.GradientTransformation, latent_shape: tuple[int, ...],
+               mesh: jax.sharding.Mesh):
+    """Builds it; nothing is compiled yet.
+
+    Args:
+      config: of the update.
+      graphdef: of the UNet, from `lora.partition`.
+      schedule: the sampler's.
+      optimizer: from `make_optimizer`.
+      latent_shape: of a sample, (h, w, C).
+      mesh: one axis, "data".
+    """
+    self._config, self._schedule, self._optimizer = config, schedule, optimizer
+    self._graphdef, self._latent_shape, self._mesh = graphdef, latent_shape, mesh
+    self.pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
+    self._rows = max(config.batch_size, self.pairs)
+    # Of the same samples, in an optimizer step.
+    self._group_size = config.num_train_timesteps * config.batch_size // self.pairs
+    by_batch, by_row, everywhere = P(None, AXIS), P(AXIS), P()
+    self._visit = self._jit(
+        self._visit_all, (*[everywhere] * 4, _WORK_SPECS, *[everywhere] * 3, by_row, by_row),
+        by_row, donate_argnums=(8, 9))
+    self._zero_sums = self._jit(self._make_zero_sums, (everywhere, everywhere), by_row)
+    self._start = self._jit(self._start_denoising, (by_row, by_row, everywhere, everywhere),
+                            (_WORK_SPECS, by_row))
+    self._lay_out = self._jit(self._lay_out_group, (BATCH_SPECS, *[everywhere] * 3),
+                              (_WORK_SPECS, by_row))
+    self._keep = self._jit(self._keep_log_probs, (by_batch, by_row, *[everywhere] * 3), by_batch)
+    self._finish = self._jit(self._finish_step, (everywhere, everywhere, by_row), everywhere,
+                             donate_argnums=0)
+
+  def _jit(self, function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
+    mapped = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs)
+    return jax.jit(mapped, compiler_options=compiler_options(), **options)
+
+  def compile(self, params: Any, frozen: Any, embedding: jax.ShapeDtypeStruct) -> None:
+    """Compiles the program, for weights and a prompt's embedding [1, L, D] of these shapes."""
+    put = lambda spec, tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(self._mesh, spec)), tree)
+    rows = self.pairs * self._mesh.size
+    prompts = jax.ShapeDtypeStruct((rows, *embedding.shape[1:]), embedding.dtype)
+    indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
+    work, trajectory = jax.eval_shape(self._start, prompts, indices, key, number)
+    work = Work(**{field.name: put(getattr(_WORK_SPECS, field.name), getattr(work, field.name))
+                   for field in dataclasses.fields(Work)})
+    sums = put(P(AXIS), jax.eval_shape(self._zero_sums, params, frozen))
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    self._visit = self._visit.lower(
+        params, put(P(), scale), frozen, embedding, work, key, put(P(), number),
+        put(P(), number), sums, put(P(AXIS), trajectory)).compile()
+
+  def denoise(self, params: nnx.State, frozen: nnx.State,
+              negative_embedding: Float[Array, "1 L D"],
+              text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
+              key: Key[Array, ""]) -> list[Trajectory]:
+    """Samples a batch, by as many samples at a time as the update has pairs.
+
+    Args:
+      params: the policy.
+      frozen: the UNet's other weights.
+      negative_embedding: of the empty prompt.
+      text_embeddings: of the prompts, sharded over devices.
+      sample_indices: which noise each sample gets, likewise.
+      key: the epoch's.
+
+    Returns:
+      The trajectories part by part. On each device the samples of one part follow those of
+      the part before; the last may have some twice.
+    """
+    sums, parts = self._zero_sums(params, frozen), []
+    samples = len(sample_indices) // self._mesh.size
+    for part in range(-(-samples // self.pairs)):
+      work, trajectory = self._start(text_embeddings, sample_indices, key, jnp.int32(part))
+      sums, trajectory = self._visit(
+          params, jnp.float32(1), frozen, negative_embedding, work, key,
+          jnp.int32(self._schedule.num_steps), jnp.int32(Mode.SAMPLE), sums, trajectory)
+      parts.append(trajectory)
+    return parts
+
+  def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
+               key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, UpdateMetrics]:
+    sums, _ = self._visit_step(Mode.STEP, state, frozen, batch, key, index)
+    return self._finish(state, frozen, sums)
+
+  def first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
+                 key: Key[Array, ""], index: Int[Array, ""]
+                 ) -> tuple[TrainState, Batch, UpdateMetrics]:
+    """An epoch's first optimizer step: its policy is the sampler's, and the ratio 1.
+
+    Returns:
+      The state; the batch with the log-probabilities that this step had; the metrics, of
+      which `ratio_drift` says how far those of the batch given were from them.
+    """
+    sums, batch = self._visit_step(Mode.FIRST_STEP, state, frozen, batch, key, index)
+    state, metrics = self._finish(state, frozen, sums)
+    return state, batch, metrics
+
+  def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
+              key: Key[Array, ""], index: Int[Array, ""]) -> Batch:
+    """Replaces the log-probabilities that the update with these arguments will read."""
+    return self._visit_step(Mode.SCORE, state, frozen, batch, key, index)[1]
+
+  def _visit_step(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
+                  key: Key[Array, ""], index: Int[Array, ""]) -> tuple[Sums, Batch]:
+    """All microbatches of an optimizer step."""
+    sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
+    for group in map(jnp.int32, range(self._config.accumulation_steps)):
+      work, trajectory = self._lay_out(batch, key, index, group)
+      sums, trajectory = self._visit(
+          state.params, state.loss_scale.scale, frozen, batch.negative_embedding, work, key,
+          jnp.int32(self._group_size), jnp.int32(mode), sums, trajectory)
+      if mode != Mode.STEP:
+        log_probs = self._keep(log_probs, trajectory.log_probs, key, index, group)
+    trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
+    return sums, dataclasses.replace(batch, trajectory=trajectory)
+
+  # What follows is the program of one device.
+
+  def _visit_all(self, params: nnx.State, scale: Float32[Array, ""], frozen: nnx.State,
+                 negative_embedding: Float[Array, "1 L D"], work: Work, key: Key[Array, ""],
+                 count: Int[Array, ""], mode: Int[Array, ""], sums: Sums,
+                 trajectory: Trajectory) -> tuple[Sums, Trajectory]:
+    """The first `count` microbatches."""
+    folded, _ = self._fold(params, frozen)
+    graphdef, weights, rest = folding.round_lora(*folded)
+    pack, _ = packing(folded[1])
+
+    def visit(i: jax.Array, carry: tuple[Sums, Trajectory]) -> tuple[Sums, Trajectory]:
+      sums, trajectory = carry
+      row, step = work.row[i], work.step[i]
+
+      def loss_fn(weights: nnx.State) -> tuple[jax.Array, Any]:
+        loss, *others = self._visit_pairs(
+            nnx.merge(graphdef, weights, rest), negative_embedding, work, trajectory, row, step,
+            key, mode)
+        return loss * scale, (loss, *others)
+
+      scaled, backward, (loss, info, trajectory) = jax.vjp(loss_fn, weights, has_aux=True)
+
+      def add_gradient(grads: Any, backward: Any) -> Any:
+        return jax.tree.map(jnp.add, grads, pack(backward(jnp.ones_like(scaled))[0]))
+
+      grads = jax.lax.cond(mode >= Mode.FIRST_STEP, add_gradient, lambda grads, _: grads,
+                           sums.grads, backward)
+      return sums.add(loss, info, grads), trajectory
+
+    sums, trajectory = jax.lax.fori_loop(0, count, visit, (_of_device(sums), trajectory))
+    return _by_device(sums), trajectory
+
+  def _visit_pairs(self, unet: nnx.Module, negative_embedding: Float[Array, "1 L D"],
+                   work: Work, trajectory: Trajectory, row: Int[Array, " pairs"],
+                   step: Int[Array, " pairs"], key: Key[Array, ""], mode: Int[Array, ""]
+                   ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Trajectory]:
+    """PPO's loss, what it logs, and the trajectory with what the mode writes into it."""
+    config = self._config
+    get = lambda array, step: array[row, step]
+    put = lambda array, step, new: array.at[row, step].set(new, unique_indices=True)
+    latents, after = get(trajectory.latents, step), get(trajectory.latents, step + 1)
+    prediction = guided_prediction(
+        unet, latents, self._schedule.timesteps[step], work.text_embeddings[row],
+        negative_embedding, config.guidance_scale)
+    take = functools.partial(ddim_step, self._schedule, prediction, step, latents, config.eta)
+    drawn, _ = take(noise=draw_noise(_keys(key, work.sample_index[row]), step + 1,
+                                     latents.shape[1:]))
+    visited = put(trajectory.latents, step + 1, jnp.where(mode == Mode.SAMPLE, drawn, after))
+    # Scored as they lie in memory, so that it is the same arithmetic in all modes.
+    _, log_prob = take(prev_latents=get(visited, step + 1))
+    computed, given = jax.lax.stop_gradient(log_prob), get(trajectory.log_probs, step)
+    loss, info = ppo.ppo_loss(
+        log_prob, jnp.where(mode == Mode.FIRST_STEP, computed, given), work.advantages[row],
+        config.clip_range, config.adv_clip_max)
+    drift = jnp.max(ppo.ratio_deviation(log_prob, given))
+    kept = jnp.where(mode == Mode.STEP, given, computed)
+    return (loss, dataclasses.replace(info, ratio_drift=drift),
+            Trajectory(visited, put(trajectory.log_probs, step, kept)))
+
+  def _fold(self, params: nnx.State, frozen: nnx.State) -> Any:
+    """As `fold_weights`, and what takes the gradient back."""
+    # Marked as differing between devices, so that the backward pass does not sum each
+    # microbatch's gradient over them: that is done once, at the end of the step.
+    params, frozen = jax.lax.pcast((params, frozen), AXIS, to="varying")
+    return fold(folding.fold_weights, (self._graphdef, params, frozen))
+
+  def _make_zero_sums(self, params: nnx.State, frozen: nnx.State) -> Sums:
+    (_, weights, _), _ = self._fold(params, frozen)
+    pack, _ = packing(weights)
+    return _by_device(Sums.zero(pack(weights)))
+
+  def _finish_step(self, state: TrainState, frozen: nnx.State, sums: Sums
+                   ) -> tuple[TrainState, UpdateMetrics]:
+    """What was added up -> the optimizer's step."""
+    (_, weights, _), pullback = self._fold(state.params, frozen)
+    _, unpack = packing(weights)
+    sums = _of_device(sums)
+    (grads,) = pullback(unpack(sums.grads))
+    grads, metrics = average(dataclasses.replace(sums, grads=grads),
+                             self._config.accumulation_steps * self._group_size,
+                             state.loss_scale.scale)
+    return take_step(self._config, self._optimizer, state, grads, metrics)
+
+  def _start_denoising(self, text_embeddings: Float[Array, "B L D"],
+                       sample_indices: Int[Array, " B"], key: Key[Array, ""],
+                       part: Int[Array, ""]) -> tuple[Work, Trajectory]:
+    """All steps of as many of the batch's samples as there are pairs; from pure noise.
+
+    The last part has samples twice if it would have too few.
+    """
+    chosen = (part * self.pairs + jnp.arange(self._rows)) % len(sample_indices)
+    sample_index = sample_indices[chosen]
+    noise = draw_noise(_keys(key, sample_index), jnp.int32(0), self._latent_shape)
+    steps = self._schedule.num_steps
+    shape = (self._rows, steps + 1, *self._latent_shape)
+    latents = jnp.zeros_like(noise, shape=shape).at[:, 0].set(noise)
+    zeros = jnp.zeros_like(sample_index)
+    grid = self._grid(zeros)
+    work = Work(text_embeddings=text_embeddings[chosen],
+                advantages=zeros.astype(jnp.float32), sample_index=sample_index,
+                row=grid + jnp.arange(self.pairs), step=grid + jnp.arange(len(grid))[:, None])
+    return work, Trajectory(latents, jnp.zeros_like(noise, shape=(self._rows, steps)))
+
+  def _lay_out_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
+                     group: Int[Array, ""]) -> tuple[Work, Trajectory]:
+    """What group number `group` of optimizer step `index` trains on."""
+    chosen = self._choose(batch.advantages.shape, key, index)
+    sample, step = chosen.sample[group], chosen.step[group]
+    flat = flatten_samples(batch)
+    rows = jnp.resize(sample, (self._rows,))
+    pairs = (self._group_size, self.pairs)
+    row = jnp.broadcast_to(jnp.arange(len(sample))[:, None], step.shape).reshape(pairs)
+    grid = self._grid(sample)
+    fill = lambda values: grid.at[:len(values)].set(values)
+    work = Work(text_embeddings=flat.text_embeddings[rows], advantages=flat.advantages[rows],
+                sample_index=rows, row=fill(row), step=fill(step.reshape(pairs)))
+    return work, jax.tree.map(lambda x: x[rows], flat.trajectory)
+
+  def _grid(self, like: Int[Array, " B"]) -> Int[Array, "microbatches pairs"]:
+    """Zeros for as many microbatches as there are at most."""
+    most = max(self._schedule.num_steps, self._group_size)
+    return jnp.zeros_like(like, shape=(most, self.pairs))
+
+  def _choose(self, shape: tuple[int, ...], key: Key[Array, ""], index: Int[Array, ""]
+              ) -> Microbatches:
+    """Of an optimizer step, from [batches, samples] like these."""
+    batches, samples = shape
+    return choose_microbatches(self._config, self._schedule.num_steps, batches, samples, key,
+                               index)
+
+  def _keep_log_probs(self, log_probs: Float32[Array, "batches samples T"],
+                      new: Float32[Array, "rows T"], key: Key[Array, ""],
+                      index: Int[Array, ""], group: Int[Array, ""]
+                      ) -> Float32[Array, "batches samples T"]:
+    """Puts back those of the rows of `_lay_out_group`."""
+    sample = self._choose(log_probs.shape[:2], key, index).sample[group]
+    flat = log_probs.reshape(-1, log_probs.shape[-1])
+    return flat.at[sample].set(new[:len(sample)]).reshape(log_probs.shape)
+
+
+def _keys(key: Key[Array, ""], sample_index: Int[Array, " B"]) -> Key[Array, " B"]:
+  return jax.vmap(functools.partial(jax.random.fold_in, key))(sample_index)
+
+
+def _by_device(sums: Sums) -> Sums:
+  """With an axis for the devices, over which it is sharded."""
+  return jax.tree.map(lambda x: x[None], sums)
+
+
+def _of_device(sums: Sums) -> Sums:
+  return jax.tree.map(lambda x: x[0], sums)
