@@ -11,7 +11,7 @@ import pytest
 from runs import metrics_of, weights_of, without_times
 from small_model import small_config
 
-from ddpo_jax import build, checkpoint, train, update
+from ddpo_jax import build, checkpoint, train
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import plan_batches
 from ddpo_jax.prompts import get_prompt_fn
@@ -89,11 +89,11 @@ def test_run_folder_and_resume(make_config, tmp_path, monkeypatch, capsys):
 
 def test_the_model_is_read_while_the_update_compiles(make_config, monkeypatch):
   compiling = threading.Event()
-  compile_for = update.compile_for
+  compile_update = build.compile_update
 
   def begin(*arguments):
     compiling.set()
-    return compile_for(*arguments)
+    return compile_update(*arguments)
 
   def wait():
     assert compiling.wait(timeout=60)
@@ -101,7 +101,7 @@ def test_the_model_is_read_while_the_update_compiles(make_config, monkeypatch):
 
   cfg = make_config()
   model = build.open_model(cfg)
-  monkeypatch.setattr(update, "compile_for", begin)
+  monkeypatch.setattr(build, "compile_update", begin)
   trainer = build.build(cfg, plan_batches(cfg), get_prompt_fn("simple_animals"),
                         get_rewards(cfg.reward_fn, {}), dataclasses.replace(model, read=wait))
   assert {leaf.dtype for leaf in jax.tree.leaves(trainer.frozen_unet)} == {jnp.dtype("float32")}
