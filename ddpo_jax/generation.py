@@ -98,8 +98,7 @@ def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: Sh
 
   def finish(vae: nnx.State, parts: list[Trajectory]) -> Generation:
     trajectory = jax.tree.map(
-        lambda *parts: jnp.concatenate([x[:program.pairs] for x in parts])[:config.batch_size],
-        *parts)
+        lambda *parts: jnp.concatenate(parts)[:config.batch_size], *parts)
     return Generation(trajectory, decode(vae, trajectory.images_latents))
 
   finished = jax.jit(jax.shard_map(finish, mesh=mesh, in_specs=(P(), P(AXIS)),

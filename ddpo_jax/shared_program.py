@@ -81,9 +81,6 @@ class SharedProgram:
   """The program and what calls it: an update, and a sampler.
 
   As an update it is called as those of `make_update`. Arrays are those of all devices.
-
-  Attributes:
-    pairs: how many (sample, step) pairs a device visits at a time.
   """
 
   def __init__(self, config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
@@ -101,10 +98,10 @@ class SharedProgram:
     """
     self._config, self._schedule, self._optimizer = config, schedule, optimizer
     self._graphdef, self._latent_shape, self._mesh = graphdef, latent_shape, mesh
-    self.pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
-    self._rows = max(config.batch_size, self.pairs)
-    # Of the same samples, in an optimizer step.
-    self._group_size = config.num_train_timesteps * config.batch_size // self.pairs
+    # Of one microbatch on a device; of these as many as have room for the samples of a group.
+    self._pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
+    self._rows = -(-config.batch_size // self._pairs) * self._pairs
+    self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
     by_batch, by_row, everywhere = P(None, AXIS), P(AXIS), P()
     self._visit = self._jit(
         self._visit_all, (*[everywhere] * 4, _WORK_SPECS, *[everywhere] * 3, by_row, by_row),
@@ -126,7 +123,7 @@ class SharedProgram:
     """Compiles the program, for weights and a prompt's embedding [1, L, D] of these shapes."""
     put = lambda spec, tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=jax.sharding.NamedSharding(self._mesh, spec)), tree)
-    rows = self.pairs * self._mesh.size
+    rows = self._rows * self._mesh.size
     prompts = jax.ShapeDtypeStruct((rows, *embedding.shape[1:]), embedding.dtype)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
@@ -143,7 +140,7 @@ class SharedProgram:
               negative_embedding: Float[Array, "1 L D"],
               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
               key: Key[Array, ""]) -> list[Trajectory]:
-    """Samples a batch, by as many samples at a time as the update has pairs.
+    """Samples a batch, a microbatch of its samples after the other.
 
     Args:
       params: the policy.
@@ -155,15 +152,17 @@ class SharedProgram:
 
     Returns:
       The trajectories part by part. On each device the samples of one part follow those of
-      the part before; the last may have some twice.
+      the part before; what goes beyond the batch is to be ignored.
     """
     sums, parts = self._zero_sums(params, frozen), []
     samples = len(sample_indices) // self._mesh.size
-    for part in range(-(-samples // self.pairs)):
-      work, trajectory = self._start(text_embeddings, sample_indices, key, jnp.int32(part))
+    for first in range(0, samples, self._rows):
+      work, trajectory = self._start(text_embeddings, sample_indices, key, jnp.int32(first))
+      microbatches = -(-min(self._rows, samples - first) // self._pairs)
       sums, trajectory = self._visit(
           params, jnp.float32(1), frozen, negative_embedding, work, key,
-          jnp.int32(self._schedule.num_steps), jnp.int32(Mode.SAMPLE), sums, trajectory)
+          jnp.int32(microbatches * self._schedule.num_steps), jnp.int32(Mode.SAMPLE), sums,
+          trajectory)
       parts.append(trajectory)
     return parts
 
@@ -290,12 +289,12 @@ class SharedProgram:
 
   def _start_denoising(self, text_embeddings: Float[Array, "B L D"],
                        sample_indices: Int[Array, " B"], key: Key[Array, ""],
-                       part: Int[Array, ""]) -> tuple[Work, Trajectory]:
-    """All steps of as many of the batch's samples as there are pairs; from pure noise.
+                       first: Int[Array, ""]) -> tuple[Work, Trajectory]:
+    """All steps of as many of the batch's samples as there are rows, from pure noise.
 
-    The last part has samples twice if it would have too few.
+    After the last sample come others again.
     """
-    chosen = (part * self.pairs + jnp.arange(self._rows)) % len(sample_indices)
+    chosen = (first + jnp.arange(self._rows)) % len(sample_indices)
     sample_index = sample_indices[chosen]
     noise = draw_noise(_keys(key, sample_index), jnp.int32(0), self._latent_shape)
     steps = self._schedule.num_steps
@@ -303,9 +302,11 @@ class SharedProgram:
     latents = jnp.zeros_like(noise, shape=shape).at[:, 0].set(noise)
     zeros = jnp.zeros_like(sample_index)
     grid = self._grid(zeros)
+    visit = jnp.arange(len(grid))[:, None]
     work = Work(text_embeddings=text_embeddings[chosen],
                 advantages=zeros.astype(jnp.float32), sample_index=sample_index,
-                row=grid + jnp.arange(self.pairs), step=grid + jnp.arange(len(grid))[:, None])
+                row=grid + visit // steps * self._pairs + jnp.arange(self._pairs),
+                step=grid + visit % steps)
     return work, Trajectory(latents, jnp.zeros_like(noise, shape=(self._rows, steps)))
 
   def _lay_out_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
@@ -315,7 +316,7 @@ class SharedProgram:
     sample, step = chosen.sample[group], chosen.step[group]
     flat = flatten_samples(batch)
     rows = jnp.resize(sample, (self._rows,))
-    pairs = (self._group_size, self.pairs)
+    pairs = (self._group_size, self._pairs)
     row = jnp.broadcast_to(jnp.arange(len(sample))[:, None], step.shape).reshape(pairs)
     grid = self._grid(sample)
     fill = lambda values: grid.at[:len(values)].set(values)
@@ -325,8 +326,9 @@ class SharedProgram:
 
   def _grid(self, like: Int[Array, " B"]) -> Int[Array, "microbatches pairs"]:
     """Zeros for as many microbatches as there are at most."""
-    most = max(self._schedule.num_steps, self._group_size)
-    return jnp.zeros_like(like, shape=(most, self.pairs))
+    denoising = self._rows // self._pairs * self._schedule.num_steps
+    most = max(denoising, self._group_size)
+    return jnp.zeros_like(like, shape=(most, self._pairs))
 
   def _choose(self, shape: tuple[int, ...], key: Key[Array, ""], index: Int[Array, ""]
               ) -> Microbatches:

@@ -99,7 +99,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
         parts = program.denoise(everywhere(params), everywhere(frozen), everywhere(negative),
                                 place(embeddings), place(jnp.arange(sample_batch)), key)
         trajectories.append(jax.tree.map(
-            lambda *x: jnp.concatenate([x[:program.pairs] for x in x])[:sample_batch], *parts))
+            lambda *parts: jnp.concatenate(parts)[:sample_batch], *parts))
       else:
         trajectories.append(draw(params, embeddings, key))
     batch = Batch(
