@@ -107,11 +107,11 @@ def get_config() -> ml_collections.ConfigDict:
   # (new) "none", "blocks" (recompute inside resnets and attentions) or "full": less
   # memory for more computation.
   train.gradient_checkpointing = "none"
-  # (new) In half precision and TF32 sampler and update round differently, which moves ratios
-  # by as much as the clip range (docs/gpu.md). With this the sampler is compiled to round as
-  # the update does, in the update's batches. The first optimizer step of each epoch sees
-  # whether it did; if not by a tenth of the clip range, the update computes the
-  # log-probabilities anew: one more forward pass. In plain float32 it has no effect.
+  # (new) In half precision and TF32 two compiled programs round differently, which moves
+  # ratios by as much as the clip range (docs/gpu.md). With this sampler and update are one
+  # program. The first optimizer step of each epoch sees whether their ratio is 1; if not by a
+  # tenth of the clip range, the update computes the log-probabilities anew: one more forward
+  # pass. In plain float32 it has no effect.
   train.recompute_log_probs = True
   # (new) Stop after so many optimizer steps in a row whose loss or gradient was not
   # finite (each of them is skipped).

@@ -71,8 +71,11 @@ def single():
   return run_epoch(1)
 
 
-@pytest.mark.parametrize("devices", (2, 4, 8))
-def test_as_on_one_device(single, devices):
+@pytest.mark.parametrize("devices,shared", ((2, False), (4, False), (8, False), (4, True)))
+def test_as_on_one_device(single, devices, shared, monkeypatch):
+  """`shared`: by the program that in half precision is both sampler and update."""
+  if shared:
+    monkeypatch.setattr(build, "_must_round_alike", lambda cfg: True)
   rollout, gradient, weights, metrics = run_epoch(devices)
   assert len(metrics) == 1  # the second of two
   assert rollout.prompts == single[0].prompts
@@ -87,19 +90,29 @@ def test_as_on_one_device(single, devices):
   assert np.linalg.norm(weights - single[2]) < 1e-3 * np.linalg.norm(single[2])
 
 
-def test_devices_exchange_one_gradient_per_optimizer_step():
+def collectives(compiled):
+  """How many numbers each of them exchanges."""
+  results = re.findall(r"= (.*) (?:all|collective|reduce-scatter)[-a-z]*\(", compiled.as_text())
+  return sorted(sum(math.prod(int(n) for n in shape.split(",") if n)
+                    for shape in re.findall(r"f32\[([\d,]*)\]", result))
+                for result in results)
+
+
+@pytest.mark.parametrize("shared", (False, True))
+def test_devices_exchange_one_gradient_per_optimizer_step(shared, monkeypatch):
   """Beside it only a scalar, the largest ratio drift, however many microbatches there are."""
+  if shared:
+    monkeypatch.setattr(build, "_must_round_alike", lambda cfg: True)
   cfg = make_config(8)
   trainer = build.build(cfg, BatchPlan.create(cfg, 8), get_prompt_fn(cfg.prompt_fn),
                         get_rewards(cfg.reward_fn, {}), build.open_model(cfg))
-  params, program = trainer.state.params, trainer.update.as_text()
-  collectives = re.findall(
-      r"= (.*) (?:all|collective|reduce-scatter)[-a-z]*\(", program)
-  sizes = sorted(sum(math.prod(int(n) for n in shape.split(",") if n)
-                     for shape in re.findall(r"f32\[([\d,]*)\]", result))
-                 for result in collectives)
-  trained = sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert sizes == [1, trained + 3]  # loss, KL and clip fraction ride along
+  state, program = trainer.state, trainer.update
+  if shared:
+    assert collectives(program._visit) == []
+    sums = program._zero_sums(state.params, trainer.frozen_unet)
+    program = program._finish.lower(state, trainer.frozen_unet, sums).compile()
+  trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  assert collectives(program) == [1, trained + 3]  # loss, KL and clip fraction ride along
 
 
 @pytest.mark.parametrize("batch_size,forced,expected", [
