@@ -92,7 +92,7 @@ def test_long_attention_holds_no_square():
 @pytest.fixture
 def on_a_gpu(monkeypatch):
   """The default backend is a GPU, and its device is of the platform that this returns."""
-  device = mock.Mock(platform="gpu")
+  device = mock.Mock(platform="gpu", compute_capability="8.6")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
   caches = attention._cudnn_serves, attention._say_once
@@ -119,6 +119,17 @@ def test_implementation(on_a_gpu, monkeypatch, shape, dtype, expected, keys):
   query, key = (jax.ShapeDtypeStruct((2, length, *shape[2:]), dtype)
                 for length in (shape[1], keys))
   assert attention.implementation(query, key) == expected
+
+
+@pytest.mark.parametrize("capability,largest", (
+    ("8.9", 128), ("9.0", 256), ("10.0", 256), ("gfx942", 128), (None, 128)))
+def test_hopper_has_larger_heads(on_a_gpu, monkeypatch, capability, largest):
+  """Stable Diffusion's innermost ones have 160 features."""
+  monkeypatch.setattr(attention, "_cudnn_serves", lambda *_: True)
+  on_a_gpu.compute_capability = capability
+  for features in (128, 160, 256, 320):
+    x = jax.ShapeDtypeStruct((2, 256, 8, features), jnp.float16)
+    assert attention.implementation(x, x) == ("cudnn" if features <= largest else "xla")
 
 
 def test_a_program_for_a_gpu_that_is_not_here(on_a_gpu):
@@ -151,5 +162,6 @@ def test_a_gpu_without_flash_attention(on_a_gpu, capsys):
     assert grad.shape == x.shape and jnp.isfinite(grad).all()
   mapped(query[:, :32], key, value)  # other shapes: asked again
   said = capsys.readouterr()
-  assert (said.out + said.err).count("attention cannot be used here (cuDNN is not detected") == 1
+  assert (said.out + said.err).count(
+      "attention cannot be used here for heads of 8 features (cuDNN is not detected") == 1
   assert attention._cudnn_serves.cache_info().misses == 2

@@ -29,12 +29,20 @@ def implementation(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"])
   attention serves them.
   """
   half = query.dtype in (jnp.float16, jnp.bfloat16)
+  if jax.default_backend() != "gpu" or not half:
+    return "xla"
   _, length, _, head_dim = query.shape
-  fits = length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
-  if not (jax.default_backend() == "gpu" and half and fits):
+  device = jax.local_devices()[0]
+  if length % 2 or head_dim % 8 or head_dim > _largest_head(device):
     return "xla"
   one = lambda x: jax.ShapeDtypeStruct((1, x.shape[1], 1, head_dim), query.dtype)
-  return "cudnn" if _cudnn_serves(jax.local_devices()[0], one(query), one(key)) else "xla"
+  return "cudnn" if _cudnn_serves(device, one(query), one(key)) else "xla"
+
+
+def _largest_head(device: jax.Device) -> int:
+  """How many features a head may have in cuDNN's flash attention: more from Hopper on."""
+  generation = str(getattr(device, "compute_capability", "")).partition(".")[0]
+  return 256 if generation.isdigit() and int(generation) >= 9 else 128
 
 
 @functools.cache
@@ -57,15 +65,15 @@ def _cudnn_serves(device: jax.Device, query: jax.ShapeDtypeStruct, key: jax.Shap
   try:
     jax.jit(there_and_back).lower(query, key, key).compile()
   except (RuntimeError, ValueError) as error:
-    _say_once(str(error).strip().partition("\n")[0][:200])
+    _say_once(str(error).strip().partition("\n")[0][:200], query.shape[-1])
     return False
   return True
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-  say(f"cuDNN's flash attention cannot be used here ({reason}): XLA's takes its place, which is "
-      "slower and needs more memory")
+def _say_once(reason: str, head_dim: int) -> None:
+  say(f"cuDNN's flash attention cannot be used here for heads of {head_dim} features ({reason}): "
+      "XLA's takes its place, which is slower and needs more memory")
 
 
 def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B S N*H"],
