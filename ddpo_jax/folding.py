@@ -7,6 +7,9 @@ weights and frozen weights. The trained ones of the result depend on those given
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ddpo_jax import lora
 from ddpo_jax.models import layers
+from ddpo_jax.ops.matmul import matmul
 
 Split = tuple[nnx.GraphDef, nnx.State, nnx.State]  # structure, trained, frozen
 
@@ -34,6 +38,42 @@ class _PrecomputedProjection(nnx.Module):
     return output.reshape(*output.shape[:2], -1)
 
 
+class _ContextProjection(nnx.Module):
+  """Several linear layers with LoRA and the same input, as three products in place of many."""
+
+  def __init__(self, linears: list[layers.Linear]):
+    self.dtype = linears[0].dtype
+    self.sizes = tuple(linear.out_features for linear in linears)
+    self.kernel = nnx.Param(
+        jnp.concatenate([linear.kernel[...] for linear in linears], axis=1))
+    self.lora_down = _join([linear.lora_down for linear in linears])
+    self.lora_up = nnx.List([linear.lora_up for linear in linears if linear.lora_up is not None])
+
+  def __call__(self, context: Float[Array, "B S D"]) -> Sequence[Float[Array, "B S N*H"]]:
+    rows = context.reshape(-1, context.shape[-1]).astype(self.dtype)
+    low = matmul(rows, self.lora_down[...].astype(self.dtype))
+    y = matmul(rows, self.kernel[...]) + matmul(low, self._block_diagonal_up())
+    return jax.lax.split(y.reshape(*context.shape[:-1], -1), self.sizes, axis=2)
+
+  def _block_diagonal_up(self) -> Float[Array, "ranks outs"]:
+    rows, before = [], 0
+    for up, size in zip(self.lora_up, self.sizes):
+      after = sum(self.sizes) - before - size
+      rows.append(jnp.pad(up[...].astype(self.dtype), ((0, 0), (before, after))))
+      before += size
+    return jnp.concatenate(rows)
+
+
+class _ContextPart(nnx.Module):
+  """Stands for one of the linear layers of a `_ContextProjection`: takes its output."""
+
+  def __init__(self, index: int):
+    self.index = index
+
+  def __call__(self, parts: Sequence[jax.Array]) -> jax.Array:
+    return parts[self.index]
+
+
 def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
   """Brings a network with LoRA in the form that is quickest for many calls.
 
@@ -43,8 +83,9 @@ def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) 
   linear in theirs: it can be summed over microbatches first, and handed on to up and down
   once. On GPUs the gradient of the whole matrix would cost more than it saves, and half
   precision would lose what up·down adds. There the rank is padded to what tensor cores
-  multiply, which XLA would do in each call, and self-attention multiplies its input by the
-  three matrices `down` of queries, keys and values at once.
+  multiply, which XLA would do in each call; self-attention multiplies its input by the
+  three matrices `down` of queries, keys and values at once; and the prompts are multiplied by
+  the matrices of all layers that attend to them at once.
 
   Returns:
     The same network; what was given if it has no LoRA.
@@ -65,6 +106,7 @@ def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) 
     for _, module in nnx.iter_graph(unet):
       if isinstance(module, layers.Attention) and not module.takes_context:
         _join_down(module)
+    _join_context(unet)
   return lora.partition(unet)
 
 
@@ -106,13 +148,27 @@ def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
   unet = nnx.merge(graphdef, trained, frozen)
   to_prompts = [module for _, module in nnx.iter_graph(unet)
                 if isinstance(module, layers.Attention) and module.takes_context]
-  if not all(isinstance(attention.to_k.kernel, nnx.LoRAParam) for attention in to_prompts):
+  if unet.context_projection is not None or not all(
+      isinstance(attention.to_k.kernel, nnx.LoRAParam) for attention in to_prompts):
     return graphdef, trained, frozen
   for attention in to_prompts:
     for name in ("to_k", "to_v"):
       output = getattr(attention, name)(context)
       setattr(attention, name, _PrecomputedProjection(output, attention.num_heads))
   return lora.partition(unet)
+
+
+def _join_context(unet: Any) -> None:
+  """Keys and values of the prompts, in all layers that have any."""
+  to_prompts = [module for _, module in nnx.iter_graph(unet)
+                if isinstance(module, layers.Attention) and module.takes_context]
+  linears = [linear for module in to_prompts for linear in (module.to_k, module.to_v)]
+  if not linears:
+    return
+  unet.context_projection = _ContextProjection(linears)
+  for i, module in enumerate(to_prompts):
+    for j, name in enumerate(("to_k", "to_v")):
+      setattr(module, name, _ContextPart(2 * i + j))
 
 
 def _adapted(unet: nnx.Module) -> list[layers.Linear]:
@@ -139,12 +195,17 @@ def _pad_rank(linear: layers.Linear) -> None:
 def _join_down(attention: layers.Attention) -> None:
   """Of queries, keys and values; each `up` gets zeros for the columns of the others."""
   projections = attention.to_q, attention.to_k, attention.to_v
-  downs = [linear.lora_down[...] for linear in projections if linear.lora_down is not None]
-  attention.lora_down = nnx.LoRAParam(jnp.concatenate(downs, axis=1))
+  attention.lora_down = _join([linear.lora_down for linear in projections])
   total, before = attention.lora_down.shape[1], 0
-  for linear, down in zip(projections, downs):
+  for linear in projections:
     assert linear.lora_up is not None
-    after = total - before - down.shape[1]
-    linear.lora_up = nnx.LoRAParam(jnp.pad(linear.lora_up[...], ((before, after), (0, 0))))
+    rank = linear.lora_up.shape[0]
+    padding = ((before, total - before - rank), (0, 0))
+    linear.lora_up = nnx.LoRAParam(jnp.pad(linear.lora_up[...], padding))
     linear.lora_down = None
-    before += down.shape[1]
+    before += rank
+
+
+def _join(downs: Sequence[nnx.LoRAParam | None]) -> nnx.LoRAParam:
+  """Side by side; none is missing."""
+  return nnx.LoRAParam(jnp.concatenate([down[...] for down in downs if down is not None], axis=1))

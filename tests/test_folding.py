@@ -19,7 +19,7 @@ UNET = UNetConfig(
     cross_attention_dim=32, norm_num_groups=8,
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
-PROJECTIONS, SELF_ATTENTIONS = 32, 4  # of its LoRA
+PROJECTIONS, SELF_ATTENTIONS, CROSS_ATTENTIONS = 32, 4, 4  # of its LoRA
 LATENTS = jax.random.normal(jax.random.key(0), (4, 8, 8, 4))
 TIMESTEPS = jnp.array([500, 20, 999, 300])
 PROMPTS = jax.random.normal(jax.random.key(1), (2, 7, 32))  # each of two latents in a row
@@ -52,6 +52,11 @@ def noise_and_gradient(graphdef, params, frozen, context=PROMPTS):
   return y, backward(2 * y)[0]
 
 
+def kind(path):
+  """The last name in it."""
+  return [name for name in path if isinstance(name, str)][-1]
+
+
 def check_gradient(ours, expected):
   ours, expected = (nnx.to_flat_state(x) for x in (ours, expected))
   assert len(expected) == 2 * PROJECTIONS and list(ours.paths) == list(expected.paths)
@@ -66,9 +71,10 @@ def test_folded_weights(monkeypatch, network, direct, backend):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   fold = lambda params: folding.fold_weights(graphdef, params, frozen)
   folded, weights, rest = fold(params)
-  kinds = collections.Counter(path[-1] for path, _ in nnx.to_flat_state(weights))
-  # On a GPU a layer of self-attention has one `down` for three of its four projections.
-  downs = PROJECTIONS - 2 * SELF_ATTENTIONS
+  kinds = collections.Counter(map(kind, nnx.to_flat_state(weights).paths))
+  # On a GPU a layer of self-attention has one `down` for three of its four projections, and
+  # all keys and values of prompts have one.
+  downs = PROJECTIONS - 2 * SELF_ATTENTIONS - (2 * CROSS_ATTENTIONS - 1)
   assert kinds == ({"kernel": PROJECTIONS} if backend == "cpu" else
                    {"lora_down": downs, "lora_up": PROJECTIONS})
   assert ("_prepared" in {path[-1] for path, _ in nnx.to_flat_state(rest)}) == (backend == "cpu")
@@ -105,13 +111,14 @@ def test_half_precision_keeps_its_matrices(half_precision):
   assert all(ours is given for ours, given in
              zip(folding.fold_prompts(*folded, PROMPTS), folded))
   before, after, rounded = (collections.Counter(
-      (path[-1], weight.shape[axis], str(weight.dtype))
+      (kind(path), weight.shape[axis], str(weight.dtype))
       for path, weight in nnx.to_flat_state(trained)
-      for axis in [{"lora_down": 1, "lora_up": 0}[path[-1]]])
+      for axis in [{"lora_down": 1, "lora_up": 0}[kind(path)]])
       for trained in (half_precision[1], folded[1], folding.round_lora(*folded)[1]))
   assert before == {(name, 3, "float32"): PROJECTIONS for name in ("lora_down", "lora_up")}
-  joined = 3 * SELF_ATTENTIONS
-  shapes = {("lora_down", 8): PROJECTIONS - joined, ("lora_down", 24): SELF_ATTENTIONS,
+  joined, of_prompts = 3 * SELF_ATTENTIONS, 2 * CROSS_ATTENTIONS
+  shapes = {("lora_down", 8): PROJECTIONS - joined - of_prompts,
+            ("lora_down", 24): SELF_ATTENTIONS, ("lora_down", 8 * of_prompts): 1,
             ("lora_up", 8): PROJECTIONS - joined, ("lora_up", 24): joined}
   assert after == {(*key, "float32"): count for key, count in shapes.items()}
   assert rounded == {(*key, "bfloat16"): count for key, count in shapes.items()}

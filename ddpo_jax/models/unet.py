@@ -330,6 +330,8 @@ class UNet2DConditionModel(nnx.Module):
     self.conv_norm_out = layers.GroupNorm(channels[0], config.norm_num_groups,
                                          epsilon=config.norm_eps, **common)
     self.conv_out = layers.Conv(channels[0], config.out_channels, **common)
+    # What the text embeddings go through before all blocks, see `folding.py`.
+    self.context_projection: nnx.Module | None = nnx.data(None)
 
   def __call__(self, latents: Float[Array, "n*B h w C"], timesteps: Int[Array, " n*B"],
                text_embeddings: Float[Array, "B L D"]) -> Float[Array, "n*B h w C"]:
@@ -353,6 +355,8 @@ class UNet2DConditionModel(nnx.Module):
                context: jax.Array) -> jax.Array:
     remat = self.gradient_checkpointing == "blocks"
     embedding = self._embed_time(timesteps)
+    if self.context_projection is not None:
+      context = self.context_projection(context)
     x = self.conv_in(latents)
     skips = [x]
     for block in self.down_blocks:
