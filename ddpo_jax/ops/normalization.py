@@ -71,20 +71,18 @@ def _affine(x: jax.Array, slope: jax.Array, mean: jax.Array, bias: jax.Array) ->
   return x * slope + (bias - mean * slope)
 
 
-def _forward(num_groups: int | None, epsilon: float,
-                       act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-                       x: jax.Array, scale: jax.Array, bias: jax.Array
-                       ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _forward(num_groups: int | None, epsilon: float, act: Callable[[jax.Array], jax.Array],
+             dtype: DTypeLike, x: jax.Array, scale: jax.Array, bias: jax.Array
+             ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   mean, variance = _mean_and_variance(x, num_groups)
   factor = jax.lax.rsqrt(variance + epsilon)
   y = _affine(x.astype(jnp.float32), factor * scale, mean, bias)
   return act(y.astype(dtype)), (x, mean, factor, scale, bias)
 
 
-def _backward(num_groups: int | None, epsilon: float,
-                        act: Callable[[jax.Array], jax.Array], dtype: DTypeLike,
-                        saved: tuple[jax.Array, ...], grad: jax.Array
-                        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _backward(num_groups: int | None, epsilon: float, act: Callable[[jax.Array], jax.Array],
+              dtype: DTypeLike, saved: tuple[jax.Array, ...], grad: jax.Array
+              ) -> tuple[jax.Array, jax.Array, jax.Array]:
   del epsilon
   x, mean, factor, scale, bias = saved
 
@@ -97,31 +95,35 @@ def _backward(num_groups: int | None, epsilon: float,
 
   # With n = (x − mean)·factor and g = grad·scale: dx = factor·(g − means(g) − n·means(g·n)).
   exact, grad_y = before_act(x, grad)
-  over_rows = functools.partial(_mean_over_rows, num_groups=num_groups)
-  mean_grad = _means(over_rows(grad_y * scale), num_groups)
-  mean_product = _means(over_rows(grad_y * scale * exact), num_groups)
+  products = grad_y * scale, grad_y * scale * exact
+  on_gpu = jax.default_backend() != "cpu"
+  sums = tuple(map(_sum_pixels if num_groups else _sum_rows, products)) if on_gpu else products
   axes = tuple(range(x.ndim - 1))
   grad_scale, grad_bias = (grad_y * (exact - mean) * factor).sum(axes), grad_y.sum(axes)
-  if jax.default_backend() != "cpu":
-    # Computed anew from half precision, or XLA would write it out in float32 above.
-    x, grad, mean_grad, mean_product = jax.lax.optimization_barrier(
-        (x, grad, mean_grad, mean_product))
+  if on_gpu:
+    # Computed anew from half precision, or XLA would write it out in float32 above. Of sums
+    # only: what comes of them behind the barrier is in kernels that are there anyway.
+    x, grad, sums = jax.lax.optimization_barrier((x, grad, sums))
     exact, grad_y = before_act(x, grad)
+  summed = x.size // sums[0].size
+  mean_grad, mean_product = (_means(x, num_groups) / summed for x in sums)
   slope = (mean_product - mean_grad * mean) * factor**3
   grad_x = grad_y * (scale * factor) - exact * slope + (mean * slope - mean_grad * factor)
   return (grad_x.astype(x.dtype), grad_scale.astype(scale.dtype),
           grad_bias.astype(bias.dtype))
 
 
-def _mean_over_rows(x: jax.Array, num_groups: int | None) -> jax.Array:
-  """The mean over the first axis of pixels, on a GPU; the same means are left to take.
+def _sum_rows(x: Float[Array, "*rows C"]) -> Float[Array, "*rows 1"]:
+  return x.sum(axis=-1, keepdims=True)
 
-  XLA fuses that with the computation of x there. The sum over all pixels at once it does
-  not, and x is written out in float32, and read again.
+
+def _sum_pixels(x: Float[Array, "B *pixels C"]) -> Float[Array, "B *ones C"]:
+  """In two steps, of which XLA for a GPU fuses the first with the computation of x.
+
+  The sum over all pixels at once it does not, and x is written out in float32, and read again.
   """
-  if num_groups is None or jax.default_backend() == "cpu":
-    return x
-  return jax.lax.optimization_barrier(x.mean(axis=1, keepdims=True))
+  rows = jax.lax.optimization_barrier(x.sum(axis=1, keepdims=True))
+  return rows.sum(axis=tuple(range(2, x.ndim - 1)), keepdims=True)
 
 
 normalize.defvjp(_forward, _backward)
