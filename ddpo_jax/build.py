@@ -16,6 +16,7 @@ import optax
 
 from ddpo_jax import advantages, diagnostics, distributed, lora, memory, update
 from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.console import say
 from ddpo_jax.devices import AXIS, host_memory, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.sampler import native_size
@@ -88,6 +89,12 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   generate: Generate
   if isinstance(compiled, SharedProgram):
     generate = make_shared_generate(sampling, models.vae, compiled, mesh)
+    wasted = compiled.wasted_samples(sampling.batch_size)
+    if wasted:
+      say(f"Warning: sample.batch_size={cfg.sample.batch_size} is not a multiple of "
+          "train.batch_size × train.timesteps_per_batch = "
+          f"{cfg.train.batch_size * cfg.train.timesteps_per_batch}: with each sampling batch "
+          f"{wasted} samples are computed and dropped")
   else:
     generate = make_generate(sampling, models.vae, graphdef, schedule, mesh)
   worker = RolloutWorker(sampling, models, generate, frozen, prompt_fn, reward_fns, cfg.seed,

@@ -136,6 +136,10 @@ class SharedProgram:
         params, put(P(), scale), frozen, embedding, work, key, put(P(), number),
         put(P(), number), sums, put(P(AXIS), trajectory)).compile()
 
+  def wasted_samples(self, batch_size: int) -> int:
+    """How many of a device's sampling batch are computed for nothing: they fill a microbatch."""
+    return -batch_size % self._pairs
+
   def denoise(self, params: nnx.State, frozen: nnx.State,
               negative_embedding: Float[Array, "1 L D"],
               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],

@@ -170,6 +170,27 @@ def test_one_program_has_a_ratio_of_one(options):
   assert float(metrics.grad_norm) > 0.0
 
 
+def test_samples_that_are_computed_for_nothing_are_said(capsys):
+  """Where more pairs are in a microbatch than samples in a batch."""
+  config = base.get_config()
+  config.pretrained.model = str(small_model())
+  config.mixed_precision = "bf16"
+  config.sample.num_steps = 4
+  config.sample.batch_size = 3
+  config.sample.num_batches_per_epoch = 1
+  config.train.batch_size = 3
+  config.train.timesteps_per_batch = 2
+  config.train.gradient_accumulation_steps = 1
+  cfg = resolve(config)
+  trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
+                        get_rewards(cfg.reward_fn, {}), train.open_model(cfg))
+  said = capsys.readouterr()
+  assert ("sample.batch_size=3 is not a multiple of train.batch_size × train.timesteps_per_batch "
+          "= 6: with each sampling batch 3 samples") in said.out + said.err
+  rollout = trainer.worker.run(trainer.state.params, epoch=0)
+  assert rollout.images.shape[0] == 3
+
+
 def test_the_shared_program_samples_as_the_sampler_does():
   """The same trajectories from the same keys, in float32."""
   setups = [make(jnp.float32, shared=shared, shared_sampler=shared, samples=4)
