@@ -13,7 +13,7 @@ import pytest
 from small_model import small_model, with_weights
 
 from configs import base
-from ddpo_jax import lora, train, update
+from ddpo_jax import folding, lora, train, update
 from ddpo_jax.config import BatchPlan, resolve
 from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
@@ -68,9 +68,10 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
   text = jax.random.normal(jax.random.key(2), (samples, TOKENS, width)).astype(dtype)
   negative = jax.random.normal(jax.random.key(3), (1, TOKENS, width)).astype(dtype)
   text = text.reshape(-1, sample_batch, TOKENS, width)
-  # Compiled as the trainer's: in registers of another width fp16 rounds otherwise.
+  # Folded and compiled as the trainer's: in registers of another width fp16 rounds otherwise.
   def draw(params, embeddings, key):
-    return sample(nnx.merge(graphdef, params, frozen), schedule, embeddings, negative,
+    split = folding.round_lora(*folding.fold_weights(graphdef, params, frozen))
+    return sample(nnx.merge(*split), schedule, embeddings, negative,
                   guidance_scale=guidance_scale, eta=1.0, key=key)
 
   draw = jax.jit(draw, compiler_options=compiler_options())

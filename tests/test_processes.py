@@ -77,6 +77,20 @@ def test_as_one_process(whole):
   assert np.linalg.norm(two - one) < 1e-5 * np.linalg.norm(one)
 
 
+def test_half_precision_as_one_process(whole):
+  """Sampler and update are one program there, on all devices of both; they agree exactly."""
+  options = "--config.mixed_precision=bf16", "--config.num_epochs=1"
+  codes, errors = finish(start_two(arguments(whole, "half_two", *options)))
+  assert codes == [0, 0], errors
+  codes, errors = finish([start(arguments(whole, "half_one", *options), 4)])
+  assert codes == [0], errors
+  (two,), (one,) = (metrics_of(whole / name) for name in ("half_two", "half_one"))
+  assert two["sampler_drift"] == one["sampler_drift"] == 0.0
+  np.testing.assert_allclose(two["reward_mean"], one["reward_mean"], rtol=1e-5)
+  two, one = (weights_of(whole / name, 0) for name in ("half_two", "half_one"))
+  assert np.linalg.norm(two - one) < 1e-5 * np.linalg.norm(one)
+
+
 def test_a_signal_to_one_stops_both_and_resumes_exactly(whole):
   """SIGTERM reaches one process only, as where one machine of several is taken away."""
   options = "--config.resume_from=auto"
