@@ -65,15 +65,15 @@ def _cudnn_serves(device: jax.Device, query: jax.ShapeDtypeStruct, key: jax.Shap
   try:
     jax.jit(there_and_back).lower(query, key, key).compile()
   except (RuntimeError, ValueError) as error:
-    _say_once(str(error).strip().partition("\n")[0][:200], query.shape[-1])
+    _say_once(str(error).strip().partition("\n")[0][:200])
     return False
   return True
 
 
 @functools.cache
-def _say_once(reason: str, head_dim: int) -> None:
-  say(f"cuDNN's flash attention cannot be used here for heads of {head_dim} features ({reason}): "
-      "XLA's takes its place, which is slower and needs more memory")
+def _say_once(reason: str) -> None:
+  say(f"cuDNN's flash attention cannot be used here ({reason}): XLA's takes its place, which is "
+      "slower and needs more memory")
 
 
 def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B S N*H"],
