@@ -14,6 +14,8 @@ from ddpo_jax.types import UserError
 
 T = TypeVar("T")
 
+_MAX_BYTES = 2**20  # of a JSON file; those that list a large model's tensors have a tenth of it
+
 
 def check_supported(kind: str, config_class: type, values: Mapping[str, Any],
                     supported: Mapping[str, tuple[Any, ...]],
@@ -59,12 +61,22 @@ def _fields(config_class: Any) -> set[str]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file of a model folder.
+
+  Raises:
+    UserError: if there is none.
+  """
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    with open(path, "rb") as file:
+      text = file.read(_MAX_BYTES + 1)
+    if len(text) > _MAX_BYTES:
+      raise ValueError(f"more than {_MAX_BYTES} bytes")
+    content = json.loads(text)
   except FileNotFoundError:
     raise UserError(f"{path} does not exist; a model folder must have it") from None
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    raise UserError(f"{path} cannot be read as JSON ({one_line(error)}); must describe a part "
+                    "of the model") from error
   if not isinstance(content, dict):
     raise UserError(f"{path} holds a {type(content).__name__}; must be a JSON object")
   return content

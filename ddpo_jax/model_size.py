@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -14,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from ddpo_jax.config import Config
 from ddpo_jax.messages import one_line
+from ddpo_jax.model_config import read_json
 from ddpo_jax.models import hub
 from ddpo_jax.types import UserError
 
 _PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
-_MAX_JSON_BYTES = 2**20  # of a config.json in a model folder; real ones have one kilobyte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +81,9 @@ def read_header(field: str, file: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
   try:
-    with open(path, "rb") as file:
-      text = file.read(_MAX_JSON_BYTES + 1)
-    if len(text) > _MAX_JSON_BYTES:
-      raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
-    content = json.loads(text)
-  except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"pretrained.model: {path} cannot be read as JSON "
-                    f"({one_line(error)}); must describe a part of the model") from error
-  if not isinstance(content, dict):
-    raise UserError(f"pretrained.model: {path} holds a {type(content).__name__}; must be a "
-                    "JSON object")
-  return content
+    return read_json(path)
+  except UserError as error:
+    raise UserError(f"pretrained.model: {error}") from error
 
 
 def _number(values: Mapping[str, Any], name: str, default: int) -> int:
