@@ -123,6 +123,18 @@ def first_step(setup, key):
   return setup.program(setup.state, setup.frozen, setup.batch, key, jnp.int32(0))
 
 
+def one_batch(sample_batch, train_batch):
+  """A config in bf16 whose epoch is one sampling batch."""
+  config = base.get_config()
+  config.pretrained.model = str(small_model())
+  config.mixed_precision = "bf16"
+  config.sample.num_steps = 4
+  config.sample.batch_size = sample_batch
+  config.sample.num_batches_per_epoch = 1
+  config.train.batch_size = train_batch
+  return config
+
+
 def copy(tree):
   return jax.tree.map(jnp.copy, tree)
 
@@ -173,13 +185,7 @@ def test_one_program_has_a_ratio_of_one(options):
 
 def test_samples_that_are_computed_for_nothing_are_said(capsys):
   """Where more pairs are in a microbatch than samples in a batch."""
-  config = base.get_config()
-  config.pretrained.model = str(small_model())
-  config.mixed_precision = "bf16"
-  config.sample.num_steps = 4
-  config.sample.batch_size = 3
-  config.sample.num_batches_per_epoch = 1
-  config.train.batch_size = 3
+  config = one_batch(sample_batch=3, train_batch=3)
   config.train.timesteps_per_batch = 2
   config.train.gradient_accumulation_steps = 1
   cfg = resolve(config)
@@ -244,13 +250,7 @@ def test_training_recomputes_where_needed(monkeypatch, noise, expected):
     return rescore(*arguments)
 
   monkeypatch.setattr(SharedProgram, "rescore", counted)
-  config = base.get_config()
-  config.pretrained.model = str(small_model())
-  config.mixed_precision = "bf16"
-  config.sample.num_steps = 4
-  config.sample.batch_size = 4
-  config.sample.num_batches_per_epoch = 1
-  config.train.batch_size = 2
+  config = one_batch(sample_batch=4, train_batch=2)
   config.train.learning_rate = 1e-30
   config.per_prompt_stat_tracking.min_count = 2
   cfg = resolve(config)
