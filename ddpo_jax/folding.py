@@ -146,8 +146,7 @@ def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
     `fold_weights` has left the matrices as they are.
   """
   unet = nnx.merge(graphdef, trained, frozen)
-  to_prompts = [module for _, module in nnx.iter_graph(unet)
-                if isinstance(module, layers.Attention) and module.takes_context]
+  to_prompts = _attentions_to_prompts(unet)
   if unet.context_projection is not None or not all(
       isinstance(attention.to_k.kernel, nnx.LoRAParam) for attention in to_prompts):
     return graphdef, trained, frozen
@@ -160,8 +159,7 @@ def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
 
 def _join_context(unet: Any) -> None:
   """Keys and values of the prompts, in all layers that have any."""
-  to_prompts = [module for _, module in nnx.iter_graph(unet)
-                if isinstance(module, layers.Attention) and module.takes_context]
+  to_prompts = _attentions_to_prompts(unet)
   linears = [linear for module in to_prompts for linear in (module.to_k, module.to_v)]
   if not linears:
     return
@@ -169,6 +167,11 @@ def _join_context(unet: Any) -> None:
   for i, module in enumerate(to_prompts):
     for j, name in enumerate(("to_k", "to_v")):
       setattr(module, name, _ContextPart(2 * i + j))
+
+
+def _attentions_to_prompts(unet: nnx.Module) -> list[layers.Attention]:
+  return [module for _, module in nnx.iter_graph(unet)
+          if isinstance(module, layers.Attention) and module.takes_context]
 
 
 def _adapted(unet: nnx.Module) -> list[layers.Linear]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 from flax import nnx
@@ -17,6 +16,7 @@ from ddpo_jax.config import largest_part
 from ddpo_jax.devices import AXIS, compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
+from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.models.vae import AutoencoderKL, to_uint8
 from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Trajectory
@@ -74,7 +74,7 @@ def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx
     # Marked as differing between devices, as in the update.
     trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
     unet = folding.round_lora(*folding.fold_weights(unet_graphdef, trained, rest))
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(sample_indices)
+    keys = sample_keys(key, sample_indices)
 
     def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
       context = guidance_context(embeddings, negative_embedding, config.guidance_scale)

@@ -28,11 +28,10 @@ from ddpo_jax import folding, ppo
 from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
-from ddpo_jax.diffusion.sampler import draw_noise
+from ddpo_jax.diffusion.sampler import draw_noise, sample_keys
 from ddpo_jax.types import Batch, TrainState, Trajectory
 from ddpo_jax.update import (
   BATCH_SPECS,
-  Microbatches,
   Sums,
   UpdateConfig,
   UpdateMetrics,
@@ -66,7 +65,7 @@ class Work:
 
   text_embeddings: Float[Array, "rows L D"]
   advantages: Float32[Array, " rows"]
-  sample_index: Int[Array, " rows"]  # which noise is the sample's
+  sample_index: Int[Array, " rows"]  # in sampling of its noise; in training in the flat batch
   row: Int[Array, "microbatches pairs"]
   step: Int[Array, "microbatches pairs"]
 
@@ -111,7 +110,7 @@ class SharedProgram:
                             (_WORK_SPECS, by_row))
     self._lay_out = self._jit(self._lay_out_group, (BATCH_SPECS, *[everywhere] * 3),
                               (_WORK_SPECS, by_row))
-    self._keep = self._jit(self._keep_log_probs, (by_batch, by_row, *[everywhere] * 3), by_batch)
+    self._keep = self._jit(self._keep_log_probs, (by_batch, by_row, by_row), by_batch)
     self._finish = self._jit(self._finish_step, (everywhere, everywhere, by_row), everywhere,
                              donate_argnums=0)
 
@@ -121,20 +120,24 @@ class SharedProgram:
 
   def compile(self, params: Any, frozen: Any, embedding: jax.ShapeDtypeStruct) -> None:
     """Compiles the program, for weights and a prompt's embedding [1, L, D] of these shapes."""
-    put = lambda spec, tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=jax.sharding.NamedSharding(self._mesh, spec)), tree)
     rows = self._rows * self._mesh.size
     prompts = jax.ShapeDtypeStruct((rows, *embedding.shape[1:]), embedding.dtype)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
     work, trajectory = jax.eval_shape(self._start, prompts, indices, key, number)
-    work = Work(**{field.name: put(getattr(_WORK_SPECS, field.name), getattr(work, field.name))
-                   for field in dataclasses.fields(Work)})
-    sums = put(P(AXIS), jax.eval_shape(self._zero_sums, params, frozen))
+    sums = jax.eval_shape(self._zero_sums, params, frozen)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
-    self._visit = self._visit.lower(
-        params, put(P(), scale), frozen, embedding, work, key, put(P(), number),
-        put(P(), number), sums, put(P(AXIS), trajectory)).compile()
+
+    def placed(spec: jax.sharding.PartitionSpec, tree: Any) -> Any:
+      sharding = jax.sharding.NamedSharding(self._mesh, spec)
+      return jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    work, trajectory, sums, scale, number = jax.tree.map(
+        placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
+        (work, trajectory, sums, scale, number))
+    self._visit = self._visit.lower(params, scale, frozen, embedding, work, key, number, number,
+                                    sums, trajectory).compile()
 
   def wasted_samples(self, batch_size: int) -> int:
     """How many of a device's sampling batch are computed for nothing: they fill a microbatch."""
@@ -203,7 +206,7 @@ class SharedProgram:
           state.params, state.loss_scale.scale, frozen, batch.negative_embedding, work, key,
           jnp.int32(self._group_size), jnp.int32(mode), sums, trajectory)
       if mode != Mode.STEP:
-        log_probs = self._keep(log_probs, trajectory.log_probs, key, index, group)
+        log_probs = self._keep(log_probs, trajectory.log_probs, work.sample_index)
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
     return sums, dataclasses.replace(batch, trajectory=trajectory)
 
@@ -253,7 +256,7 @@ class SharedProgram:
         unet, latents, self._schedule.timesteps[step], work.text_embeddings[row],
         negative_embedding, config.guidance_scale)
     take = functools.partial(ddim_step, self._schedule, prediction, step, latents, config.eta)
-    drawn, _ = take(noise=draw_noise(_keys(key, work.sample_index[row]), step + 1,
+    drawn, _ = take(noise=draw_noise(sample_keys(key, work.sample_index[row]), step + 1,
                                      latents.shape[1:]))
     visited = put(trajectory.latents, step + 1, jnp.where(mode == Mode.SAMPLE, drawn, after))
     # Scored as they lie in memory, so that it is the same arithmetic in all modes.
@@ -300,7 +303,7 @@ class SharedProgram:
     """
     chosen = (first + jnp.arange(self._rows)) % len(sample_indices)
     sample_index = sample_indices[chosen]
-    noise = draw_noise(_keys(key, sample_index), jnp.int32(0), self._latent_shape)
+    noise = draw_noise(sample_keys(key, sample_index), jnp.int32(0), self._latent_shape)
     steps = self._schedule.num_steps
     shape = (self._rows, steps + 1, *self._latent_shape)
     latents = jnp.zeros_like(noise, shape=shape).at[:, 0].set(noise)
@@ -316,7 +319,9 @@ class SharedProgram:
   def _lay_out_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
                      group: Int[Array, ""]) -> tuple[Work, Trajectory]:
     """What group number `group` of optimizer step `index` trains on."""
-    chosen = self._choose(batch.advantages.shape, key, index)
+    batches, samples = batch.advantages.shape
+    chosen = choose_microbatches(self._config, self._schedule.num_steps, batches, samples, key,
+                                 index)
     sample, step = chosen.sample[group], chosen.step[group]
     flat = flatten_samples(batch)
     rows = jnp.resize(sample, (self._rows,))
@@ -334,25 +339,13 @@ class SharedProgram:
     most = max(denoising, self._group_size)
     return jnp.zeros_like(like, shape=(most, self._pairs))
 
-  def _choose(self, shape: tuple[int, ...], key: Key[Array, ""], index: Int[Array, ""]
-              ) -> Microbatches:
-    """Of an optimizer step, from [batches, samples] like these."""
-    batches, samples = shape
-    return choose_microbatches(self._config, self._schedule.num_steps, batches, samples, key,
-                               index)
-
   def _keep_log_probs(self, log_probs: Float32[Array, "batches samples T"],
-                      new: Float32[Array, "rows T"], key: Key[Array, ""],
-                      index: Int[Array, ""], group: Int[Array, ""]
+                      new: Float32[Array, "rows T"], sample_index: Int[Array, " rows"]
                       ) -> Float32[Array, "batches samples T"]:
-    """Puts back those of the rows of `_lay_out_group`."""
-    sample = self._choose(log_probs.shape[:2], key, index).sample[group]
+    """Puts those of the rows of `_lay_out_group` back."""
+    own = self._config.batch_size  # the rows after these stand for no sample
     flat = log_probs.reshape(-1, log_probs.shape[-1])
-    return flat.at[sample].set(new[:len(sample)]).reshape(log_probs.shape)
-
-
-def _keys(key: Key[Array, ""], sample_index: Int[Array, " B"]) -> Key[Array, " B"]:
-  return jax.vmap(functools.partial(jax.random.fold_in, key))(sample_index)
+    return flat.at[sample_index[:own]].set(new[:own]).reshape(log_probs.shape)
 
 
 def _by_device(sums: Sums) -> Sums:

@@ -119,7 +119,12 @@ def _sample_keys(key: AnyKey, batch: int) -> Key[Array, " B"]:
                      "each sample")
   if key.ndim:
     return key
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+  return sample_keys(key, jnp.arange(batch))
+
+
+def sample_keys(key: Key[Array, ""], indices: Int[Array, " B"]) -> Key[Array, " B"]:
+  """The keys of the samples with these indices."""
+  return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
 
 
 def draw_noise(keys: Key[Array, " B"] | None, index: Int[Array, "#B"] | Int[Array, ""] | int,
