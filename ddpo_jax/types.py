@@ -63,6 +63,20 @@ class Denoiser(Protocol):
 
 
 @runtime_checkable
+class BranchingDenoiser(Denoiser, Protocol):
+  """A denoiser that computes once what the branches of guidance have in common."""
+
+  def predict_branches(
+      self,
+      latents: Float[Array, "B h w C"],
+      timesteps: Int[Array, " B"],
+      text_embeddings: Float[Array, "branches*B L D"],
+      branches: int,
+  ) -> Float[Array, "branches*B h w C"]:
+    ...
+
+
+@runtime_checkable
 class Policy(Denoiser, Protocol):
   """A denoiser that knows the shape of its latents."""
 

@@ -72,8 +72,8 @@ def of_models(models: StableDiffusion, guided: bool) -> dict[str, Any]:
   """
   config, size = models.unet.config, models.unet.config.sample_size
   branches = 2 if guided else 1
-  latents = jnp.ones((branches, size, size, config.in_channels))
-  timesteps = jnp.zeros(branches, jnp.int32)
+  latents = jnp.ones((1, size, size, config.in_channels))
+  timesteps = jnp.zeros(1, jnp.int32)
   tokens = jnp.zeros((1, models.text_encoder.config.max_position_embeddings), jnp.int32)
   context = jnp.ones((branches, tokens.shape[1], config.cross_attention_dim))
   remat, models.unet.gradient_checkpointing = models.unet.gradient_checkpointing, "none"
@@ -81,7 +81,8 @@ def of_models(models: StableDiffusion, guided: bool) -> dict[str, Any]:
   models.unet.gradient_checkpointing = remat
 
   def denoise(params, frozen):
-    return nnx.merge(graphdef, params, frozen)(latents, timesteps, context)
+    unet = nnx.merge(graphdef, params, frozen)
+    return unet.predict_branches(latents, timesteps, context, branches)
 
   def train(params, frozen):
     return jax.grad(lambda p: denoise(p, frozen).astype(jnp.float32).sum())(params)
@@ -89,7 +90,7 @@ def of_models(models: StableDiffusion, guided: bool) -> dict[str, Any]:
   parts = {
       "denoising_step": (denoise, params, frozen),
       "training_timestep": (train, params, frozen),
-      "decode": (_call("decode", models.vae), nnx.state(models.vae), latents[:1]),
+      "decode": (_call("decode", models.vae), nnx.state(models.vae), latents),
       "text_encoder": (_call("__call__", models.text_encoder),
                        nnx.state(models.text_encoder), tokens)}
   return {name: {"counted": count(*part), "compiled": compiled(*part)}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from ddpo_jax.diffusion.schedule import DDIMSchedule
-from ddpo_jax.types import Denoiser, UserError
+from ddpo_jax.types import BranchingDenoiser, Denoiser, UserError
 
 
 def uses_guidance(guidance_scale: float) -> bool:
@@ -48,8 +48,11 @@ def guided_prediction(unet: Denoiser, latents: Float[Array, "n*B h w C"],
   context = guidance_context(text_embeddings, negative_embeddings, guidance_scale)
   if not uses_guidance(guidance_scale):
     return unet(latents, timesteps, context).astype(jnp.float32)
-  twice = lambda x: jnp.concatenate([x, x])
-  both = unet(twice(latents), twice(timesteps), context)
+  if isinstance(unet, BranchingDenoiser):
+    both = unet.predict_branches(latents, timesteps, context, 2)
+  else:
+    twice = lambda x: jnp.concatenate([x, x])
+    both = unet(twice(latents), twice(timesteps), context)
   unconditional, conditional = jnp.split(both.astype(jnp.float32), 2)
   return unconditional + guidance_scale * (conditional - unconditional)
 

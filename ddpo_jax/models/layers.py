@@ -25,6 +25,11 @@ def _add_bias(layer: nnx.Conv | nnx.Linear, y: jax.Array) -> jax.Array:
   return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
 
 
+def repeat(x: jax.Array, times: int) -> jax.Array:
+  """The whole batch, and again: what branches of guidance share, for each of them."""
+  return x if times == 1 else jnp.concatenate([x] * times)
+
+
 class Conv(nnx.Conv):
   """A convolution with a square kernel and torch's symmetric padding."""
 
@@ -161,14 +166,16 @@ class Attention(nnx.Module):
     # Of self-attention's first three together, see `folding.py`.
     self.lora_down: nnx.LoRAParam | None = nnx.data(None)
 
-  def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: Float[Array, "n*B T F"],
+               context: Float[Array, "branches*B S D"] | None = None, branches: int = 1
+               ) -> Float[Array, "branches*n*B T F"]:
     if self.lora_down is not None:
       rows = x.reshape(-1, x.shape[-1]).astype(self.to_q.dtype)
       low = matmul(rows, self.lora_down[...].astype(rows.dtype))
       query, key, value = (layer(x, low=low) for layer in (self.to_q, self.to_k, self.to_v))
     else:
       context = x if context is None else context
-      query, key, value = self.to_q(x), self.to_k(context), self.to_v(context)
+      query, key, value = repeat(self.to_q(x), branches), self.to_k(context), self.to_v(context)
     return self.to_out[0](attention.multi_head_attention(query, key, value, self.num_heads))
 
 

@@ -149,7 +149,11 @@ class FeedForward(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-  """Self-attention, attention to the prompt, MLP; each behind a norm, with a residual."""
+  """Self-attention, attention to the prompt, MLP; each behind a norm, with a residual.
+
+  Attention to the prompt is where the branches of guidance part: what comes before may be
+  computed once for all of them.
+  """
 
   def __init__(self, features: int, num_heads: int, context_dim: int, *,
                dtype: DTypeLike, rngs: nnx.Rngs):
@@ -161,9 +165,10 @@ class BasicTransformerBlock(nnx.Module):
     self.norm3 = layers.LayerNorm(features, **common)
     self.ff = FeedForward(features, **common)
 
-  def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+  def __call__(self, x: Float[Array, "n*B S F"], context: Float[Array, "branches*B L D"],
+               branches: int) -> Float[Array, "branches*n*B S F"]:
     x = x + self.attn1(self.norm1(x))
-    x = x + self.attn2(self.norm2(x), context)
+    x = layers.repeat(x, branches) + self.attn2(self.norm2(x), context, branches)
     return x + self.ff(self.norm3(x))
 
 
@@ -180,12 +185,13 @@ class Transformer2D(nnx.Module):
         BasicTransformerBlock(channels, num_heads, config.cross_attention_dim, **common)])
     self.proj_out = projection(channels, channels, **common)
 
-  def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: jax.Array, branches: int = 1) -> jax.Array:
+    """Likewise, on maps [n*B, H, W, F]."""
     batch, height, width, channels = x.shape
     h = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
-    for block in self.transformer_blocks:
-      h = block(h, context)
-    return x + self.proj_out(h.reshape(x.shape))
+    (block,) = self.transformer_blocks
+    h = block(h, context, branches)
+    return layers.repeat(x, branches) + self.proj_out(h.reshape(-1, height, width, channels))
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int, *,
@@ -212,7 +218,11 @@ def _remat(module: nnx.Module, enabled: bool,
 
 
 class DownBlock(nnx.Module):
-  """One level on the way down; returns every state that the way up will read."""
+  """One level on the way down; returns every state that the way up will read.
+
+  The time embedding is of all branches of guidance; up to the first attention to the prompt
+  they share one state.
+  """
 
   def __init__(self, config: UNetConfig, level: int, *, dtype: DTypeLike,
                rngs: nnx.Rngs):
@@ -234,9 +244,11 @@ class DownBlock(nnx.Module):
                remat: bool) -> tuple[jax.Array, list[jax.Array]]:
     skips = []
     for i, resnet in enumerate(self.resnets):
-      x = _remat(resnet, remat)(x, time_embedding)
+      x = _remat(resnet, remat)(x, time_embedding[:len(x)])
       if self.attentions:
-        x = _remat(self.attentions[i], remat)(x, context)
+        branches = len(time_embedding) // len(x)
+        attend = functools.partial(Transformer2D.__call__, branches=branches)
+        x = _remat(self.attentions[i], remat, attend)(x, context)
       skips.append(x)
     for downsample in self.downsamplers:
       x = downsample(x)
@@ -346,15 +358,26 @@ class UNet2DConditionModel(nnx.Module):
       In the network's dtype: noise, velocity or sample, as the checkpoint's scheduler
       config says.
     """
+    return self.predict_branches(latents, timesteps, text_embeddings, 1)
+
+  def predict_branches(self, latents: Float[Array, "n*B h w C"], timesteps: Int[Array, " n*B"],
+                       text_embeddings: Float[Array, "branches*B L D"], branches: int
+                       ) -> Float[Array, "branches*n*B h w C"]:
+    """As a call with the latents and timesteps `branches` times over, in a row, for less.
+
+    What does not depend on the prompt is computed once: the first resnet, and the first
+    self-attention, which is among the largest.
+    """
     if latents.shape[-1] != self.config.in_channels:
       raise ValueError(f"{latents.shape=} must end in {self.config.in_channels} channels")
-    forward = _remat(self, self.gradient_checkpointing == "full", type(self)._forward)
-    return forward(latents, timesteps, text_embeddings)
+    forward = functools.partial(type(self)._forward, branches=branches)
+    return _remat(self, self.gradient_checkpointing == "full", forward)(
+        latents, timesteps, text_embeddings)
 
-  def _forward(self, latents: jax.Array, timesteps: jax.Array,
-               context: jax.Array) -> jax.Array:
+  def _forward(self, latents: jax.Array, timesteps: jax.Array, context: jax.Array,
+               branches: int) -> jax.Array:
     remat = self.gradient_checkpointing == "blocks"
-    embedding = self._embed_time(timesteps)
+    embedding = layers.repeat(self._embed_time(timesteps), branches)
     if self.context_projection is not None:
       context = self.context_projection(context)
     x = self.conv_in(latents)
@@ -362,6 +385,8 @@ class UNet2DConditionModel(nnx.Module):
     for block in self.down_blocks:
       x, states = block(x, embedding, context, remat)
       skips += states
+    # Of those from before any attention to the prompt, there is one for all branches.
+    x, *skips = (layers.repeat(state, len(embedding) // len(state)) for state in [x, *skips])
     if self.mid_block is not None:
       x = self.mid_block(x, embedding, context, remat)
     for up_block in self.up_blocks:

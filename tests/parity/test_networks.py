@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ddpo_jax.benchmark import flops
 from ddpo_jax.models import layers
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from ddpo_jax.models.hub import find_weights
@@ -138,6 +139,26 @@ def test_unet_with_odd_latents(tmp_path):
   check_unet(UNETS["sd1"], tmp_path, (10, 13))
 
 
+def branches_of(inputs):
+  """For two prompts a sample: what torch is called with, and what ours is."""
+  latents, timesteps, text = inputs
+  text = torch.cat([text, text.flip(2)])
+  return (latents.repeat(2, 1, 1, 1), timesteps.repeat(2), text), (latents, timesteps, text)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_branches_of_guidance(name, tmp_path):
+  """What they share is computed once, wherever the first attention to the prompt is."""
+  reference, unet, inputs = make_unets(UNETS[name], tmp_path, (8, 16))
+  twice, once = branches_of(inputs)
+  with torch.no_grad():
+    expected = reference(*twice).sample.permute(0, 2, 3, 1)
+  ours = jax.jit(lambda unet, *args: unet.predict_branches(*args, 2))(unet, *as_ours(*once))
+  assert relative_error(ours, expected) < TOLERANCE
+  assert (flops.count(lambda *args: unet.predict_branches(*args, 2), *as_ours(*once))
+          < flops.count(unet, *as_ours(*twice)))
+
+
 @pytest.mark.parametrize("dtype,tolerance", [("bfloat16", 3e-2), ("float16", 4e-3)])
 def test_unet_in_half_precision(dtype, tolerance, tmp_path):
   """As near to torch's float32 as the rounding of weights and activations allows."""
@@ -154,16 +175,20 @@ def test_unet_in_half_precision(dtype, tolerance, tmp_path):
   assert error < tolerance
 
 
+@pytest.mark.parametrize("branches", (1, 2))
 @pytest.mark.parametrize("mode", GRADIENT_CHECKPOINTING)
-def test_gradient_of_every_unet_weight(mode, tmp_path):
+def test_gradient_of_every_unet_weight(mode, branches, tmp_path):
   """However much of the forward pass is kept for the backward one."""
   reference, unet, inputs = make_unets(UNETS["one-level"], tmp_path, (8, 8))
-  reference(*inputs).sample.square().sum().backward()
+  theirs, inputs = branches_of(inputs) if branches == 2 else (inputs, inputs)
+  reference(*theirs).sample.square().sum().backward()
   expected = {name: p.grad for name, p in reference.named_parameters()}
 
   unet.gradient_checkpointing = mode
   graphdef, state = nnx.split(unet)
-  loss = lambda state: jnp.square(nnx.merge(graphdef, state)(*as_ours(*inputs))).sum()
+  inputs = as_ours(*inputs)
+  loss = lambda state: jnp.square(
+      nnx.merge(graphdef, state).predict_branches(*inputs, branches)).sum()
   gradient = nnx.merge(graphdef, jax.jit(jax.grad(loss))(state))
   # Written as weights are, so that names and layouts are torch's.
   save_module(gradient, tmp_path / "gradient.safetensors")
