@@ -70,8 +70,9 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   replicated = jax.sharding.NamedSharding(mesh, P())
   schedule = DDIMSchedule.create(model.shapes.noise_schedule, cfg.sample.num_steps)
   optimizer = update.make_optimizer(
-      cfg.train.learning_rate, cfg.train.adam_beta1, cfg.train.adam_beta2,
-      cfg.train.adam_weight_decay, cfg.train.adam_epsilon, cfg.train.max_grad_norm)
+      cfg.train.learning_rate, beta1=cfg.train.adam_beta1, beta2=cfg.train.adam_beta2,
+      weight_decay=cfg.train.adam_weight_decay, epsilon=cfg.train.adam_epsilon,
+      max_grad_norm=cfg.train.max_grad_norm)
   with distributed.failing_together():
     with futures.ThreadPoolExecutor(1) as pool:
       # Into host memory alone, so that kernels are timed on a device that is at rest.

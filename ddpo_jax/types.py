@@ -88,33 +88,42 @@ class Policy(Denoiser, Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-  """What the sampler saw and how likely it was."""
+  """The latents that the sampler visited, and how likely each of its T steps was.
 
-  latents: Float32[Array, "B visited h w C"]  # T + 1 of them; 0 is the initial noise
-  log_probs: Float32[Array, "B T"]  # of latents[:, t+1] given latents[:, t]
+  `*batch` is (B,) as the sampler returns it, and (batches, samples) for a whole epoch.
+  """
+
+  latents: Float32[Array, "*batch T+1 h w C"]  # from the initial noise to the clean latents
+  log_probs: Float32[Array, "*batch T"]  # of latents t+1 given latents t, mean over h·w·C
 
   def __post_init__(self):
-    shape = getattr(self.latents, "shape", None)  # None while JAX rebuilds the tree
-    if shape is not None and len(shape) == 5:
-      if (shape[0], shape[1] - 1) != tuple(self.log_probs.shape):
-        raise ValueError(f"latents {shape} and log_probs {self.log_probs.shape} "
-                         "disagree on [B, T]")
+    latents, log_probs = (getattr(x, "shape", None) for x in (self.latents, self.log_probs))
+    if latents is None or log_probs is None or len(latents) < 4:
+      return  # a tree of something else, of shardings or of sums for example
+    *batch, visited = latents[:-3]
+    if (*batch, visited - 1) != tuple(log_probs):
+      raise ValueError(f"latents {latents} must be [*batch, T+1, h, w, C] for log_probs of "
+                       f"shape {log_probs}, [*batch, T]")
 
   @property
-  def images_latents(self) -> Float32[Array, "B h w C"]:
+  def images_latents(self) -> Float32[Array, "*batch h w C"]:
     """The last, clean latents."""
-    return self.latents[:, -1]
+    return self.latents[..., -1, :, :, :]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """One epoch's samples, as the update reads them; every leading axis is sharded."""
+  """One epoch's samples, as the update reads them.
 
-  trajectory: Trajectory  # of N samples
-  text_embeddings: Float[Array, "N L D"]  # of each sample's prompt
+  `*batch` is (batches, samples of all devices), sharded over the second axis; or (N,), one
+  device's samples in a row.
+  """
+
+  trajectory: Trajectory
+  text_embeddings: Float[Array, "*batch L D"]  # of each sample's prompt
   negative_embedding: Float[Array, "1 L D"]  # of the empty prompt, replicated
-  advantages: Float32[Array, " N"]
+  advantages: Float32[Array, "*batch"]
 
 
 @jax.tree_util.register_dataclass

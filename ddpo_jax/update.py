@@ -1,8 +1,9 @@
-"""One optimizer step of DDPO, as one program over all devices.
+"""One optimizer step of DDPO (arXiv:2305.13301, algorithm 1 with importance sampling).
 
-Each device holds the trajectories that it sampled. A step scans over microbatches of
+Each device holds the trajectories that it sampled. A step loops over microbatches of
 (sample, timestep) pairs, adds up the gradient of the trained weights, sums it over the
-devices once, clips it and applies AdamW.
+devices once, clips it and applies AdamW. `make_update` does that in one program. In half
+precision `shared_program.py` takes its place, which is made of the same functions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from flax import nnx
 import jax
@@ -32,8 +33,6 @@ _BY_SAMPLE: Any = P(None, AXIS)
 _EVERYWHERE: Any = P()
 BATCH_SPECS = Batch(trajectory=_BY_SAMPLE, text_embeddings=_BY_SAMPLE,
                     negative_embedding=_EVERYWHERE, advantages=_BY_SAMPLE)
-
-Update = Callable[..., tuple[TrainState, "UpdateMetrics"]]  # see `make_update`
 
 _INITIAL_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
@@ -69,13 +68,22 @@ class UpdateMetrics:
   skipped: Float32[Array, ""]  # 1 if loss or gradient was not finite and nothing was applied
 
 
+class Update(Protocol):
+  """A compiled optimizer step, see `make_update`."""
+
+  def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch, key: Key[Array, ""],
+               index: Int[Array, ""]) -> tuple[TrainState, UpdateMetrics]:
+    ...
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
   """Which (sample, step) pairs each microbatch trains on.
 
-  In groups of the same samples: what depends on their prompts alone, the keys and values of
-  attention, is computed once for a group.
+  The M microbatches of a group have the same b samples, t of whose steps each of them visits.
+  So what depends on their prompts alone, attention's keys and values, can be computed once for
+  the group.
   """
 
   sample: Int[Array, "groups b"]  # index into this device's samples
@@ -85,30 +93,31 @@ class Microbatches:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-  """Of one device: added up over microbatches."""
+  """What one device adds up over microbatches."""
 
-  grads: Any  # of the weights, as `packing` has them
+  grads: Any  # gradient of the weights, in the form that `packing` gives it
   loss: Float32[Array, ""]
   approx_kl: Float32[Array, ""]
   clipfrac: Float32[Array, ""]
-  ratio_drift: Float32[Array, ""]  # a maximum
+  ratio_drift: Float32[Array, ""]  # not a sum: the largest so far
 
   @classmethod
   def zero(cls, grads: Any) -> Sums:
-    """Before the first microbatch; gradients like these."""
+    """The sums of no microbatch, with gradients of the same shapes as `grads`."""
     zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
     return cls(jax.tree.map(jnp.zeros_like, grads), zero, zero, zero, zero)
 
   def add(self, loss: jax.Array, info: ppo.PPOInfo, grads: Any) -> Sums:
-    """With another microbatch, whose gradient is already in `grads`."""
+    """Adds a microbatch's loss and metrics; `grads` has its gradient added already."""
     return Sums(grads=grads, loss=self.loss + loss,
                 approx_kl=self.approx_kl + info.approx_kl,
                 clipfrac=self.clipfrac + info.clipfrac,
                 ratio_drift=jnp.maximum(self.ratio_drift, info.ratio_drift))
 
 
-def make_optimizer(learning_rate: float, beta1: float, beta2: float, weight_decay: float,
-                   epsilon: float, max_grad_norm: float) -> optax.GradientTransformation:
+def make_optimizer(learning_rate: float, *, beta1: float = 0.9, beta2: float = 0.999,
+                   weight_decay: float = 1e-4, epsilon: float = 1e-8,
+                   max_grad_norm: float = 1.0) -> optax.GradientTransformation:
   """AdamW (arXiv:1711.05101) behind clipping by the global norm."""
   return optax.chain(
       optax.clip_by_global_norm(max_grad_norm),
@@ -152,7 +161,7 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
             optimizer: optax.GradientTransformation, state: TrainState,
             frozen: nnx.State, batch: Batch, key: Key[Array, ""], index: Int[Array, ""]
             ) -> tuple[TrainState, UpdateMetrics]:
-  """The program of one device."""
+  """The part of `make_update`'s program that runs on each device."""
   batches, samples = batch.advantages.shape
   microbatches = choose_microbatches(config, schedule.num_steps, batches, samples, key, index)
   microbatches = _split(microbatches, batch.text_embeddings.dtype)
@@ -164,7 +173,7 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
 def take_step(config: UpdateConfig, optimizer: optax.GradientTransformation,
               state: TrainState, grads: nnx.State, metrics: UpdateMetrics
               ) -> tuple[TrainState, UpdateMetrics]:
-  """The optimizer's step, or none where loss or gradient is not finite."""
+  """Takes the optimizer's step, unless loss or gradient is not finite."""
   finite = jnp.isfinite(metrics.grad_norm) & jnp.isfinite(metrics.loss)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   stepped = TrainState(params=optax.apply_updates(state.params, updates),
@@ -213,10 +222,11 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
 
 
 def _split(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:
-  """As large as a CPU is quick with; the gradient of their mean loss is the same.
+  """On a CPU, makes microbatches as small as it is fastest with; their mean gradient is the same.
 
-  In float32 with as many steps of the same sample as fit: attention's products over its
-  prompt are fewer and larger then. Half precision would round otherwise than the sampler.
+  In float32 it also puts as many steps of the same sample together as fit: attention's matmuls
+  over the prompt are fewer and larger then. In half precision they stay as they are, to be
+  rounded as the sampler rounds.
   """
   if jax.default_backend() != "cpu":
     return microbatches
@@ -237,12 +247,12 @@ def flatten_samples(batch: Batch) -> Batch:
 
 
 def take_samples(batch: Batch, sample: Int[Array, " b"]) -> Batch:
-  """Those of a flat batch that `sample` says."""
+  """Selects samples of a flat batch by their index."""
   return _map_samples(lambda x: x[sample], batch)
 
 
 def _map_samples(function: Callable[[jax.Array], jax.Array], batch: Batch) -> Batch:
-  """Of everything that there is one of for each sample."""
+  """Applies `function` to every array of the batch that has an entry for each sample."""
   trajectory, text_embeddings, advantages = jax.tree.map(
       function, (batch.trajectory, batch.text_embeddings, batch.advantages))
   return Batch(trajectory, text_embeddings, batch.negative_embedding, advantages)
@@ -252,7 +262,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
                          batch: Batch, microbatches: Microbatches
                          ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "groups M b t"]]:
-  """The gradient of the mean loss over all microbatches of all devices.
+  """Computes the gradient of the mean loss over all microbatches of all devices.
 
   Args:
     config: sizes and coefficients.
@@ -270,50 +280,66 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   # Marked as differing between devices, so that the backward pass does not sum each
   # microbatch's gradient over them: that is done once, below.
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
-  # Gradients are summed for the weights that the network computes with, and pulled back to
-  # those that these come from once: for all prompts, and for those of each group.
-  folded_weights, pullback = fold(folding.fold_weights, (graphdef, params, frozen))
-  unet = folding.round_lora(*folded_weights)
-  pack, unpack = packing(folded_weights[1])
+  # The network computes with weights that are derived from the trained ones. Gradients are
+  # added up for the derived weights, and pulled back to the trained ones once.
+  folded, pullback = fold(folding.fold_weights, (graphdef, params, frozen))
+  unet = folding.round_lora(*folded)
+  pack, unpack = packing(folded[1])
 
   def add_group(sums: Sums, group: Microbatches) -> tuple[Sums, Float32[Array, "M b t"]]:
     samples = take_samples(batch, group.sample)
-    context = guidance_context(samples.text_embeddings, samples.negative_embedding,
-                               config.guidance_scale)
-    (graphdef, weights, rest), prompts_pullback = fold(
-        functools.partial(folding.fold_prompts, context=context), unet)
+    return _add_group(config, schedule, unet, scale, pack, samples, group.step, sums)
 
-    def loss_fn(weights: nnx.State, step: Int[Array, "b t"]):
-      loss, info, log_prob = microbatch_loss(
-          config, nnx.merge(graphdef, weights, rest), schedule, samples, step)
-      return loss * scale, (loss, info, log_prob)
-
-    def add_microbatch(sums: Sums, step: Int[Array, "b t"]) -> tuple[Sums, jax.Array]:
-      scaled, backward, (loss, info, log_prob) = jax.vjp(
-          lambda weights: loss_fn(weights, step), weights, has_aux=True)
-      grads = pack(backward(jnp.ones_like(scaled))[0])
-      return sums.add(loss, info, jax.tree.map(jnp.add, sums.grads, grads)), log_prob
-
-    folded = graphdef != unet[0]  # else the sums go on, without another gradient's memory
-    start = sums
-    if folded:
-      start = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
-    summed, log_probs = jax.lax.scan(add_microbatch, start, group.step)
-    if folded:
-      grads = jax.tree.map(jnp.add, sums.grads, prompts_pullback(summed.grads)[0])
-      summed = dataclasses.replace(summed, grads=grads)
-    return summed, log_probs
-
-  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(folded_weights[1])), microbatches)
+  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(folded[1])), microbatches)
   (grads,) = pullback(unpack(sums.grads))
   grads, metrics = average(dataclasses.replace(sums, grads=grads),
                            log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
 
 
+def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: folding.Split,
+               scale: Float32[Array, ""], pack: Callable[[nnx.State], Any], samples: Batch,
+               steps: Int[Array, "M b t"], sums: Sums
+               ) -> tuple[Sums, Float32[Array, "M b t"]]:
+  """Adds the M microbatches of a group, which have the same samples; see `Microbatches`.
+
+  Returns:
+    The sums, and the log-probabilities.
+  """
+  context = guidance_context(samples.text_embeddings, samples.negative_embedding,
+                             config.guidance_scale)
+  (graphdef, weights, rest), pullback = fold(
+      functools.partial(folding.fold_prompts, context=context), unet)
+
+  def loss_fn(weights: nnx.State, step: Int[Array, "b t"]):
+    loss, info, log_prob = microbatch_loss(
+        config, nnx.merge(graphdef, weights, rest), schedule, samples, step)
+    return loss * scale, (loss, info, log_prob)
+
+  def add_microbatch(sums: Sums, step: Int[Array, "b t"]) -> tuple[Sums, jax.Array]:
+    (_, (loss, info, log_prob)), grads = jax.value_and_grad(
+        loss_fn, has_aux=True)(weights, step)
+    return sums.add(loss, info, jax.tree.map(jnp.add, sums.grads, pack(grads))), log_prob
+
+  if graphdef == unet[0]:  # nothing was folded
+    return jax.lax.scan(add_microbatch, sums, steps)
+  # The gradient of keys and values has another structure: it is summed by itself, and pulled
+  # back once.
+  before = sums.grads
+  sums = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
+  sums, log_probs = jax.lax.scan(add_microbatch, sums, steps)
+  grads = jax.tree.map(jnp.add, before, pullback(sums.grads)[0])
+  return dataclasses.replace(sums, grads=grads), log_probs
+
+
 def fold(function: Callable[..., folding.Split], unet: folding.Split
          ) -> tuple[folding.Split, Callable[[nnx.State], tuple[nnx.State]]]:
-  """The folded network, and what takes its weights' gradient to those of the one given."""
+  """Applies a function of `folding.py` to a network.
+
+  Returns:
+    The folded network, and the pullback from its weights' gradient to that of the weights
+    given.
+  """
   graphdef, trained, frozen = unet
 
   def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
@@ -326,10 +352,13 @@ def fold(function: Callable[..., folding.Split], unet: folding.Split
 
 def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
                                         Callable[[Any], nnx.State]]:
-  """How gradients are added up, and how to get them back.
+  """Chooses the form in which gradients are added up.
 
-  Those of small weights as one vector on a GPU, where each addition is a kernel of its own,
-  and LoRA's for Stable Diffusion are 224.
+  On a GPU those of small weights are concatenated into one vector: each addition is a kernel
+  of its own there, and LoRA for Stable Diffusion has 224 weights.
+
+  Returns:
+    What brings gradients in that form, and what brings their sum back.
   """
   small = all(weight.size <= _LARGEST_PACKED for weight in jax.tree.leaves(weights))
   if jax.default_backend() == "cpu" or not small:
@@ -340,7 +369,11 @@ def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
 def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,
                     samples: Batch, step: Int[Array, "b t"]
                     ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, "b t"]]:
-  """PPO's loss at t steps of each of b samples, what it logs, and the log-probabilities."""
+  """PPO's loss over t steps of each of b samples.
+
+  Returns:
+    The mean loss, PPO's metrics, and the log-probabilities.
+  """
   latents, each = samples.trajectory.latents, jnp.arange(len(step))[:, None]
   pairs = lambda x: x.reshape(step.size, *x.shape[2:])  # a sample's steps in a row
   _, log_prob = policy_step(
@@ -357,7 +390,16 @@ def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedu
 
 def average(sums: Sums, microbatches: int, scale: Float32[Array, ""]
             ) -> tuple[nnx.State, UpdateMetrics]:
-  """What each device added up -> the mean gradient, unscaled, and the metrics."""
+  """Sums over devices, and divides by the number of microbatches and by the loss scale.
+
+  Args:
+    sums: of this device.
+    microbatches: how many it added up.
+    scale: that the loss was multiplied by.
+
+  Returns:
+    The mean gradient, and the metrics without `skipped`.
+  """
   count = microbatches * jax.lax.axis_size(AXIS)
   total = jax.lax.psum((sums.grads, sums.loss, sums.approx_kl, sums.clipfrac), AXIS)
   grads, loss, approx_kl, clipfrac = jax.tree.map(lambda x: x / count, total)

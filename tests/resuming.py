@@ -30,7 +30,7 @@ def make_trainer(run):
   mesh = jax.sharding.Mesh(jax.devices(), ("data",))
   replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   params = nnx.State({"weights": nnx.LoRAParam(jnp.ones(5))})
-  state = update.init_state(params, update.make_optimizer(1e-3, 0.9, 0.999, 0, 1e-8, 1.0), False)
+  state = update.init_state(params, update.make_optimizer(1e-3, weight_decay=0), False)
   return types.SimpleNamespace(
       cfg=cfg, state=jax.device_put(state, replicated), stat_tracker=None, combiner=None,
       watch=diagnostics.Watch(cfg), skipped_in_a_row=0)

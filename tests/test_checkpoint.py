@@ -34,7 +34,7 @@ def test_lora_of_stable_diffusion_takes_less_than_15_mb(tmp_path):
   # Random, because zeros would be compressed away.
   params = jax.tree.unflatten(treedef, [
       jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)])
-  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  optimizer = update.make_optimizer(3e-4)
   state = update.init_state(params, optimizer, loss_scaling=True)
   noise = lambda x: jax.random.normal(keys[0], x.shape).astype(x.dtype)
   state = jax.tree.map(lambda x: x + noise(x), state)  # Adam's moments too
@@ -49,7 +49,7 @@ def make_state(size=64, rank=4):
   """Like a run's, without a model."""
   draw = lambda seed, *shape: nnx.LoRAParam(jax.random.normal(jax.random.key(seed), shape))
   params = nnx.State({"to_q": {"lora_down": draw(0, size, rank), "lora_up": draw(1, rank, size)}})
-  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  optimizer = update.make_optimizer(3e-4)
   return update.init_state(params, optimizer, loss_scaling=False)
 
 

@@ -80,7 +80,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
       num_train_timesteps=train_steps, timesteps_per_batch=timesteps_per_batch,
       guidance_scale=guidance_scale, eta=1.0, clip_range=1e-4, adv_clip_max=5.0,
       loss_scaling=loss_scaling)
-  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  optimizer = update.make_optimizer(3e-4)
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
                        devices=jax.devices()[:1])
   # Where the trainer has them, and where the update leaves them: one program is enough.

@@ -65,7 +65,7 @@ def results(micro, schedule, batch, golden_lora, request):
   written for a GPU, run on the CPU.
   """
   together, backend = request.param
-  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  optimizer = update.make_optimizer(3e-4)
   config = update.UpdateConfig(
       batch_size=4, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=3,
       timesteps_per_batch=together, guidance_scale=float(micro["guidance_scale"]),
@@ -220,7 +220,7 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
       batch_size=1, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=1,
       timesteps_per_batch=1, guidance_scale=1.0, eta=1.0, clip_range=1e-4,
       adv_clip_max=5.0, loss_scaling=False)
-  optimizer = update.make_optimizer(3e-4, 0.9, 0.999, 1e-4, 1e-8, 1.0)
+  optimizer = update.make_optimizer(3e-4)
   state = update.init_state(params, optimizer, loss_scaling=False)
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 

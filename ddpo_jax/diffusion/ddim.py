@@ -1,7 +1,8 @@
 """One DDIM step as a Gaussian policy (arXiv:2010.02502), and its log-probability.
 
 DDPO (arXiv:2305.13301) reads x_{t−1} ~ N(μ_θ(x_t, t, c), σ_t²) as an action. Sampler and
-update both come through `policy_step`, so that before any training their ratio is 1.
+update share `guided_prediction` and `ddim_step`. As two programs they agree up to rounding,
+which suffices in float32; `shared_program.py` makes them agree exactly in half precision.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def guided_prediction(unet: Denoiser, latents: Float[Array, "n*B h w C"],
     timesteps: what the network is told, in its own 0..999.
     text_embeddings: of the prompts.
     negative_embeddings: of the empty prompt, [B, L, D] or [1, L, D].
-    guidance_scale: n + s·(p − n); see `uses_guidance`.
+    guidance_scale: s in ε_empty + s·(ε_prompt − ε_empty); up to 1 means no guidance.
   """
   context = guidance_context(text_embeddings, negative_embeddings, guidance_scale)
   if not uses_guidance(guidance_scale):
@@ -68,17 +69,18 @@ def predict_clean(
     before the clipping).
   """
   config = schedule.noise_schedule
-  alpha_root, beta_root = (jnp.sqrt(_per_sample(x, step, latents))
-                           for x in (schedule.alphas, schedule.betas))
+  signal_root, noise_root = (  # sqrt(ᾱ_t) and sqrt(1 − ᾱ_t)
+      jnp.sqrt(_per_sample(x, step, latents))
+      for x in (schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod))
   if config.prediction_type == "epsilon":
     noise = model_output
-    clean = (latents - beta_root * noise) / alpha_root
+    clean = (latents - noise_root * noise) / signal_root
   elif config.prediction_type == "v_prediction":
-    clean = alpha_root * latents - beta_root * model_output
-    noise = alpha_root * model_output + beta_root * latents
+    clean = signal_root * latents - noise_root * model_output
+    noise = signal_root * model_output + noise_root * latents
   else:
     clean = model_output
-    noise = (latents - alpha_root * clean) / beta_root
+    noise = (latents - signal_root * clean) / noise_root
   if config.thresholding:
     clean = _threshold(clean, config.dynamic_thresholding_ratio, config.sample_max_value)
   elif config.clip_sample:
@@ -99,9 +101,9 @@ def ddim_mean_and_std(
   clean, noise = predict_clean(schedule, model_output, step, latents)
   variance = eta**2 * _per_sample(schedule.variances, step, latents)
   direction = jnp.sqrt(jnp.maximum(
-      _per_sample(schedule.previous_betas, step, latents) - variance, 0.0))
-  previous_alpha = _per_sample(schedule.previous_alphas, step, latents)
-  return jnp.sqrt(previous_alpha) * clean + direction * noise, jnp.sqrt(variance)
+      _per_sample(schedule.one_minus_alphas_cumprod_prev, step, latents) - variance, 0.0))
+  signal = jnp.sqrt(_per_sample(schedule.alphas_cumprod_prev, step, latents))
+  return signal * clean + direction * noise, jnp.sqrt(variance)
 
 
 def gaussian_log_prob(x: Float[Array, B *rest], mean: Float[Array, B *rest],

@@ -109,22 +109,22 @@ def _zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["timesteps", "alphas", "previous_alphas", "betas", "previous_betas",
-                 "variances"],
+    data_fields=["timesteps", "alphas_cumprod", "alphas_cumprod_prev",
+                 "one_minus_alphas_cumprod", "one_minus_alphas_cumprod_prev", "variances"],
     meta_fields=["noise_schedule", "has_density"])
 @dataclasses.dataclass(frozen=True)
 class DDIMSchedule:
   """What DDIM needs to know of each of its T steps; 0 is the first denoising step.
 
-  Differences of nearly equal alphas are taken in float64 on the host, so that float32
-  loses nothing in the last steps.
+  1 − ᾱ and σ² are computed in float64 on the host: as differences of nearly equal numbers they
+  would be inaccurate in float32.
   """
 
   timesteps: Int[Array, " T"]  # what the model is told
-  alphas: Float32[Array, " T"]  # ᾱ_t
-  previous_alphas: Float32[Array, " T"]  # ᾱ of the step that follows in time
-  betas: Float32[Array, " T"]  # 1 − ᾱ_t
-  previous_betas: Float32[Array, " T"]
+  alphas_cumprod: Float32[Array, " T"]  # ᾱ at this timestep
+  alphas_cumprod_prev: Float32[Array, " T"]  # ᾱ at the next, less noisy timestep
+  one_minus_alphas_cumprod: Float32[Array, " T"]  # 1 − ᾱ of the former
+  one_minus_alphas_cumprod_prev: Float32[Array, " T"]  # and of the latter
   variances: Float32[Array, " T"]  # σ_t² of formula 16 at eta 1
   noise_schedule: NoiseSchedule
   has_density: bool  # whether every variance is above 0
@@ -157,15 +157,16 @@ class DDIMSchedule:
                       f"{noise_schedule.steps_offset} begins at timestep {timesteps[0]}; "
                       f"must be below {trained}: take fewer steps")
     previous = np.maximum(timesteps - trained // num_steps, 0)
-    bar = noise_schedule.alphas_cumprod.astype(np.float64)
-    alpha, previous_alpha = bar[timesteps], bar[previous]
-    beta, previous_beta = 1 - alpha, 1 - previous_alpha
-    variance = previous_beta / beta * (1 - alpha / previous_alpha)
+    bar = noise_schedule.alphas_cumprod.astype(np.float64)[timesteps]
+    bar_prev = noise_schedule.alphas_cumprod.astype(np.float64)[previous]
+    variance = (1 - bar_prev) / (1 - bar) * (1 - bar / bar_prev)
     as_float32 = lambda x: jnp.asarray(x, jnp.float32)
-    return cls(timesteps=jnp.asarray(timesteps, jnp.int32), alphas=as_float32(alpha),
-               previous_alphas=as_float32(previous_alpha), betas=as_float32(beta),
-               previous_betas=as_float32(previous_beta), variances=as_float32(variance),
-               noise_schedule=noise_schedule, has_density=bool((variance > 0).all()))
+    return cls(timesteps=jnp.asarray(timesteps, jnp.int32), alphas_cumprod=as_float32(bar),
+               alphas_cumprod_prev=as_float32(bar_prev),
+               one_minus_alphas_cumprod=as_float32(1 - bar),
+               one_minus_alphas_cumprod_prev=as_float32(1 - bar_prev),
+               variances=as_float32(variance), noise_schedule=noise_schedule,
+               has_density=bool((variance > 0).all()))
 
 
 def _timesteps(noise_schedule: NoiseSchedule, num_steps: int
