@@ -64,9 +64,7 @@ class Trainer:
 def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
           reward_fns: Mapping[str, RewardFn], model: Unread[StableDiffusion]) -> Trainer:
   """Compiles the update, reads the model meanwhile, and puts it where training needs it."""
-  # In order of the processes, so that each has a run of consecutive samples.
-  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-  mesh = jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (AXIS,))
+  mesh = make_mesh(plan)
   replicated = jax.sharding.NamedSharding(mesh, P())
   schedule = DDIMSchedule.create(model.shapes.noise_schedule, cfg.sample.num_steps)
   optimizer = update.make_optimizer(
@@ -89,13 +87,8 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   sampling = make_sampling_config(cfg, plan)
   generate: Generate
   if isinstance(compiled, SharedProgram):
+    _warn_of_wasted_samples(cfg, compiled.wasted_samples(sampling.batch_size))
     generate = make_shared_generate(sampling, models.vae, compiled, mesh)
-    wasted = compiled.wasted_samples(sampling.batch_size)
-    if wasted:
-      say(f"Warning: sample.batch_size={cfg.sample.batch_size} is not a multiple of "
-          "train.batch_size × train.timesteps_per_batch = "
-          f"{cfg.train.batch_size * cfg.train.timesteps_per_batch}: with each sampling batch "
-          f"{wasted} samples are computed and dropped")
   else:
     generate = make_generate(sampling, models.vae, graphdef, schedule, mesh)
   worker = RolloutWorker(sampling, models, generate, frozen, prompt_fn, reward_fns, cfg.seed,
@@ -108,6 +101,21 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
           tracking_config.buffer_size, tracking_config.min_count),
       combiner=RewardCombiner(cfg.reward_weights) if cfg.reward_weights else None,
       watch=diagnostics.Watch(cfg))
+
+
+def make_mesh(plan: BatchPlan) -> jax.sharding.Mesh:
+  """The devices of all processes along one axis, "data"."""
+  # In order of the processes, so that each has a run of consecutive samples.
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  return jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (AXIS,))
+
+
+def _warn_of_wasted_samples(cfg: Config, wasted: int) -> None:
+  if wasted:
+    say(f"Warning: sample.batch_size={cfg.sample.batch_size} is not a multiple of "
+        "train.batch_size × train.timesteps_per_batch = "
+        f"{cfg.train.batch_size * cfg.train.timesteps_per_batch}: with each sampling batch "
+        f"{wasted} samples are computed and dropped")
 
 
 def open_model(cfg: Config) -> Unread[StableDiffusion]:

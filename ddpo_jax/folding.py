@@ -1,8 +1,10 @@
-"""Computes once what a network is asked for many times: of its weights, and of its prompts.
+"""Hoists out of loops what a network would compute anew in every call, of weights and prompts.
 
-Each function splits the network it returns as `lora.partition` does, into structure, trained
-weights and frozen weights. The trained ones of the result depend on those given, so that
-`jax.vjp` of the function takes a gradient that was summed over many calls back to them.
+Each function takes a network and returns an equivalent one, both as `lora.partition` splits
+them: structure, trained weights, frozen weights. `nnx.LoRAParam` marks what counts as trained.
+In the result these may be other arrays than LoRA's, for example W + up·down or precomputed keys
+and values. They are computed from the ones given, so `jax.vjp` of the function takes a gradient
+that was summed over many calls back to LoRA's.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ _TENSOR_CORE = 8  # columns that a matrix product in half precision is padded to
 
 
 class _PrecomputedProjection(nnx.Module):
-  """Stands for a linear layer whose input never changes: its output, split in heads."""
+  """Takes the place of a linear layer whose input never changes: returns its output."""
 
   def __init__(self, output: Float[Array, "B S N*H"], num_heads: int):
     split = output.reshape(*output.shape[:2], num_heads, -1)
-    # As attention multiplies it. XLA leaves a transposition alone inside of a loop.
+    # By heads, as attention multiplies it: inside a loop XLA would transpose it each time.
     self.output = nnx.LoRAParam(split.swapaxes(1, 2))
 
   def __call__(self, inputs: jax.Array) -> Float[Array, "B S N*H"]:
@@ -39,7 +41,7 @@ class _PrecomputedProjection(nnx.Module):
 
 
 class _ContextProjection(nnx.Module):
-  """Several linear layers with LoRA and the same input, as three products in place of many."""
+  """Several linear layers with LoRA and the same input: three matmuls in place of many."""
 
   def __init__(self, linears: list[layers.Linear]):
     self.dtype = linears[0].dtype
@@ -65,7 +67,7 @@ class _ContextProjection(nnx.Module):
 
 
 class _ContextPart(nnx.Module):
-  """Stands for one of the linear layers of a `_ContextProjection`: takes its output."""
+  """Takes the place of one of these linear layers: picks its part of their joint output."""
 
   def __init__(self, index: int):
     self.index = index
@@ -75,20 +77,21 @@ class _ContextPart(nnx.Module):
 
 
 def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
-  """Brings a network with LoRA in the form that is quickest for many calls.
+  """Brings a network with LoRA in the form that is fastest for many calls.
 
-  On CPUs, in float32: convolutions compute what depends on their kernels alone, and
-  LoRA is added to the matrices that it adapts. What is trained are then the matrices
-  W + up·down, because products with matrices of a few columns are slow there. A gradient is
-  linear in theirs: it can be summed over microbatches first, and handed on to up and down
-  once. On GPUs the gradient of the whole matrix would cost more than it saves, and half
-  precision would lose what up·down adds. There the rank is padded to what tensor cores
-  multiply, which XLA would do in each call; self-attention multiplies its input by the
-  three matrices `down` of queries, keys and values at once; and the prompts are multiplied by
-  the matrices of all layers that attend to them at once.
+  On CPUs, in float32:
+  - LoRA is added to the matrices that it adapts, and W + up·down is what is trained: matmuls
+    with matrices of a few columns are slow there.
+  - Convolutions transform their kernels (see `ops/convolution.py`).
+
+  Otherwise, because on GPUs the gradient of a whole matrix would cost more than it saves, and
+  half precision would lose what up·down adds:
+  - The rank is padded to what tensor cores multiply, which XLA would do in each call.
+  - Self-attention multiplies its input by the `down` of queries, keys and values at once.
+  - The prompts are multiplied by the key and value matrices of all layers at once.
 
   Returns:
-    The same network; what was given if it has no LoRA.
+    An equivalent network; the one given if it has no LoRA.
   """
   unet = nnx.merge(graphdef, trained, frozen)
   adapted = _adapted(unet)
@@ -111,10 +114,10 @@ def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) 
 
 
 def round_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
-  """Gives LoRA's weights the dtype that their layers compute in, which these do in each call.
+  """Casts LoRA's weights to the dtype that their layers compute in, once instead of in each call.
 
-  The gradient of the result is in that dtype too. It has to be added up in float32, and is
-  then that of the weights given.
+  Gradients of the result have that dtype too: add them up in float32, as the gradient of the
+  weights given.
   """
   unet = nnx.merge(graphdef, trained, frozen)
   dtype = next((linear.dtype for _, linear in lora.attention_projections(unet)), None)
@@ -129,21 +132,21 @@ def round_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) ->
 
 def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
                  context: Float[Array, "B L D"]) -> Split:
-  """Makes a network that `fold_weights` has folded one for these prompts only.
+  """Specialises a network that `fold_weights` returned to these prompts.
 
-  Attention's keys and values of the prompts become trained weights, in place of the matrices
-  that they come from: over many calls their gradients are summed, and multiplied with the
-  prompts once.
+  Attention's keys and values of the prompts become trained weights in place of the matrices
+  that they are computed with. So their gradients are summed over many calls, and multiplied
+  with the prompts once.
 
   Args:
-    graphdef: the network, as `fold_weights` returns it.
+    graphdef: of the network, as `fold_weights` returns it.
     trained: likewise.
     frozen: likewise.
-    context: all that the network will be called with.
+    context: the embeddings that it will be called with.
 
   Returns:
-    The same network, whatever context it is called with; or what was given, where
-    `fold_weights` has left the matrices as they are.
+    A network that ignores the context it is called with; or the one given, unless
+    `fold_weights` made the key and value matrices trained weights.
   """
   unet = nnx.merge(graphdef, trained, frozen)
   to_prompts = _attentions_to_prompts(unet)
@@ -158,7 +161,7 @@ def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
 
 
 def _join_context(unet: Any) -> None:
-  """Keys and values of the prompts, in all layers that have any."""
+  """Joins the key and value matrices of all layers that attend to prompts."""
   to_prompts = _attentions_to_prompts(unet)
   linears = [linear for module in to_prompts for linear in (module.to_k, module.to_v)]
   if not linears:
@@ -187,7 +190,7 @@ def _add_lora(linear: layers.Linear) -> None:
 
 
 def _pad_rank(linear: layers.Linear) -> None:
-  """With zeros, which change nothing."""
+  """Pads the rank with zeros, which change nothing."""
   assert linear.lora_down is not None and linear.lora_up is not None
   down, up = linear.lora_down[...], linear.lora_up[...]
   missing = -down.shape[1] % _TENSOR_CORE
@@ -196,7 +199,7 @@ def _pad_rank(linear: layers.Linear) -> None:
 
 
 def _join_down(attention: layers.Attention) -> None:
-  """Of queries, keys and values; each `up` gets zeros for the columns of the others."""
+  """Joins `down` of queries, keys and values; each `up` gets zero rows for the others' columns."""
   projections = attention.to_q, attention.to_k, attention.to_v
   attention.lora_down = _join([linear.lora_down for linear in projections])
   total, before = attention.lora_down.shape[1], 0
@@ -210,5 +213,5 @@ def _join_down(attention: layers.Attention) -> None:
 
 
 def _join(downs: Sequence[nnx.LoRAParam | None]) -> nnx.LoRAParam:
-  """Side by side; none is missing."""
+  """Concatenates the columns of matrices `down`, all of which are there."""
   return nnx.LoRAParam(jnp.concatenate([down[...] for down in downs if down is not None], axis=1))

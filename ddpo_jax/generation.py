@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 from flax import nnx
 import jax
@@ -23,8 +23,6 @@ from ddpo_jax.types import Trajectory
 
 P = jax.sharding.PartitionSpec
 
-Generate = Callable[..., "Generation"]  # see `make_generate`
-
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -41,7 +39,7 @@ class SamplingConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """What the device program makes of one batch of prompts, sharded over samples."""
+  """One batch's trajectories and decoded images, sharded over samples."""
 
   trajectory: Trajectory
   images: UInt8[Array, "B H W 3"]
@@ -54,6 +52,16 @@ class FrozenModels:
 
   unet: nnx.State  # all but the trained ones
   vae: nnx.State
+
+
+class Generate(Protocol):
+  """A compiled sampling program, see `make_generate`."""
+
+  def __call__(self, params: nnx.State, frozen: FrozenModels,
+               negative_embedding: Float[Array, "1 L D"],
+               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
+               key: Key[Array, ""]) -> Generation:
+    ...
 
 
 def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx.GraphDef,
@@ -93,7 +101,7 @@ def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx
 
 def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: SharedProgram,
                          mesh: jax.sharding.Mesh) -> Generate:
-  """As `make_generate`, with the update's own program: the two round alike."""
+  """As `make_generate`, but samples with the update's own program, so that both round alike."""
   decode = _make_decode(config, vae)
 
   def finish(vae: nnx.State, parts: list[Trajectory]) -> Generation:
@@ -104,15 +112,20 @@ def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: Sh
   finished = jax.jit(jax.shard_map(finish, mesh=mesh, in_specs=(P(), P(AXIS)),
                                    out_specs=P(AXIS)), compiler_options=compiler_options())
 
-  def generate(params: nnx.State, frozen: FrozenModels, *arguments: jax.Array) -> Generation:
-    return finished(frozen.vae, program.denoise(params, frozen.unet, *arguments))
+  def generate(params: nnx.State, frozen: FrozenModels,
+               negative_embedding: Float[Array, "1 L D"],
+               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
+               key: Key[Array, ""]) -> Generation:
+    parts = program.denoise(params, frozen.unet, negative_embedding, text_embeddings,
+                            sample_indices, key)
+    return finished(frozen.vae, parts)
 
   return generate
 
 
 def _make_decode(config: SamplingConfig, vae: AutoencoderKL
                  ) -> Callable[[nnx.State, jax.Array], UInt8[Array, "B H W 3"]]:
-  """What takes the decoder's weights and clean latents to images, by parts."""
+  """Builds `decode(weights, latents)`, which decodes a few clean latents at a time."""
   graphdef, scaling_factor = nnx.graphdef(vae), vae.config.scaling_factor
 
   def decode(weights: nnx.State, latents: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
@@ -124,9 +137,9 @@ def _make_decode(config: SamplingConfig, vae: AutoencoderKL
 
 
 def _map_in_parts(function: Callable[..., Any], largest: int, *arguments: jax.Array) -> Any:
-  """function(*arguments), by the largest equal parts of their first axis up to `largest`.
+  """function(*arguments) for equal parts of their first axis, the largest of up to `largest`.
 
-  `jax.lax.map` with a batch_size would do it by `vmap`, which adds an axis to every product.
+  `jax.lax.map` with a batch_size would use `vmap`, which adds an axis to every matmul.
   """
   size = len(arguments[0])
   part = largest_part(size, largest)

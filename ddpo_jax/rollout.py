@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -32,6 +31,10 @@ P = jax.sharding.PartitionSpec
 
 _REWARD_THREADS = 2  # calls of reward functions at a time
 _SECONDS_BETWEEN_CHECKS = 1.0  # for signals, while rewards are waited for
+
+# A batch's images, and by the name of the reward function their rewards and what it returned
+# besides.
+_Scored = tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +95,10 @@ class RolloutWorker:
              for batch in range(self._config.num_batches)]
     # Before the device begins to sample: it would have to finish a batch first.
     embeddings = [self._put(self._encode(prompts)) for prompts, _ in drawn]
-    generations: list[Generation] = []
-    pending: list[futures.Future] = []
-    bar = functools.partial(tqdm, total=self._config.num_batches, leave=False,
-                            dynamic_ncols=True, disable=hide_bars(), unit="batch")
     with _reward_threads() as pool:
-      with bar(desc=f"Epoch {epoch}: sampling") as progress:
+      generations: list[Generation] = []
+      pending: list[futures.Future] = []
+      with self._bar(f"Epoch {epoch}: sampling") as progress:
         for batch in range(self._config.num_batches):
           before_batch()
           _raise_failures(pending)
@@ -111,14 +112,26 @@ class RolloutWorker:
         jax.block_until_ready(generations[-1].images)
         progress.update()
       sampled = time.perf_counter()
-      with bar(desc=f"Epoch {epoch}: rewards") as progress:
+      with self._bar(f"Epoch {epoch}: rewards") as progress:
         _wait_for_all(pending, progress, before_batch)
     scored = time.perf_counter()
-    images, rewards, info = zip(*(future.result() for future in pending))
+    return self._assemble(epoch, generations, embeddings, [x.result() for x in pending],
+                          sampling_seconds=sampled - start, reward_seconds=scored - sampled)
+
+  def _bar(self, description: str) -> tqdm:
+    return tqdm(desc=description, total=self._config.num_batches, leave=False,
+                dynamic_ncols=True, disable=hide_bars(), unit="batch")
+
+  def _assemble(self, epoch: int, generations: Sequence[Generation],
+                embeddings: Sequence[jax.Array], scored: Sequence[_Scored],
+                **seconds: float) -> Rollout:
+    """Joins the batches, and gathers the rewards of all processes."""
+    images, rewards, info = zip(*scored)
     indices = np.stack([self._local_indices(b) for b in range(self._config.num_batches)])
     return Rollout(
         trajectory=_stack([g.trajectory for g in generations]),
         text_embeddings=_stack(embeddings),
+        # Those of all processes: to draw them again takes less than to gather them.
         prompts=draw_prompts(self._prompt_fn, self._seed, epoch,
                              range(self.samples_per_epoch))[0],
         rewards={name: self._gather(np.stack([batch[name] for batch in rewards]))
@@ -126,7 +139,7 @@ class RolloutWorker:
         images=np.concatenate(images),
         local_indices=indices.reshape(-1),
         reward_info=self._info.collect(info, indices, self.samples_per_epoch, self._gather),
-        sampling_seconds=sampled - start, reward_seconds=scored - sampled)
+        **seconds)
 
   def draw(self, params: nnx.State, epoch: int
            ) -> tuple[UInt8[np.ndarray, "B H W 3"], list[str]]:
@@ -158,8 +171,7 @@ class RolloutWorker:
     return jax.make_array_from_process_local_data(self._sharding, local)
 
   def _score(self, on_device: UInt8[Array, "B H W 3"], prompts: list[str],
-             metadata: list[dict[str, Any]]
-             ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+             metadata: list[dict[str, Any]]) -> _Scored:
     """Runs in a thread: waits for the images, then for their rewards."""
     images = _to_host(on_device)
     rewards, info = {}, {}
@@ -178,10 +190,10 @@ class RolloutWorker:
 
 @contextlib.contextmanager
 def _reward_threads() -> Iterator[futures.Executor]:
-  """Threads that compute rewards. Where sampling is stopped, no further call begins.
+  """Threads for calls of reward functions.
 
-  Nor is the end of those waited for that are running, which retries of a server that is gone
-  can put off for minutes: the run is saved first.
+  If sampling stops, pending calls are cancelled, and running ones are not waited for: retries
+  of a server that is gone could delay saving the run for minutes.
   """
   pool = futures.ThreadPoolExecutor(_REWARD_THREADS)
   try:

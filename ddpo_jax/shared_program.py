@@ -1,13 +1,12 @@
-"""The policy's network as one program, for the sampler and the update.
+"""Sampler and update as one compiled program, so that they round alike in half precision.
 
-Two programs of the same network round differently: a compiler fuses its operations by what
-comes after them, and chooses kernels anew. In half precision one number in thousands then rounds
-the other way, a few layers later all of them do, and the ratio of two programs'
-log-probabilities is off by as much as PPO's clip range.
+Two programs of the same network round differently: the compiler fuses and tunes each by itself.
+In half precision one number in thousands then rounds the other way, a few layers later all of
+them do, and the log-probabilities of the two differ by as much as PPO's clip range.
 
-So the network is compiled once. The program is a loop over microbatches of (sample, step) pairs
-that either takes these steps or scores steps that were taken; its backward pass is behind a
-condition. An epoch's first ratio is then 1 to the last bit, as far as the device's kernels are
+So the network is compiled once, in a loop over microbatches of (sample, step) pairs. The loop
+either takes the steps or scores steps that were taken, and its backward pass is behind a
+condition. An epoch's first ratio is then exactly 1, provided that the device's kernels are
 deterministic.
 """
 
@@ -47,25 +46,40 @@ P = jax.sharding.PartitionSpec
 
 
 class Mode(enum.IntEnum):
-  """What the program does with its pairs."""
+  """What the program does with each (sample, step) pair."""
 
-  SAMPLE = 0  # takes the steps: writes the next latents and their log-probabilities
-  SCORE = 1  # writes the log-probabilities of the steps that were taken
-  FIRST_STEP = 2  # likewise, and adds up the gradient at a ratio of 1
-  STEP = 3  # adds up the gradient
+  SAMPLE = 0  # take the step: write the next latents and their log-probability
+  SCORE = 1  # write the log-probability of the step that was taken
+  FIRST_STEP = 2  # the same, and add up the gradient, with that log-probability as the old one
+  STEP = 3  # add up the gradient
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Constants:
+  """What is the same for all samples of a call."""
+
+  params: nnx.State
+  frozen: nnx.State
+  negative_embedding: Float[Array, "1 L D"]  # of the empty prompt
+  loss_scale: Float32[Array, ""]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Some samples, and which of their steps the program visits in which order.
+  """The samples of one call of the program, and the order in which it visits their steps.
 
-  With the trajectory of each of its rows; rows that no pair names may hold anything.
+  There is a row for each sample, here and in the `Trajectory` that goes with it. Pair p of
+  microbatch m is step `step[m, p]` of the sample in row `row[m, p]`. Rows that no pair refers
+  to are padding.
   """
 
   text_embeddings: Float[Array, "rows L D"]
   advantages: Float32[Array, " rows"]
-  sample_index: Int[Array, " rows"]  # in sampling of its noise; in training in the flat batch
+  # When sampling, the sample's index in the epoch, which decides its noise; when training, its
+  # index in the flat batch.
+  sample_index: Int[Array, " rows"]
   row: Int[Array, "microbatches pairs"]
   step: Int[Array, "microbatches pairs"]
 
@@ -77,15 +91,15 @@ _WORK_SPECS = Work(text_embeddings=_BY_ROW, advantages=_BY_ROW, sample_index=_BY
 
 
 class SharedProgram:
-  """The program and what calls it: an update, and a sampler.
+  """The compiled program, as an update (call it as one of `make_update`) and as a sampler.
 
-  As an update it is called as those of `make_update`. Arrays are those of all devices.
+  Arrays that its methods take and return are those of all devices.
   """
 
   def __init__(self, config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
                optimizer: optax.GradientTransformation, latent_shape: tuple[int, ...],
                mesh: jax.sharding.Mesh):
-    """Builds it; nothing is compiled yet.
+    """Builds the program; nothing is compiled yet.
 
     Args:
       config: of the update.
@@ -97,14 +111,17 @@ class SharedProgram:
     """
     self._config, self._schedule, self._optimizer = config, schedule, optimizer
     self._graphdef, self._latent_shape, self._mesh = graphdef, latent_shape, mesh
-    # Of one microbatch on a device; of these as many as have room for the samples of a group.
+    # On each device: pairs in a microbatch; rows, as many as training has samples in a
+    # microbatch, rounded up so that sampling fills whole microbatches; and microbatches in a
+    # group of the same samples.
     self._pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
     self._rows = -(-config.batch_size // self._pairs) * self._pairs
     self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
     by_batch, by_row, everywhere = P(None, AXIS), P(AXIS), P()
     self._visit = self._jit(
-        self._visit_all, (*[everywhere] * 4, _WORK_SPECS, *[everywhere] * 3, by_row, by_row),
-        by_row, donate_argnums=(8, 9))
+        self._visit_all,
+        (everywhere, _WORK_SPECS, everywhere, everywhere, everywhere, by_row, by_row),
+        by_row, donate_argnums=(5, 6))
     self._zero_sums = self._jit(self._make_zero_sums, (everywhere, everywhere), by_row)
     self._start = self._jit(self._start_denoising, (by_row, by_row, everywhere, everywhere),
                             (_WORK_SPECS, by_row))
@@ -119,14 +136,20 @@ class SharedProgram:
     return jax.jit(mapped, compiler_options=compiler_options(), **options)
 
   def compile(self, params: Any, frozen: Any, embedding: jax.ShapeDtypeStruct) -> None:
-    """Compiles the program, for weights and a prompt's embedding [1, L, D] of these shapes."""
+    """Compiles the program for arrays like these.
+
+    Args:
+      params: shapes and shardings of the trained weights.
+      frozen: those of the UNet's other weights.
+      embedding: those of one prompt's embedding, [1, L, D].
+    """
     rows = self._rows * self._mesh.size
     prompts = jax.ShapeDtypeStruct((rows, *embedding.shape[1:]), embedding.dtype)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
     work, trajectory = jax.eval_shape(self._start, prompts, indices, key, number)
     sums = jax.eval_shape(self._zero_sums, params, frozen)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    scale: Any = jax.ShapeDtypeStruct((), jnp.float32)
 
     def placed(spec: jax.sharding.PartitionSpec, tree: Any) -> Any:
       sharding = jax.sharding.NamedSharding(self._mesh, spec)
@@ -136,40 +159,42 @@ class SharedProgram:
     work, trajectory, sums, scale, number = jax.tree.map(
         placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
         (work, trajectory, sums, scale, number))
-    self._visit = self._visit.lower(params, scale, frozen, embedding, work, key, number, number,
-                                    sums, trajectory).compile()
+    prompt: Any = embedding
+    constants = Constants(params, frozen, prompt, scale)
+    self._visit = self._visit.lower(constants, work, key, number, number, sums,
+                                    trajectory).compile()
 
   def wasted_samples(self, batch_size: int) -> int:
-    """How many of a device's sampling batch are computed for nothing: they fill a microbatch."""
+    """How many samples each device computes in vain, to fill a sampling batch's last microbatch."""
     return -batch_size % self._pairs
 
   def denoise(self, params: nnx.State, frozen: nnx.State,
               negative_embedding: Float[Array, "1 L D"],
               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
               key: Key[Array, ""]) -> list[Trajectory]:
-    """Samples a batch, a microbatch of its samples after the other.
+    """Samples a batch, one microbatch of samples after the other.
 
     Args:
-      params: the policy.
+      params: the trained weights.
       frozen: the UNet's other weights.
       negative_embedding: of the empty prompt.
       text_embeddings: of the prompts, sharded over devices.
-      sample_indices: which noise each sample gets, likewise.
+      sample_indices: in the epoch, sharded likewise; they decide each sample's noise.
       key: the epoch's.
 
     Returns:
-      The trajectories part by part. On each device the samples of one part follow those of
-      the part before; what goes beyond the batch is to be ignored.
+      The trajectories in parts. On each device the samples of a part follow those of the part
+      before it; those beyond the end of the batch are padding.
     """
+    constants = Constants(params, frozen, negative_embedding, jnp.float32(1))
     sums, parts = self._zero_sums(params, frozen), []
     samples = len(sample_indices) // self._mesh.size
     for first in range(0, samples, self._rows):
       work, trajectory = self._start(text_embeddings, sample_indices, key, jnp.int32(first))
       microbatches = -(-min(self._rows, samples - first) // self._pairs)
       sums, trajectory = self._visit(
-          params, jnp.float32(1), frozen, negative_embedding, work, key,
-          jnp.int32(microbatches * self._schedule.num_steps), jnp.int32(Mode.SAMPLE), sums,
-          trajectory)
+          constants, work, key, jnp.int32(microbatches * self._schedule.num_steps),
+          jnp.int32(Mode.SAMPLE), sums, trajectory)
       parts.append(trajectory)
     return parts
 
@@ -181,11 +206,13 @@ class SharedProgram:
   def first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
                  key: Key[Array, ""], index: Int[Array, ""]
                  ) -> tuple[TrainState, Batch, UpdateMetrics]:
-    """An epoch's first optimizer step: its policy is the sampler's, and the ratio 1.
+    """Takes an epoch's first optimizer step: the policy is still the sampler's, the ratio 1.
+
+    It computes the samples' log-probabilities anew and uses these as the old ones.
 
     Returns:
-      The state; the batch with the log-probabilities that this step had; the metrics, of
-      which `ratio_drift` says how far those of the batch given were from them.
+      The state; the batch with these log-probabilities; the metrics, whose `ratio_drift` is
+      the largest distance of the ratio to the given log-probabilities from 1.
     """
     sums, batch = self._visit_step(Mode.FIRST_STEP, state, frozen, batch, key, index)
     state, metrics = self._finish(state, frozen, sums)
@@ -193,31 +220,31 @@ class SharedProgram:
 
   def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
               key: Key[Array, ""], index: Int[Array, ""]) -> Batch:
-    """Replaces the log-probabilities that the update with these arguments will read."""
+    """Recomputes the log-probabilities that an update with these arguments will read."""
     return self._visit_step(Mode.SCORE, state, frozen, batch, key, index)[1]
 
   def _visit_step(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
                   key: Key[Array, ""], index: Int[Array, ""]) -> tuple[Sums, Batch]:
-    """All microbatches of an optimizer step."""
+    """Visits all pairs of an optimizer step."""
+    constants = Constants(state.params, frozen, batch.negative_embedding,
+                          state.loss_scale.scale)
     sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
     for group in map(jnp.int32, range(self._config.accumulation_steps)):
       work, trajectory = self._lay_out(batch, key, index, group)
-      sums, trajectory = self._visit(
-          state.params, state.loss_scale.scale, frozen, batch.negative_embedding, work, key,
-          jnp.int32(self._group_size), jnp.int32(mode), sums, trajectory)
+      sums, trajectory = self._visit(constants, work, key, jnp.int32(self._group_size),
+                                     jnp.int32(mode), sums, trajectory)
       if mode != Mode.STEP:
         log_probs = self._keep(log_probs, trajectory.log_probs, work.sample_index)
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
     return sums, dataclasses.replace(batch, trajectory=trajectory)
 
-  # What follows is the program of one device.
+  # What follows runs on each device: arrays are one device's.
 
-  def _visit_all(self, params: nnx.State, scale: Float32[Array, ""], frozen: nnx.State,
-                 negative_embedding: Float[Array, "1 L D"], work: Work, key: Key[Array, ""],
+  def _visit_all(self, constants: Constants, work: Work, key: Key[Array, ""],
                  count: Int[Array, ""], mode: Int[Array, ""], sums: Sums,
                  trajectory: Trajectory) -> tuple[Sums, Trajectory]:
-    """The first `count` microbatches."""
-    folded, _ = self._fold(params, frozen)
+    """Visits the first `count` microbatches."""
+    folded, _ = self._fold(constants.params, constants.frozen)
     graphdef, weights, rest = folding.round_lora(*folded)
     pack, _ = packing(folded[1])
 
@@ -226,10 +253,10 @@ class SharedProgram:
       row, step = work.row[i], work.step[i]
 
       def loss_fn(weights: nnx.State) -> tuple[jax.Array, Any]:
-        loss, *others = self._visit_pairs(
-            nnx.merge(graphdef, weights, rest), negative_embedding, work, trajectory, row, step,
-            key, mode)
-        return loss * scale, (loss, *others)
+        unet = nnx.merge(graphdef, weights, rest)
+        loss, *others = self._visit_pairs(unet, constants.negative_embedding, work,
+                                          trajectory, row, step, key, mode)
+        return loss * constants.loss_scale, (loss, *others)
 
       scaled, backward, (loss, info, trajectory) = jax.vjp(loss_fn, weights, has_aux=True)
 
@@ -247,7 +274,11 @@ class SharedProgram:
                    work: Work, trajectory: Trajectory, row: Int[Array, " pairs"],
                    step: Int[Array, " pairs"], key: Key[Array, ""], mode: Int[Array, ""]
                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Trajectory]:
-    """PPO's loss, what it logs, and the trajectory with what the mode writes into it."""
+    """Visits one microbatch.
+
+    Returns:
+      PPO's loss and metrics, and the trajectory with what the mode writes into it.
+    """
     config = self._config
     get = lambda array, step: array[row, step]
     put = lambda array, step, new: array.at[row, step].set(new, unique_indices=True)
@@ -259,19 +290,18 @@ class SharedProgram:
     drawn, _ = take(noise=draw_noise(sample_keys(key, work.sample_index[row]), step + 1,
                                      latents.shape[1:]))
     visited = put(trajectory.latents, step + 1, jnp.where(mode == Mode.SAMPLE, drawn, after))
-    # Scored as they lie in memory, so that it is the same arithmetic in all modes.
+    # Even steps just taken are read back and scored, so that all modes do the same arithmetic.
     _, log_prob = take(prev_latents=get(visited, step + 1))
-    computed, given = jax.lax.stop_gradient(log_prob), get(trajectory.log_probs, step)
-    loss, info = ppo.ppo_loss(
-        log_prob, jnp.where(mode == Mode.FIRST_STEP, computed, given), work.advantages[row],
-        config.clip_range, config.adv_clip_max)
-    drift = jnp.max(ppo.ratio_deviation(log_prob, given))
-    kept = jnp.where(mode == Mode.STEP, given, computed)
-    return (loss, dataclasses.replace(info, ratio_drift=drift),
-            Trajectory(visited, put(trajectory.log_probs, step, kept)))
+    new, stored = jax.lax.stop_gradient(log_prob), get(trajectory.log_probs, step)
+    old_log_prob = jnp.where(mode == Mode.FIRST_STEP, new, stored)
+    loss, info = ppo.ppo_loss(log_prob, old_log_prob, work.advantages[row], config.clip_range,
+                              config.adv_clip_max)
+    drift = jnp.max(ppo.ratio_deviation(log_prob, stored))
+    log_probs = put(trajectory.log_probs, step, jnp.where(mode == Mode.STEP, stored, new))
+    return loss, dataclasses.replace(info, ratio_drift=drift), Trajectory(visited, log_probs)
 
   def _fold(self, params: nnx.State, frozen: nnx.State) -> Any:
-    """As `fold_weights`, and what takes the gradient back."""
+    """`folding.fold_weights`, and the pullback of the gradient."""
     # Marked as differing between devices, so that the backward pass does not sum each
     # microbatch's gradient over them: that is done once, at the end of the step.
     params, frozen = jax.lax.pcast((params, frozen), AXIS, to="varying")
@@ -284,7 +314,7 @@ class SharedProgram:
 
   def _finish_step(self, state: TrainState, frozen: nnx.State, sums: Sums
                    ) -> tuple[TrainState, UpdateMetrics]:
-    """What was added up -> the optimizer's step."""
+    """Averages what all devices added up, and takes the optimizer's step."""
     (_, weights, _), pullback = self._fold(state.params, frozen)
     _, unpack = packing(weights)
     sums = _of_device(sums)
@@ -297,9 +327,9 @@ class SharedProgram:
   def _start_denoising(self, text_embeddings: Float[Array, "B L D"],
                        sample_indices: Int[Array, " B"], key: Key[Array, ""],
                        first: Int[Array, ""]) -> tuple[Work, Trajectory]:
-    """All steps of as many of the batch's samples as there are rows, from pure noise.
+    """Lays out the batch's samples from number `first` on for sampling, with their noise.
 
-    After the last sample come others again.
+    Where the batch ends, its first samples fill the rows that are left.
     """
     chosen = (first + jnp.arange(self._rows)) % len(sample_indices)
     sample_index = sample_indices[chosen]
@@ -318,7 +348,7 @@ class SharedProgram:
 
   def _lay_out_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
                      group: Int[Array, ""]) -> tuple[Work, Trajectory]:
-    """What group number `group` of optimizer step `index` trains on."""
+    """Lays out what group number `group` of optimizer step `index` trains on."""
     batches, samples = batch.advantages.shape
     chosen = choose_microbatches(self._config, self._schedule.num_steps, batches, samples, key,
                                  index)
@@ -334,7 +364,7 @@ class SharedProgram:
     return work, jax.tree.map(lambda x: x[rows], flat.trajectory)
 
   def _grid(self, like: Int[Array, " B"]) -> Int[Array, "microbatches pairs"]:
-    """Zeros for as many microbatches as there are at most."""
+    """Zeros for as many microbatches as sampling or training has at most."""
     denoising = self._rows // self._pairs * self._schedule.num_steps
     most = max(denoising, self._group_size)
     return jnp.zeros_like(like, shape=(most, self._pairs))
@@ -342,16 +372,17 @@ class SharedProgram:
   def _keep_log_probs(self, log_probs: Float32[Array, "batches samples T"],
                       new: Float32[Array, "rows T"], sample_index: Int[Array, " rows"]
                       ) -> Float32[Array, "batches samples T"]:
-    """Puts those of the rows of `_lay_out_group` back."""
-    own = self._config.batch_size  # the rows after these stand for no sample
+    """Writes the log-probabilities of a group's rows back into the batch's."""
+    own = self._config.batch_size  # rows after these are padding
     flat = log_probs.reshape(-1, log_probs.shape[-1])
     return flat.at[sample_index[:own]].set(new[:own]).reshape(log_probs.shape)
 
 
 def _by_device(sums: Sums) -> Sums:
-  """With an axis for the devices, over which it is sharded."""
+  """Adds an axis for the devices, over which the sums are sharded."""
   return jax.tree.map(lambda x: x[None], sums)
 
 
 def _of_device(sums: Sums) -> Sums:
+  """Removes that axis again."""
   return jax.tree.map(lambda x: x[0], sums)

@@ -38,7 +38,13 @@ P = jax.sharding.PartitionSpec
 
 _EVAL_IMAGES = 8
 
-_Step = tuple[Key[Array, ""], Int[Array, ""]]  # an inner epoch's shuffle; the step's index
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """Which optimizer step of an epoch: the last two arguments of an update."""
+
+  key: Key[Array, ""]  # of the inner epoch's shuffle
+  index: Int[Array, ""]  # within the inner epoch
 
 
 def train(cfg: Config) -> pathlib.Path:
@@ -110,7 +116,7 @@ def resume(trainer: Trainer, run: pathlib.Path) -> int:
     damaged.append(epochs.pop(0))
     if not epochs:
       raise restored
-    say(f"{restored}; going on from epoch {epochs[0]} and not {damaged[-1]}")
+    say(f"{restored}; going back from epoch {damaged[-1]} to epoch {epochs[0]}")
   say(f"Resuming after epoch {restored.epoch + 1} of {source}")
   if source == run.resolve():
     _set_aside(run, damaged)
@@ -195,14 +201,14 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   rewards = total_rewards(trainer, rollout)
   batch = make_batch(trainer, rollout, rewards)
   training_started = time.perf_counter()
-  steps = []
-  for step_metrics in optimizer_steps(trainer, batch, epoch, stop):
-    steps.append(jax.device_get(step_metrics))
-    check_finite(trainer, steps[-1], epoch)
-    if first and len(steps) == 1:
+  step_metrics = []
+  for on_device in optimizer_steps(trainer, batch, epoch, stop):
+    step_metrics.append(jax.device_get(on_device))
+    count_skipped(trainer, step_metrics[-1], epoch)
+    if first and len(step_metrics) == 1:
       say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
   training_seconds = time.perf_counter() - training_started
-  metrics = epoch_metrics(trainer, rollout, rewards, steps, training_seconds)
+  metrics = epoch_metrics(trainer, rollout, rewards, step_metrics, training_seconds)
   with distributed.failing_together():
     tracker.log_epoch(epoch, metrics, rollout.prompts, rewards, rollout.images,
                       rollout.local_indices, rollout.reward_info.per_image())
@@ -219,8 +225,8 @@ def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
       tracker.log_eval(epochs, images[:_EVAL_IMAGES], prompts[:_EVAL_IMAGES])
 
 
-def check_finite(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:
-  """Counts skipped steps; raises FloatingPointError after too many in a row."""
+def count_skipped(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:
+  """Counts skipped steps in a row; raises FloatingPointError if there are too many."""
   trainer.skipped_in_a_row = trainer.skipped_in_a_row + 1 if metrics.skipped else 0
   limit = trainer.cfg.train.max_skipped_steps
   if trainer.skipped_in_a_row > limit:
@@ -260,39 +266,47 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
   memory.return_freed_memory()  # sampling's, and its compiler's
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), SHUFFLE_STREAM)
   shuffle = jax.random.fold_in(shuffle, epoch)
-  steps = [(jax.random.fold_in(shuffle, inner), jnp.int32(index))
+  steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index))
            for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(trainer.plan.steps_per_inner_epoch)]
-  for step in _progress(steps, f"Epoch {epoch}: training"):
+  for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
     stop.check()
-    if step is steps[0] and isinstance(trainer.update, SharedProgram):
+    if number == 0 and isinstance(trainer.update, SharedProgram):
       batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
     else:
-      trainer.state, metrics = trainer.update(trainer.state, trainer.frozen_unet, batch, *step)
+      trainer.state, metrics = trainer.update(trainer.state, trainer.frozen_unet, batch,
+                                              step.key, step.index)
     yield metrics
 
 
 def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
                 steps: Sequence[_Step], epoch: int, stop: Stop
                 ) -> tuple[Batch, update.UpdateMetrics]:
-  """Takes the first of the steps, and sees to the log-probabilities that the others read."""
+  """Takes an epoch's first optimizer step.
+
+  If it shows that the sampler's log-probabilities are too far from the update's, those that the
+  other steps will read are recomputed.
+
+  Returns:
+    The batch for the other steps, and the metrics.
+  """
   params = jax.tree.map(jnp.copy, trainer.state.params)  # the sampler's; the step donates them
   trainer.state, batch, metrics = program.first_step(
-      trainer.state, trainer.frozen_unet, batch, *steps[0])
+      trainer.state, trainer.frozen_unet, batch, steps[0].key, steps[0].index)
   count = num_rescored(trainer, float(jax.device_get(metrics.ratio_drift)))
   if count:
     sampler = dataclasses.replace(trainer.state, params=params)
     for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
       stop.check()
-      batch = program.rescore(sampler, trainer.frozen_unet, batch, *step)
+      batch = program.rescore(sampler, trainer.frozen_unet, batch, step.key, step.index)
   return batch, metrics
 
 
-def leaves_sampler(trainer: Trainer, drift: float) -> bool:
-  """Whether an epoch's optimizer steps read other log-probabilities than the sampler's.
+def needs_rescoring(trainer: Trainer, drift: float) -> bool:
+  """Whether an epoch's log-probabilities are recomputed: drift is too large, and they can be.
 
   Args:
-    trainer: whose update may be able to compute them.
+    trainer: its update is able to where it is a `SharedProgram`.
     drift: the `ratio_drift` of the epoch's first optimizer step.
   """
   acceptable = drift <= diagnostics.largest_drift(trainer.cfg)  # False where it is not finite
@@ -300,8 +314,8 @@ def leaves_sampler(trainer: Trainer, drift: float) -> bool:
 
 
 def num_rescored(trainer: Trainer, drift: float) -> int:
-  """For how many of an epoch's optimizer steps they are computed; the first has its own."""
-  if not leaves_sampler(trainer, drift):
+  """For how many of an epoch's optimizer steps they are recomputed; the first has its own."""
+  if not needs_rescoring(trainer, drift):
     return 0
   every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps
   # Where every timestep is trained, one inner epoch reads all that the others do.
@@ -315,18 +329,18 @@ def _progress(steps: Sequence[_Step], description: str) -> Iterable[_Step]:
 
 
 def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
-                  steps: list[update.UpdateMetrics], training_seconds: float
+                  step_metrics: list[update.UpdateMetrics], training_seconds: float
                   ) -> dict[str, float | int | None]:
-  """One line of metrics.jsonl.
+  """Builds a line of metrics.jsonl.
 
-  `ratio_drift` is from before the first optimizer step, and 0 where log-probabilities were
-  computed anew because of `sampler_drift`. Means are over the optimizer steps that were not
-  skipped, if there are any.
+  `sampler_drift` is the `ratio_drift` of the first optimizer step. `ratio_drift` is the same, or
+  0 where log-probabilities were recomputed because of it. Means are over the optimizer steps
+  that were not skipped, if there are any.
   """
   each = rollout.rewards if trainer.combiner is not None else {}
-  taken = [step for step in steps if not step.skipped] or steps
+  taken = [step for step in step_metrics if not step.skipped] or step_metrics
   mean = lambda name: float(np.mean([getattr(step, name) for step in taken]))
-  drift = float(steps[0].ratio_drift)
+  drift = float(step_metrics[0].ratio_drift)
   return {
       "reward_mean": float(rewards.mean()), "reward_std": float(rewards.std()),
       "reward_min": float(rewards.min()), "reward_max": float(rewards.max()),
@@ -339,9 +353,9 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
       "images_per_second": len(rewards) / rollout.sampling_seconds,
       "loss": mean("loss"), "approx_kl": mean("approx_kl"),
       "clipfrac": mean("clipfrac"), "grad_norm": mean("grad_norm"),
-      "ratio_drift": 0.0 if leaves_sampler(trainer, drift) else drift,
+      "ratio_drift": 0.0 if needs_rescoring(trainer, drift) else drift,
       "sampler_drift": drift,
-      "skipped_steps": int(sum(step.skipped for step in steps)),
+      "skipped_steps": int(sum(step.skipped for step in step_metrics)),
       "learning_rate": trainer.cfg.train.learning_rate,
       "optimizer_steps": int(trainer.state.step),
       "peak_memory_bytes": peak_memory_bytes(),

@@ -298,7 +298,7 @@ def test_what_is_rescored(timesteps, inner_epochs, expected):
   assert train.num_rescored(trainer, drift=0.9e-5) == 0
   trainer.plan.steps_per_inner_epoch = 1
   assert train.num_rescored(trainer, drift=1.1e-5) == expected // 4
-  assert train.leaves_sampler(trainer, drift=1.1e-5)  # even if the first step is the only one
+  assert train.needs_rescoring(trainer, drift=1.1e-5)  # even if the first step is the only one
   trainer.update = lambda *_: None
   assert train.num_rescored(trainer, drift=1.1e-5) == 0
 

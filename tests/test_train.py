@@ -164,7 +164,7 @@ def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tm
     file.write('{"epoch": 3, "rew')  # as a kill in the middle of a line leaves it
   train.train(make_config(num_epochs=4, **changes))
   printed = capsys.readouterr().out
-  assert "going on from epoch 1 and not 2" in printed
+  assert "going back from epoch 2 to epoch 1" in printed
   assert f"Keeping the damaged checkpoint as {run / 'checkpoints' / '2.damaged'}" in printed
   assert (run / "checkpoints" / "2.damaged" / "state").is_dir()
   assert without_times(metrics_of(run)[:3]) == without_times(expected)
