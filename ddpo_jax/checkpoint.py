@@ -16,6 +16,9 @@ from flax import nnx
 import jax
 import orbax.checkpoint as ocp
 
+from ddpo_jax import distributed
+from ddpo_jax.console import say
+from ddpo_jax.messages import one_line
 from ddpo_jax.types import TrainState, UserError
 
 FORMAT_VERSION = 1
@@ -90,12 +93,49 @@ class Checkpointer:
                        "meta": ocp.JsonCheckpointHandler()})
 
   def save(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts writing; returns once the arrays are copied. `meta` must be JSON-able."""
+    """Starts writing; returns once the arrays are copied. `meta` must be JSON-able.
+
+    A checkpoint before it that could not be written does not keep this one from being tried.
+    """
+    self.has_failed(wait=True)
     if epoch in self._manager.all_steps():
       return
     self._manager.save(epoch, args=ocp.args.Composite(
         state=ocp.args.StandardSave(_flatten(state)),
         meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta})))
+
+  def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
+    """As `save`, for a run's last checkpoint: it is tried twice, and written on return."""
+    self.save(epoch, state, meta)
+    if self.has_failed(wait=True):
+      self.save(epoch, state, meta)
+
+  def has_failed(self, wait: bool = False) -> bool:
+    """Whether a checkpoint could not be written, on any process; all of them must call this.
+
+    It is said once, and the checkpoint counts as not saved.
+
+    Args:
+      wait: for what is being written. Otherwise only what has ended is looked at.
+    """
+    failed = False
+    if wait or not self._manager.is_saving_in_progress():
+      failed = self._wait()
+    if not distributed.largest(int(failed)):
+      return False
+    self._wait()
+    self._manager.reload()
+    return True
+
+  def _wait(self) -> bool:
+    """Waits for what is being written; returns whether it failed."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      say(f"Warning: a checkpoint could not be written ({one_line(error)}); it will be tried "
+          "again")
+      return True
+    return False
 
   def drop_after(self, epoch: int) -> list[int]:
     """Deletes the checkpoints of later epochs, which are about to be made again.

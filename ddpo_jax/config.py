@@ -553,6 +553,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   for name, value in values.items():
     if name == "reward_kwargs":
       flat.update(_flat_arguments(value, isinstance(values.get("reward_fn"), Mapping)))
+    elif name == "per_prompt_stat_tracking" and value is None:
+      # None and a group of fields have no name in common, by which they could contradict.
+      flat.update({f"{name}.{field.name}": None
+                   for field in dataclasses.fields(PerPromptStatTrackingConfig)})
     elif isinstance(value, Mapping) and not name.endswith(("_kwargs", "reward_fn")):
       flat.update(_flat(value, f"{prefix}{name}."))
     else:

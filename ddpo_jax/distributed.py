@@ -7,6 +7,7 @@ or the others would wait in it for ever.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import importlib.util
@@ -64,6 +65,19 @@ def started_by_cluster(environment: os._Environ[str] | dict[str, str]) -> bool:
   several = lambda count: environment.get(count, "").isdigit() and int(environment[count]) > 1
   in_step = all(name in environment for name in ("SLURM_STEP_NODELIST", "SLURM_PROCID"))
   return (in_step and several("SLURM_NTASKS")) or several("OMPI_COMM_WORLD_SIZE")
+
+
+def check_devices() -> None:
+  """Refuses processes with different numbers of devices: each has an equal share of a batch.
+
+  Raises:
+    UserError: on all processes.
+  """
+  of_each = collections.Counter(device.process_index for device in jax.devices())
+  if len(set(of_each.values())) > 1:
+    counts = ", ".join(str(of_each[process]) for process in sorted(of_each))
+    raise UserError(f"the {len(of_each)} processes have {counts} devices; all must have the same "
+                    "number (CUDA_VISIBLE_DEVICES chooses a process's GPUs)")
 
 
 def is_main() -> bool:

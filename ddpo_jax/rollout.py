@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -91,10 +91,9 @@ class RolloutWorker:
     """
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
-    drawn = [draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(batch))
-             for batch in range(self._config.num_batches)]
-    # Before the device begins to sample: it would have to finish a batch first.
-    embeddings = [self._put(self._encode(prompts)) for prompts, _ in drawn]
+    # All of them before the device begins to sample: it would have to finish a batch first.
+    drawn, encoded = zip(*self._draw_prompts(epoch, range(self._config.num_batches)))
+    embeddings = [self._put(each) for each in encoded]
     with _reward_threads() as pool:
       generations: list[Generation] = []
       pending: list[futures.Future] = []
@@ -149,9 +148,16 @@ class RolloutWorker:
     from the same noise.
     """
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
-    prompts, _ = draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(0))
-    generation = self._launch(params, self._put(self._encode(prompts)), 0, key)
+    (((prompts, _), encoded),) = self._draw_prompts(epoch, [0])
+    generation = self._launch(params, self._put(encoded), 0, key)
     return _to_host(generation.images), prompts
+
+  def _draw_prompts(self, epoch: int, batches: Iterable[int]) -> list[tuple[Any, np.ndarray]]:
+    """This process's prompts of each batch, with their metadata, and their embeddings."""
+    with distributed.failing_together():
+      drawn = [draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(batch))
+               for batch in batches]
+      return [(each, self._encode(each[0])) for each in drawn]
 
   def _local_indices(self, batch: int) -> Int[np.ndarray, " local"]:
     """Indices of this process's samples of a batch, among the epoch's."""

@@ -25,6 +25,7 @@ _GRID_IMAGES = 32  # most images in one grid
 _GRID_COLUMNS = 8
 _TILE = 192  # pixels; smaller images are enlarged to it
 _CAPTION_LINES = 3
+_LOCK_SECONDS = 30  # for which a run waits for the end of the one that it continues
 _REPORT_SHARE = 0.02  # of the run's time that may go into writing the report
 
 
@@ -73,20 +74,20 @@ def _check_nothing_is_lost(run: pathlib.Path, name: str) -> None:
   if report.read_lines(run / _METRICS):
     raise UserError(begin_again)
   try:
-    lock = _lock(run)
+    lock = _lock(run, shared=True)  # processes of one run ask at the same time
   except BlockingIOError:
-    raise _in_use(run, name) from None
+    raise _in_use(run) from None
   if lock is None:
     raise UserError(begin_again)
   os.close(lock)
 
 
-def _in_use(run: pathlib.Path, name: str) -> UserError:
-  return UserError(f"run_name={name!r}: another run is writing to {run} at the moment; "
-                   "choose another name")
+def _in_use(run: pathlib.Path) -> UserError:
+  return UserError(f"run_name={run.name!r}: another run is writing to {run} at the moment; wait "
+                   "for its end, or choose another name")
 
 
-def _lock(folder: pathlib.Path) -> int | None:
+def _lock(folder: pathlib.Path, shared: bool = False) -> int | None:
   """Locks a folder for as long as the file descriptor that it returns is open.
 
   The system closes it when the process ends, however it ends. None where the file system
@@ -101,7 +102,7 @@ def _lock(folder: pathlib.Path) -> int | None:
   except (ImportError, OSError):
     return None
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
   except OSError as error:
     os.close(descriptor)
     if isinstance(error, BlockingIOError):
@@ -149,11 +150,20 @@ class Tracker:
       self._loggers = Loggers(run, cfg, first_epoch)
 
   def _take_lock(self, cfg: Config) -> None:
-    try:
-      self._lock = _lock(self._run)
-    except BlockingIOError:
-      if not cfg.resume_from:  # two new ones of the same name, begun at the same time
-        raise _in_use(self._run, self._run.name) from None
+    """Waits a while for the end of a run that is being continued; it may be saving."""
+    give_up = time.monotonic() + (_LOCK_SECONDS if cfg.resume_from else 0)
+    waiting = False
+    while True:
+      try:
+        self._lock = _lock(self._run)
+        return
+      except BlockingIOError:
+        if time.monotonic() >= give_up:
+          raise _in_use(self._run) from None
+      if not waiting:
+        say(f"Another run is writing to {self._run}: waiting {_LOCK_SECONDS} s for its end")
+        waiting = True
+      time.sleep(0.5)
 
   def _drop_lines(self, first_epoch: int) -> None:
     for name in _LINES:

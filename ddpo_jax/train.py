@@ -63,6 +63,7 @@ def train(cfg: Config) -> pathlib.Path:
   memory.share_arenas()
   distributed.initialize(cfg.distributed)
   configure_devices()
+  distributed.check_devices()
   plan = plan_batches(cfg)
   run_name = distributed.agreed(tracking.choose_run_name(cfg))
   with distributed.failing_together():
@@ -75,11 +76,12 @@ def train(cfg: Config) -> pathlib.Path:
   with interruptible() as stop:
     say("Compiling, and reading the model")
     trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
-    first_epoch = resume(trainer, run) if cfg.resume_from else 0
+    first_epoch, damaged = resume(trainer, run) if cfg.resume_from else (0, [])
     with contextlib.ExitStack() as closing:
       with distributed.failing_together():
         tracker = tracking.Tracker(run, cfg, first_epoch)
       closing.callback(tracker.close)
+      set_aside_damaged(run, damaged)
       checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
       closing.callback(checkpointer.close)
       dropped = checkpointer.drop_after(first_epoch - 1)
@@ -100,26 +102,26 @@ def configure_jax(cfg: Config) -> None:
   jax.config.update("jax_default_matmul_precision", precision)
 
 
-def resume(trainer: Trainer, run: pathlib.Path) -> int:
-  """Restores what a checkpoint holds; returns the epoch to go on with.
+def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
+  """Restores what a checkpoint holds.
 
-  All processes take the same one: the newest that is damaged for none of them. Those that are
-  damaged are reported, and stay under another name.
+  All processes take the same one: the newest that is damaged for none of them.
+
+  Returns:
+    The epoch to go on with, and the epochs of this run's checkpoints that are damaged.
   """
   with distributed.failing_together():
     source, epochs = _checkpoints(trainer.cfg, run)
   epochs = json.loads(distributed.agreed(json.dumps(epochs)))
   if not epochs:
-    return 0
-  damaged = []
+    return 0, []
+  damaged: list[int] = []
   while isinstance(restored := _restore(trainer, source, epochs[0]), checkpoint.DamagedError):
     damaged.append(epochs.pop(0))
     if not epochs:
       raise restored
     say(f"{restored}; going back from epoch {damaged[-1]} to epoch {epochs[0]}")
   say(f"Resuming after epoch {restored.epoch + 1} of {source}")
-  if source == run.resolve():
-    _set_aside(run, damaged)
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
@@ -128,7 +130,7 @@ def resume(trainer: Trainer, run: pathlib.Path) -> int:
   if "watch" in restored.meta:  # not so in earlier checkpoints
     trainer.watch.load_state_dict(restored.meta["watch"])
     trainer.skipped_in_a_row = restored.meta["skipped_in_a_row"]
-  return restored.epoch + 1
+  return restored.epoch + 1, damaged if source == run.resolve() else []
 
 
 def _checkpoints(cfg: Config, run: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
@@ -155,7 +157,7 @@ def _restore(trainer: Trainer, run: pathlib.Path, epoch: int
       f"the checkpoint of epoch {epoch} of {run} is damaged for another process")
 
 
-def _set_aside(run: pathlib.Path, epochs: Iterable[int]) -> None:
+def set_aside_damaged(run: pathlib.Path, epochs: Iterable[int]) -> None:
   """Makes room for these epochs' new checkpoints; nothing is deleted."""
   with distributed.failing_together():
     for epoch in epochs if distributed.is_main() else ():
@@ -178,19 +180,22 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
   cfg = trainer.cfg
   if first_epoch == 0:
     evaluate(trainer, tracker, 0)
+  finished, state = first_epoch - 1, checkpoint_of(trainer)
   for epoch in range(first_epoch, cfg.num_epochs):
-    before = checkpoint_of(trainer)
     try:
       run_epoch(trainer, tracker, epoch, stop, started)
+      finished, state = epoch, checkpoint_of(trainer)
+      evaluate(trainer, tracker, epoch + 1)
     except Exception:
       # An epoch is a pure function of the state before it, so nothing is lost: neither
       # by a signal, nor where a reward fails or training gets no finite numbers.
-      if epoch > 0:
-        checkpointer.save(epoch - 1, *before)
+      if finished >= 0:
+        checkpointer.save_and_wait(finished, *state)
       raise
-    evaluate(trainer, tracker, epoch + 1)
-    if (epoch + 1) % cfg.save_freq == 0 or epoch + 1 == cfg.num_epochs:
-      checkpointer.save(epoch, *checkpoint_of(trainer))
+    if epoch + 1 == cfg.num_epochs:
+      checkpointer.save_and_wait(epoch, *state)
+    elif checkpointer.has_failed() or (epoch + 1) % cfg.save_freq == 0:
+      checkpointer.save(epoch, *state)
 
 
 def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Stop,

@@ -76,7 +76,8 @@ def main(folder, coordinator, index):
   if index == 1:
     checkpoint.restore = failing_once(restore, checkpoint.DamagedError("damaged"))
     checkpoint.find_all = lambda path: (find_all(path)[0], [0])  # its view of the disk is old
-  epoch = outcome(lambda: train.resume(trainer, run))
+  epoch, damaged = train.resume(trainer, run)
+  train.set_aside_damaged(run, damaged)
   steps = int(trainer.state.step)
 
   model = build.open_model(trainer.cfg)

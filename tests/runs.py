@@ -80,6 +80,12 @@ def brightness(images, prompts, metadata):
   return values, {"half": values / 2, "prompt": prompts}
 
 
+def no_prompt_on_process_one(rng):
+  if jax.process_index() == 1:
+    raise KeyError("no such prompt")
+  return "a red circle", {}
+
+
 def fails_on_process_one(images, prompts, metadata):
   if jax.process_index() == 1:
     raise ConnectionError("the server is gone")

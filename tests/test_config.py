@@ -185,3 +185,12 @@ def test_a_resumed_run_learns_as_before():
   check_continues(resolve(changed(num_epochs=7, **{"wandb.mode": "disabled"})), before, "it")
   with pytest.raises(UserError, match="seed=7 contradicts it, which has 42"):
     check_continues(resolve(changed(seed=7)), before, "it")
+
+
+@pytest.mark.parametrize("before, now", ((None, {"buffer_size": 16, "min_count": 8}),
+                                         ({"buffer_size": 16, "min_count": 8}, None)))
+def test_statistics_of_prompts_are_kept_or_not_as_before(before, now):
+  saved = json.loads(json.dumps(resolve(changed(per_prompt_stat_tracking=before)).to_dict()))
+  check_continues(resolve(changed(per_prompt_stat_tracking=before)), saved, "it")
+  with pytest.raises(UserError, match="per_prompt_stat_tracking.buffer_size=.* contradicts it"):
+    check_continues(resolve(changed(per_prompt_stat_tracking=now)), saved, "it")

@@ -9,10 +9,12 @@ import dataclasses
 import errno
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from runs import metrics_of, without_times
 import servers
@@ -139,6 +141,27 @@ def no_room_for_the_grid(monkeypatch):
   monkeypatch.setattr(tracking, "image_grid", full)
 
 
+def evaluation_fails(monkeypatch):
+  def fails(trainer, tracker, epochs):
+    if epochs == injection.moment + 1 and injection.armed:
+      raise PermissionError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(train, "evaluate", fails)
+
+
+def checkpoint_fails_once(monkeypatch):
+  """As it is written in the background: nothing tells the loop."""
+  finalize = ocp.CheckpointManager._finalize
+
+  def fails(self, step, *args):
+    if injection.armed and step == injection.moment:
+      injection.armed = False
+      raise OSError(errno.ENOSPC, "No space left on device")
+    finalize(self, step, *args)
+
+  monkeypatch.setattr(ocp.CheckpointManager, "_finalize", fails)
+
+
 def no_room_for_the_checkpoint(monkeypatch):
   save = checkpoint.Checkpointer.save
 
@@ -210,6 +233,7 @@ KINDS = {
     "disk is full: images": (arm, no_room_for_the_grid, UserError),
     "disk is full: checkpoint": (arm, no_room_for_the_checkpoint, UserError),
     "out of memory": (out_of_memory, nothing, UserError),
+    "checkpoint fails once": (arm, checkpoint_fails_once, None),
     "tracker is lost": (arm, tracker_is_lost, None),
     "report fails": (arm, report_fails, None),
     "signal": (signal_once, nothing, Interrupted),
@@ -342,6 +366,44 @@ def test_what_becomes_of_later_checkpoints(folder, whole, monkeypatch, capsys):
   assert checkpoint.saved_epochs(path) == [1, 0]
 
 
+def test_an_evaluation_that_fails_loses_no_epoch(folder, whole, one_build, monkeypatch):
+  """Its epoch is finished by then, and saved although it is none of those that are."""
+  global injection
+  name, moment = "evaluation_fails", 1
+  cfg = make_config(folder, name, save_freq=EPOCHS)
+  injection = Injection(folder / name, moment, arm)
+  with monkeypatch.context() as patch:
+    evaluation_fails(patch)
+    with pytest.raises(PermissionError):
+      run(cfg)
+  assert checkpoint.saved_epochs(folder / name) == [moment]
+  injection = Injection()
+  run(cfg)
+  lines, weights = whole
+  assert without_times(metrics_of(folder / name)) == lines
+  np.testing.assert_array_equal(weights_of(folder / name, one_build), weights)
+
+
+def test_a_checkpoint_that_failed_is_replaced_by_the_next_epochs(folder, monkeypatch, capsys):
+  """Long before another one is due; and the run's end waits for its last one."""
+  global injection
+  cfg = make_config(folder, "replaced", save_freq=2, num_epochs=4)
+  injection = Injection(folder / "replaced", 1, arm)
+  has_failed = checkpoint.Checkpointer.has_failed
+
+  def once_it_has_ended(self, wait=False):
+    while self._manager.is_saving_in_progress():
+      time.sleep(0.01)
+    return has_failed(self, wait)
+
+  with monkeypatch.context() as patch:
+    checkpoint_fails_once(patch)
+    patch.setattr(checkpoint.Checkpointer, "has_failed", once_it_has_ended)
+    run(cfg)
+  assert checkpoint.saved_epochs(folder / "replaced") == [3, 2]
+  assert "could not be written (" in capsys.readouterr().out
+
+
 def test_the_tracker_is_closed_whatever_happens_to_the_last_checkpoint(folder, monkeypatch):
   global injection
   injection = Injection()
@@ -374,7 +436,7 @@ def test_what_is_remembered_is_resumed(folder, whole, one_build):
     resumed = dataclasses.replace(
         trainer, watch=diagnostics.Watch(cfg), skipped_in_a_row=0, cfg=dataclasses.replace(
             cfg, resume_from=str(folder / "remembered" / "checkpoints" / str(epoch))))
-    assert train.resume(resumed, folder / "remembered") == epoch + 1
+    assert train.resume(resumed, folder / "remembered") == (epoch + 1, [])
     assert resumed.skipped_in_a_row == skipped
     assert len(resumed.watch.new_warnings(HEALTHY | {"diversity": 0.05})) == warnings
 

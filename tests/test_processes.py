@@ -5,7 +5,9 @@ import os
 import signal
 import socket
 import subprocess
+import types
 
+import jax
 import numpy as np
 import pytest
 from runs import (
@@ -20,6 +22,7 @@ from runs import (
 from small_model import small_model
 
 from ddpo_jax import distributed
+from ddpo_jax.types import UserError
 
 EPOCHS = 2
 
@@ -123,6 +126,15 @@ def test_a_reward_that_fails_on_one_stops_both(whole):
   assert "the server is gone" in errors[1]
 
 
+def test_a_prompt_that_fails_on_one_stops_both(whole):
+  codes, errors = finish(start_two(arguments(
+      whole, "no_prompt", "--config.prompt_fn=tests.runs:no_prompt_on_process_one",
+      "--config.per_prompt_stat_tracking=None")))
+  assert codes == [1, 1]
+  assert "OtherProcessFailed" in errors[0]
+  assert "no such prompt" in errors[1]
+
+
 def test_trouble_of_one_with_what_is_read_reaches_both(tmp_path):
   """Neither waits for the other for ever, nor goes on from another epoch; without a model."""
   address = free_address()
@@ -136,6 +148,15 @@ def test_trouble_of_one_with_what_is_read_reaches_both(tmp_path):
   assert second == ["UserError", 3, 2, "OSError"]
   folder = tmp_path / "checkpoints"
   assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "3.damaged"}
+
+
+def test_processes_have_equally_many_devices(monkeypatch):
+  devices = [types.SimpleNamespace(process_index=i) for i in (0, 1, 1, 1)]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
+  with pytest.raises(UserError, match="the 2 processes have 1, 3 devices; all must have the same"):
+    distributed.check_devices()
+  del devices[2:]
+  distributed.check_devices()
 
 
 @pytest.mark.parametrize("environment, expected", (

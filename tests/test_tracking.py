@@ -73,7 +73,7 @@ def test_finished_epochs_are_never_written_over(cfg, saved, advice):
     assert tracking.choose_run_folder(dataclasses.replace(cfg, resume_from=again)) == run
 
 
-def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg):
+def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg, monkeypatch, capsys):
   run = tracking.choose_run_folder(cfg)
   failed = tracking.Tracker(run, cfg)
   failed.log_eval(0, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
@@ -86,6 +86,10 @@ def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg):
   new = tracking.Tracker(run, dataclasses.replace(cfg, seed=7))
   with pytest.raises(UserError, match="another run is writing"):  # both had found it free
     tracking.Tracker(run, cfg)
+  monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0.1)
+  with pytest.raises(UserError, match="another run is writing"):  # nor is it continued meanwhile
+    tracking.Tracker(run, dataclasses.replace(cfg, resume_from="auto"))
+  assert "waiting 0.1 s for its end" in capsys.readouterr().out
   assert json.loads((run / "config.json").read_text())["seed"] == 7
   assert not list((run / "images").iterdir()) and not (run / "wandb_id.txt").exists()
   assert (run / "rewards.jsonl").read_text() == ""
