@@ -68,8 +68,9 @@ def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
     return {spec: get_reward(spec, **kwargs)}
   for name, value in kwargs.items():
     if name not in spec or not isinstance(value, Mapping):
-      raise UserError(f"reward_kwargs.{name}={masked({name: value})[name]!r}: with several rewards, must be the "
-                      f"arguments of one of them, by its name: {', '.join(spec)}")
+      raise UserError(f"reward_kwargs.{name}={masked({name: value})[name]!r}: with several "
+                      "rewards, must be the arguments of one of them, by its name: "
+                      f"{', '.join(spec)}")
   return {name: get_reward(name, **kwargs.get(name, {})) for name in spec}
 
 

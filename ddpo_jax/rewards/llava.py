@@ -44,8 +44,9 @@ def make_llava_strict_satisfaction(
     all_or_nothing: bool = False) -> RewardFn:
   """Makes a reward that asks LLaVA about the image: the share of its right answers, 0 to 1.
 
-  "Strict" because answers are compared as text, not by BERTScore. Questions and answers are the prompt's metadata. An answer is right if it contains the
-  text of the true one. The info has LLaVA's `answers`, [B][questions].
+  "Strict" because answers are compared as text, not by BERTScore. Questions and answers are the
+  prompt's metadata. An answer is right if it contains the text of the true one. The info has
+  LLaVA's `answers`, [B][questions].
 
   Args:
     url: of the server.

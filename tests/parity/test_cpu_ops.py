@@ -113,7 +113,8 @@ def test_doubled_image_of_many_channels_in_half_precision():
   x, kernel = rng.normal(size=(1, 4, 6, 256)), rng.normal(size=(3, 3, 256, 256))
   check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel, dtype=jnp.bfloat16,
         tolerance=2e-2)
-  program = str(jax.make_jaxpr(upsampling.upsample_and_convolve)(jnp.bfloat16(x), jnp.bfloat16(kernel)))
+  program = str(jax.make_jaxpr(upsampling.upsample_and_convolve)(
+      jnp.bfloat16(x), jnp.bfloat16(kernel)))
   assert "conv_general_dilated" not in program
 
 
@@ -138,7 +139,8 @@ def torch_attention(query, key, value):
 def test_attention(query_length, key_length):
   rng = np.random.default_rng(0)
   draw = lambda length: rng.normal(size=(2, length, 4, 16))
-  check(cpu_attention.attend_at_once, torch_attention, draw(query_length), draw(key_length), draw(key_length))
+  check(cpu_attention.attend_at_once, torch_attention, draw(query_length), draw(key_length),
+        draw(key_length))
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
