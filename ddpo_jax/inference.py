@@ -31,6 +31,7 @@ from ddpo_jax.devices import compiler_options, host_memory
 from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder
+from ddpo_jax.files import nearest_existing
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, TINY, WEIGHT_NAMES, find_weights, resolve
 from ddpo_jax.models.placement import place_weights
@@ -276,10 +277,8 @@ def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
   """Looks at the output, or the nearest folder that is there; makes nothing."""
   must = "a folder, or a path where one can be made" if is_folder else (
       "a file's path, in a folder that can be written to")
-  there = output.absolute()
   try:
-    while not _exists(there):
-      there = there.parent
+    there = nearest_existing(output)
   except (OSError, ValueError) as error:  # a name that is too long, a NUL
     raise UserError(f"--output={output!s:.200} cannot be a path: {error}; must be {must}"
                     ) from error
@@ -288,14 +287,6 @@ def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
     raise UserError(f"--output={output}: {there} is {kind}; must be {must}")
   if not os.access(there, os.W_OK):
     raise UserError(f"--output={output}: {there} cannot be written to; must be {must}")
-
-
-def _exists(path: pathlib.Path) -> bool:
-  try:
-    os.lstat(path)
-  except (FileNotFoundError, NotADirectoryError):
-    return False
-  return True
 
 
 def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path) -> None:

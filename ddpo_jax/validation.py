@@ -20,6 +20,7 @@ from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_devices, plan_batches
+from ddpo_jax.files import nearest_existing
 from ddpo_jax.messages import place, with_type
 from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
 from ddpo_jax.prompts import get_prompt_fn, sample_rng
@@ -168,20 +169,13 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
 
 def _check_writable(field: str, value: str, folder: pathlib.Path) -> None:
   """Looks for the nearest folder that is there; makes nothing."""
-  there = _existing(folder)
+  there = nearest_existing(folder)
   if not there.is_dir():
     raise UserError(f"{field}={value!r}: {there} is not a folder; must be one, or a path "
                     "where one can be made")
   if not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{field}={value!r}: {there} cannot be written to; must be a folder "
                     "that can")
-
-
-def _existing(path: pathlib.Path) -> pathlib.Path:
-  path = path.absolute()
-  while not os.path.lexists(path):
-    path = path.parent
-  return path
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
@@ -204,7 +198,7 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   # One more than are kept: the oldest is deleted once the newest is there.
   count = min(cfg.num_checkpoint_limit + 1, saves)
   each = trained_weights(cfg, size) * _STATE_BYTES
-  there = _existing(run)
+  there = nearest_existing(run)
   free = shutil.disk_usage(there).free
   if min(2, saves) * each > free:  # not with num_checkpoint_limit=1 either
     field = "logdir" if cfg.run_name or not cfg.resume_from else "resume_from"

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpo_jax.files import encode_image
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import RewardFn, UserError
@@ -183,7 +184,7 @@ def _batches(count: int, batch_size: int) -> list[list[int]]:
 
 
 def _jpegs(images: np.ndarray, indices: list[int]) -> list[bytes]:
-  return [remote.encode_image(images[i], "JPEG", quality=_JPEG_QUALITY) for i in indices]
+  return [encode_image(images[i], "JPEG", quality=_JPEG_QUALITY) for i in indices]
 
 
 def _post(url: str, request: dict[str, Any], timeout: float) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddpo_jax import words
+from ddpo_jax.files import encode_image
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import RewardFn, UserError
@@ -201,7 +202,7 @@ class _Client:
     Raises:
       TransientError, ReplyError: as for `remote.post`, and if the reply has no choice.
     """
-    data = base64.b64encode(remote.encode_image(image, "PNG")).decode()
+    data = base64.b64encode(encode_image(image, "PNG")).decode()
     content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
                {"type": "text", "text": text}]
     reply = self._request(self._client.chat.completions.with_streaming_response.create,
