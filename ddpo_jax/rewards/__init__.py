@@ -12,6 +12,7 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax.config import masked
+from ddpo_jax.messages import one_line
 from ddpo_jax.prompts import check_kwargs, resolve_function
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
@@ -113,9 +114,9 @@ def check_rewards(name: str, rewards: Any, prompts: list[str]
   try:
     array = np.asarray(rewards)
   except Exception as error:  # rows of different lengths, an array of another library's
-    raise UserError(f"reward_fn={name!r} returned rewards that are no array "
-                    f"({' '.join(str(error).split())[:200]}); must be ({len(prompts)},), one "
-                    "number for each image") from error
+    raise UserError(f"reward_fn={name!r} returned rewards that are not an array "
+                    f"({one_line(error)}); must be ({len(prompts)},), one number for each image"
+                    ) from error
   if array.shape != (len(prompts),):
     raise UserError(f"reward_fn={name!r} returned rewards of shape {array.shape}; must be "
                     f"({len(prompts)},), one for each image")

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpo_jax.messages import one_line
 from ddpo_jax.types import UserError
 
 HEAD_REPOSITORY = "trl-lib/ddpo-aesthetic-predictor"
@@ -107,7 +108,7 @@ def read_tensors(data: bytes, source: str | os.PathLike) -> dict[str, np.ndarray
     raise UserError(f"{source} is refused: {error}") from None
   except Exception as error:  # zipfile and pickle raise a different type for each damage
     raise UserError(f"{source} cannot be read as a file of torch tensors: "
-                    f"{' '.join(str(error).split()) or type(error).__name__}") from error
+                    f"{one_line(error)}") from error
 
 
 class _Refused(Exception):
@@ -297,5 +298,5 @@ def _download() -> pathlib.Path:
     return pathlib.Path(huggingface_hub.hf_hub_download(HEAD_REPOSITORY, HEAD_FILE))
   except Exception as error:  # no network, in one of the ways of several HTTP libraries
     raise UserError(f"reward_kwargs.head: {HEAD_FILE} of {HEAD_REPOSITORY} cannot be "
-                    f"downloaded ({' '.join(str(error).split())}); give the path of a copy"
+                    f"downloaded ({one_line(error)}); give the path of a copy"
                     ) from error
