@@ -183,7 +183,7 @@ def make_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Cal
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(0.999, (1.0 + step) / (10.0 + step))
-    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
+    average = optax.incremental_update(params, state.average, 1 - decay)
     return State(params, average, opt_state), loss
 
   return train_step
