@@ -73,7 +73,8 @@ def test_convolution_of_many_channels(size, channels, as_products):
     ((5, 40), (256, 256), True), ((6, 8), (256, 255), False), ((10, 21), (256, 256), False)])
 def test_convolution_in_half_precision(monkeypatch, size, channels, as_products):
   """Of all pixels at once, or of some rows at a time: two, or one where that is too long."""
-  for name, value in (("_SOME_PIXELS", 16), ("_MANY_PIXELS", 200), ("_PIXELS_AT_ONCE", 16)):
+  for name, value in (("_HALF_MAX_PIXELS_AT_ONCE", 16), ("_HALF_MAX_PIXELS_IN_PARTS", 200),
+                      ("_MAX_PIXELS_OF_PART", 16)):
     monkeypatch.setattr(cpu_convolution, name, value)
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
