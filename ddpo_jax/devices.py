@@ -66,7 +66,8 @@ def _name(device: jax.Device) -> str:
 def host_memory() -> contextlib.AbstractContextManager:
   """A context in which new arrays are in host memory, if JAX is allowed to use the CPU.
 
-  Weights that are read so and then placed are on the device once, and not twice for a while.
+  Weights that are read in this context, and then placed, take up the device's memory once. Without
+  it they would do so twice for a while.
   """
   try:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
