@@ -203,9 +203,9 @@ class SampleRequest:
 
   def __post_init__(self) -> None:
     if self.run is None and self.model is None:
-      raise UserError("--run or --model is missing: what to draw with")
+      raise UserError("--run or --model is missing; one of them must name what to draw with")
     if self.compare and self.run is None:
-      raise UserError("--compare needs --run: a fine-tuned model to put beside the base")
+      raise UserError("--compare needs --run: a fine-tuned model to compare with its base")
     for name, (is_right, text) in _RULES.items():
       value = getattr(self, name)
       if value is not None and not is_right(value):

@@ -175,7 +175,7 @@ def _check_writable(field: str, value: str, folder: pathlib.Path) -> None:
                     "where one can be made")
   if not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{field}={value!r}: {there} cannot be written to; must be a folder "
-                    "that can")
+                    "that can be")
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
@@ -209,8 +209,8 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   if count * each > free:
     raise UserError(
         f"num_checkpoint_limit={cfg.num_checkpoint_limit}: {count} checkpoints take "
-        f"{_amount(count * each)}, and {there} has {_amount(free)} free; must be fewer, or "
-        "logdir on another disk")
+        f"{_amount(count * each)}, and {there} has {_amount(free)} free; must be lower, "
+        "or logdir must be on another disk")
 
 
 # ---- the dry run ----
@@ -228,7 +228,7 @@ def dry_run(cfg: Config) -> None:
   prepared = prepare(cfg)
   say(plan.describe("The run would be"))
   say(describe_memory(cfg, plan))
-  say(f"Would write to {prepared.run}. Nothing was found that is wrong.")
+  say(f"The config is valid; the run would write to {prepared.run}")
 
 
 def describe_memory(cfg: Config, plan: BatchPlan) -> str:
@@ -248,9 +248,8 @@ def describe_memory(cfg: Config, plan: BatchPlan) -> str:
       "prompts' embeddings": 2 * samples * size.embedding_size * bytes_each}
   lines = [f"  {name} = {_amount(value)}" for name, value in parts.items()]
   return "\n".join([
-      f"***** Memory per device: {_amount(sum(parts.values()))}, and what the networks take "
-      "while they compute *****", *lines,
-      "  The latter grows with sample.batch_size, sample.decode_batch_size and",
+      f"***** Memory per device: {_amount(sum(parts.values()))} plus activations *****", *lines,
+      "  Activations grow with sample.batch_size, sample.decode_batch_size and",
       "  train.batch_size × train.timesteps_per_batch."])
 
 
@@ -260,9 +259,9 @@ def _warn_of_slowness(cfg: Config) -> None:
     return
   size = model_size(cfg)
   if size is None or size.latent_size >= _LARGE_LATENT:  # None: a model on the hub
-    say(f"Warning: mixed_precision={cfg.mixed_precision!r} with Stable Diffusion on a "
-        "processor: an epoch takes hours, and JAX finds no GPU here. With a GPU install the "
-        "extra cuda12 or cuda13")
+    say(f"Warning: mixed_precision={cfg.mixed_precision!r} with Stable Diffusion on a CPU: an "
+        "epoch takes hours. JAX finds no GPU here; if there is one, install the extra cuda12 or "
+        "cuda13")
 
 
 def _amount(count: int) -> str:

@@ -207,7 +207,7 @@ class _Unpickler(pickle.Unpickler):
 
   def persistent_load(self, pid: Any) -> _Storage:
     if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-      raise _Refused("its pickle names something that is no storage")
+      raise _Refused("its pickle names something that is not a storage")
     _, kind, key, _, size = pid
     if kind is not self._float_storage:
       raise _Refused("it has a storage that is not float32")
@@ -221,9 +221,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: 
   """What stands for torch's function of seven arguments; checks them all."""
   del requires_grad
   if hooks or metadata or not isinstance(storage, _Storage) or not _is_count(offset):
-    raise _Refused("it has a tensor with more than numbers")
+    raise _Refused("it has a tensor that holds more than numbers")
   if not all(isinstance(x, tuple) and all(map(_is_count, x)) for x in (shape, strides)):
-    raise _Refused("it has a tensor whose shape is not of numbers")
+    raise _Refused("it has a tensor whose shape or strides are not counts")
   if len(shape) > 4:
     raise _Refused(f"it has a tensor of {len(shape)} axes; must be at most 4")
   contiguous = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))

@@ -306,4 +306,4 @@ def _check_arguments(dtype: str, batch_size: int) -> None:
   if dtype not in DTYPES:
     raise UserError(f"reward_kwargs.dtype={dtype!r} must be one of {', '.join(DTYPES)}")
   if not isinstance(batch_size, int) or batch_size < 1:
-    raise UserError(f"reward_kwargs.batch_size={batch_size!r} must be a whole number from 1")
+    raise UserError(f"reward_kwargs.batch_size={batch_size!r} must be an integer, 1 or more")

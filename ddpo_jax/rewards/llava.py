@@ -72,7 +72,7 @@ def make_llava_strict_satisfaction(
     questions, answers = zip(*remote.questions_and_answers(name, metadata))
     if len({len(q) for q in questions}) > 1:  # the server lays them out as an array
       raise UserError(f"reward_fn={name!r} got {sorted({len(q) for q in questions})} "
-                      "questions for different samples; must be equally many for all")
+                      "questions for different samples; must be the same number for each")
 
     def ask(indices: list[int], timeout: float) -> list[list[str]]:
       request = {"images": _jpegs(images, indices),

@@ -184,7 +184,7 @@ class Server:
       pause = max(backoff_pause(self.limits.backoff, tried), last.retry_after)
       if time.monotonic() + pause >= deadline or stop.wait(pause):
         raise RewardError(
-            f"{self._where} gave nothing in {time.monotonic() - start:.3g} s (attempts: "
+            f"{self._where} gave no usable reply in {time.monotonic() - start:.3g} s (attempts: "
             f"{tried}); must answer within reward_kwargs.time_limit="
             f"{self.limits.time_limit:g}; the last failure: {last}") from last
     raise AssertionError("unreachable")

@@ -131,7 +131,7 @@ def yes_probability(choice: dict[str, Any]) -> tuple[float, float]:
   total = sum(probabilities.values())
   if not total:
     raise remote.ReplyError(f"its likely first tokens are {seen[:20]}; must have a yes or a "
-                            "no among them: give a question, or a model, that is answered so")
+                            "no among them: ask another question, or another model")
   return probabilities["yes"] / total, total
 
 
@@ -155,8 +155,8 @@ class _Client:
     try:
       import openai  # an extra
     except ImportError:
-      raise UserError(f"reward_fn={_NAME!r} needs the openai client, which is not installed; "
-                      "must be: pip install 'ddpo_jax[vlm]'") from None
+      raise UserError(f"reward_fn={_NAME!r} needs the openai client, which is not installed: "
+                      "pip install -e '.[vlm]'") from None
     self._openai = openai
     self._server = server
     self._api_key = api_key
@@ -184,8 +184,8 @@ class _Client:
         raise self._server.unreachable(error) from error
       if model is None:
         raise UserError(f"reward_fn={_NAME!r}, reward_kwargs.model=None: {self._server.url} "
-                        f"did not list its models ({error}); must be the name of one, or "
-                        "reward_kwargs.url an address that ends in /v1") from error
+                        f"did not list its models ({error}); must be the name of one; or "
+                        "reward_kwargs.url must end in /v1") from error
       return model
 
   def ask(self, model: str, image: np.ndarray, text: str, timeout: float, **options: Any
