@@ -10,9 +10,9 @@ of a card: a 24 GiB card, or a 16 GiB one with XLA_CLIENT_MEM_FRACTION=0.9 in th
 
 For less, halve train.batch_size and double train.gradient_accumulation_steps (7.0 GiB planned
 with train.batch_size=4), or set train.gradient_checkpointing="blocks". On a larger card
-train.timesteps_per_batch=2 or 4 makes a GPU's work less fine-grained, with the same gradient (20 and
-37 GiB planned); sample.batch_size should then be 16 or 32. In half precision train.batch_size times
-train.timesteps_per_batch is also how many samples are denoised at a time.
+train.timesteps_per_batch=2 or 4 makes a GPU's work less fine-grained, with the same gradient (20
+and 37 GiB planned); sample.batch_size should then be 16 or 32. In half precision
+train.batch_size times train.timesteps_per_batch is also how many samples are denoised at a time.
 """
 
 import ml_collections

@@ -272,10 +272,10 @@ def _as_damage(where: str) -> Iterator[None]:
       raise
     number = _os_error(cause)
     if number is None or number in _MISSING:
-      raise DamagedError(f"{where} is damaged, and must be another one: {reason}") from error
+      raise DamagedError(f"{where} is damaged ({reason}): use another checkpoint") from error
     raise UserError(
-        f"{where} cannot be read ({os.strerror(number)}), and may yet be whole; must be readable, "
-        f"or another one: {reason}") from error
+        f"{where} cannot be read ({os.strerror(number)}), but may be intact; make it readable, "
+        f"or use another checkpoint: {reason}") from error
 
 
 def _os_error(error: BaseException) -> int | None:

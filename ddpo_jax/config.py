@@ -264,7 +264,7 @@ def field_type(path: str) -> Any:
   kind: Any = Config
   for name, group in zip(path.split("."), ["", *_with_groups(path)]):
     if not dataclasses.is_dataclass(kind):
-      raise UserError(f"{_name(path)} is not a field: {group} has none of its own")
+      raise UserError(f"{_name(path)} is not a field: {group} has no fields of its own")
     types = typing.get_type_hints(kind)
     if name not in types:
       raise UserError(_not_a_field(f"{group}.{name}".lstrip("."), types))

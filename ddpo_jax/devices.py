@@ -50,7 +50,7 @@ def plan_batches(cfg: Config) -> BatchPlan:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     reason = f" ({one_line(error)})" if str(error) else ""
     raise UserError(f"JAX finds no device of JAX_PLATFORMS={platforms!r}{reason}; must be "
-                    "unset, 'cpu', or that of a device which is here") from error
+                    "unset, 'cpu', or the platform of a device that this machine has") from error
   smallest = math.gcd(cfg.sample.batch_size, cfg.train.batch_size)
   parts = largest_part(smallest, max(1, min(cores, smallest // _LEAST_SAMPLES)))
   plan = BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
@@ -66,7 +66,8 @@ def _name(device: jax.Device) -> str:
 def host_memory() -> contextlib.AbstractContextManager:
   """A context in which new arrays are in host memory, if JAX is allowed to use the CPU.
 
-  Weights that are read so and then placed are on the device once, and not twice for a while.
+  Weights that are read in this context, and then placed, take up the device's memory once. Without
+  it they would do so twice for a while.
   """
   try:
     return jax.default_device(jax.local_devices(backend="cpu")[0])

@@ -26,7 +26,7 @@ _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def largest_drift(cfg: Config) -> float:
-  """What `ratio_drift` may be: by more than a tenth of its range clipping acts on noise."""
+  """What `ratio_drift` may be: above a tenth of the clip range, clipping acts on noise."""
   return cfg.train.clip_range / 10
 
 
@@ -100,8 +100,8 @@ class Watch:
     now = metrics["diversity"]
     if not now < _COLLAPSE * self._most_diverse:
       return None
-    return (f"diversity={now:.3g} was {self._most_diverse:.3g}: the images have become much "
-            "the same, whatever the prompt. The reward may be one that a single picture "
+    return (f"diversity={now:.3g} is down from {self._most_diverse:.3g}: the images have become "
+            "almost the same, whatever the prompt. The reward may be one that a single picture "
             "satisfies; look at the images, lower train.learning_rate, or keep an earlier "
             "checkpoint")
 
@@ -179,18 +179,21 @@ def full_disk(cfg: Config) -> str:
 
 
 def out_of_memory(cfg: Config) -> str:
-  """One line: which settings to lower, and to what. None of them changes what is learnt."""
+  """One line: which settings to change, and to what.
+
+  Only the last two, mixed_precision and use_lora, change what is learnt.
+  """
   advice = [*_more_of_the_gpu(), *_smaller(cfg)]
   if not advice:
-    advice = ["nothing is left to lower; must be a device with more memory"]
+    advice = ["no setting is left to lower; use a device with more memory"]
   return f"out of memory; try, in this order: {'; '.join(advice)}"
 
 
 def _more_of_the_gpu() -> Iterator[str]:
   import jax  # there already, where memory ran out
   if jax.default_backend() == "gpu" and not any(name in os.environ for name in _MEMORY_FRACTIONS):
-    yield (f"{_MEMORY_FRACTIONS[0]}=0.95 in the environment, because JAX takes 0.75 of a GPU's "
-           "memory by itself")
+    yield (f"{_MEMORY_FRACTIONS[0]}=0.9 in the environment, because JAX takes 0.75 of a GPU's "
+           "memory by default")
 
 
 def _smaller(cfg: Config) -> Iterator[str]:

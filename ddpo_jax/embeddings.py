@@ -75,6 +75,6 @@ class PromptEncoder:
     count = len(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
     if count > self._length:
       self._said_cut = True
-      say(f"Warning: a prompt has {count} tokens, of which the text encoder takes the first "
-          f"{self._length}; the model does not see the end of {shown(prompt)}, nor of other "
-          "prompts as long")
+      say(f"Warning: a prompt has {count} tokens, but the text encoder takes only the first "
+          f"{self._length}: the model does not see the end of {shown(prompt)}, nor of other "
+          "prompts that are too long")

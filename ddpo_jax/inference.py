@@ -29,9 +29,11 @@ from ddpo_jax.config import resolve as resolve_config
 from ddpo_jax.console import say
 from ddpo_jax.devices import compiler_options, host_memory
 from ddpo_jax.diffusion import DDIMSchedule, denoise
+from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder
+from ddpo_jax.files import nearest_existing
 from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, TINY, find_weights, resolve
+from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, TINY, WEIGHT_NAMES, find_weights, resolve
 from ddpo_jax.models.placement import place_weights
 from ddpo_jax.models.unet import UNet2DConditionModel
 from ddpo_jax.models.vae import to_uint8
@@ -40,7 +42,6 @@ from ddpo_jax.prompts import load_lines
 from ddpo_jax.types import UserError
 
 _PICTURES = (".jpg", ".jpeg", ".png")
-_UNET_STEM = "diffusion_pytorch_model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def load_base_unet(tuned: FineTuned) -> UNet2DConditionModel:
   make = functools.partial(UNet2DConditionModel, tuned.models.unet.config,
                            dtype=build.DTYPES[cfg.mixed_precision])
   with host_memory():
-    unet: Any = load_module(make, find_weights(folder, _UNET_STEM))
+    unet: Any = load_module(make, find_weights(folder, WEIGHT_NAMES["unet"]))
     return build.prepare_unet(cfg, unet)
 
 
@@ -159,10 +160,9 @@ def _make_draw(models: StableDiffusion, options: SamplingOptions) -> Callable[..
   def draw(unet: nnx.State, vae: nnx.State, embeddings: Float[Array, "B L D"],
            negative: Float[Array, "1 L D"], indices: Int[Array, " B"]
            ) -> UInt8[Array, "B H W 3"]:
-    fold = functools.partial(jax.random.fold_in, jax.random.key(options.seed))
+    keys = sample_keys(jax.random.key(options.seed), indices)
     latents = denoise(nnx.merge(unet_graphdef, unet), schedule, embeddings, negative,
-                      eta=options.eta, guidance_scale=options.guidance_scale,
-                      key=jax.vmap(fold)(indices))
+                      eta=options.eta, guidance_scale=options.guidance_scale, key=keys)
     return to_uint8(nnx.merge(vae_graphdef, vae).decode(latents / scaling_factor))
 
   return jax.jit(draw, compiler_options=compiler_options())
@@ -203,9 +203,9 @@ class SampleRequest:
 
   def __post_init__(self) -> None:
     if self.run is None and self.model is None:
-      raise UserError("--run or --model is missing: what to draw with")
+      raise UserError("--run or --model is missing; one of them must name what to draw with")
     if self.compare and self.run is None:
-      raise UserError("--compare needs --run: a fine-tuned model to put beside the base")
+      raise UserError("--compare needs --run: a fine-tuned model to compare with its base")
     for name, (is_right, text) in _RULES.items():
       value = getattr(self, name)
       if value is not None and not is_right(value):
@@ -277,10 +277,8 @@ def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
   """Looks at the output, or the nearest folder that is there; makes nothing."""
   must = "a folder, or a path where one can be made" if is_folder else (
       "a file's path, in a folder that can be written to")
-  there = output.absolute()
   try:
-    while not _exists(there):
-      there = there.parent
+    there = nearest_existing(output)
   except (OSError, ValueError) as error:  # a name that is too long, a NUL
     raise UserError(f"--output={output!s:.200} cannot be a path: {error}; must be {must}"
                     ) from error
@@ -289,14 +287,6 @@ def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
     raise UserError(f"--output={output}: {there} is {kind}; must be {must}")
   if not os.access(there, os.W_OK):
     raise UserError(f"--output={output}: {there} cannot be written to; must be {must}")
-
-
-def _exists(path: pathlib.Path) -> bool:
-  try:
-    os.lstat(path)
-  except (FileNotFoundError, NotADirectoryError):
-    return False
-  return True
 
 
 def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path) -> None:
@@ -362,8 +352,9 @@ def _metadata(tuned: FineTuned) -> dict[str, str]:
 
 def _export_unet(tuned: FineTuned, output: pathlib.Path) -> None:
   base = resolve(tuned.cfg.pretrained.model, tuned.cfg.pretrained.revision) / "unet"
-  if output.is_dir() and find_weights(base, _UNET_STEM)[0].parent.samefile(output):
+  stem = WEIGHT_NAMES["unet"]
+  if output.is_dir() and find_weights(base, stem)[0].parent.samefile(output):
     raise UserError(f"--output={output} is the base model's own folder; choose another")
   output.mkdir(parents=True, exist_ok=True)
   shutil.copyfile(base / "config.json", output / "config.json")
-  save_module(tuned.models.unet, output / f"{_UNET_STEM}.safetensors")
+  save_module(tuned.models.unet, output / f"{stem}.safetensors")

@@ -25,7 +25,7 @@ class Stop:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Stop]:
-  """Turns the first SIGTERM or SIGINT into a request; a second one acts as ever."""
+  """Turns the first SIGTERM or SIGINT into a request; a second signal acts as it did before."""
   stop = Stop()
 
   def request(signum: int, _) -> None:

@@ -99,7 +99,7 @@ class Loggers:
     if cfg.wandb.mode != "disabled":
       self._start(f"wandb.mode={cfg.wandb.mode!r}", lambda: WandbLogger(run, cfg))
     if cfg.tensorboard:
-      self._start("tensorboard=True (pip install tensorboardX)",
+      self._start("tensorboard=True (pip install -e '.[tensorboard]')",
                   lambda: TensorBoardLogger(run, first_epoch))
 
   def each(self, action: Callable[[Logger], None]) -> None:
@@ -109,13 +109,13 @@ class Loggers:
         action(logger)
       except Exception as error:  # any of the library's or the network's
         self._loggers.remove(logger)
-        say(f"{logger.name} failed and is not used any more in this run: {error}")
+        say(f"{logger.name} failed; continuing without it: {error}")
 
   def _start(self, setting: str, make: Callable[[], Logger]) -> None:
     try:
       self._loggers.append(make())
     except Exception as error:  # no login, no network, no such package
-      say(f"{setting} does not work here, going on without: {error}")
+      say(f"{setting} does not work here; continuing without it: {error}")
 
 
 def _wandb_id(run: pathlib.Path) -> str:

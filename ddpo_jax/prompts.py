@@ -131,7 +131,7 @@ def tiny_shapes(rng: np.random.Generator, max_count: int = len(tiny_scenes.COUNT
     raise UserError(f"prompt_fn_kwargs.max_count={max_count} must be in "
                     f"1..{len(tiny_scenes.COUNTS)}")
   if pool < 0:
-    raise UserError(f"prompt_fn_kwargs.pool={pool} must be at least 0, which is no pool")
+    raise UserError(f"prompt_fn_kwargs.pool={pool} must be at least 0; 0 means no pool")
   if pool:
     rng = np.random.default_rng(int(rng.integers(pool)))
   return tiny_scenes.random_prompt(rng, max_count, short)

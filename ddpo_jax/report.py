@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import html
 import io
 import json
-import os
 import pathlib
 import re
 from typing import Any
@@ -17,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 from PIL import Image
+
+from ddpo_jax.files import encode_image, write_atomically
 
 _INK = "#010203"  # becomes the page's text colour, whichever that is
 _ACCENT, _SECOND, _THIRD = "#3b82f6", "#f59e0b", "#10b981"  # readable on white and black
@@ -35,7 +36,8 @@ h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--faint); }
 .facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; padding: 0; }
 .facts div { min-width: 7rem; } .facts b { display: block; font-size: 1.3rem; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.charts { display: grid; gap: 1rem;
+          grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; } figcaption { font-size: .9rem; opacity: .8; }
 svg, img { width: 100%; height: auto; display: block; }
 pre { overflow-x: auto; font-size: .8rem; }
@@ -63,9 +65,7 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
           '<meta name="viewport" content="width=device-width, initial-scale=1">'
           f"<style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n")
   path = run / "report.html"
-  partial = path.with_name("report.html.partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
+  write_atomically(path, page)
   return path
 
 
@@ -128,9 +128,7 @@ def _picture(path: pathlib.Path) -> str:
   image: Image.Image = Image.open(path)
   if image.width > _GRID_WIDTH:
     image = image.resize((_GRID_WIDTH, round(image.height * _GRID_WIDTH / image.width)))
-  buffer = io.BytesIO()
-  image.save(buffer, "JPEG", quality=85)
-  data = base64.b64encode(buffer.getvalue()).decode()
+  data = base64.b64encode(encode_image(np.asarray(image), "JPEG", quality=85)).decode()
   return (f'<figure><figcaption>{caption}</figcaption><img loading="lazy" alt="images '
           f'{caption}" src="data:image/jpeg;base64,{data}"></figure>')
 

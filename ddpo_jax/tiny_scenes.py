@@ -106,13 +106,6 @@ def random_prompt(rng: np.random.Generator, max_count: int = len(COUNTS),
   return text.removesuffix(" background") if short else text, scene.metadata()
 
 
-def random_caption(scene: Scene, rng: np.random.Generator) -> str:
-  """A caption as training sees it: texture named in half of them, background in most."""
-  named = rng.random()
-  return scene.caption(background=named > 0.15, texture=named > 0.5,
-                       numeral=rng.random() < 0.3)
-
-
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
   """Draws a scene; places, sizes and the texture's details come from `rng`.
 

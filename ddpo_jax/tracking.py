@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ddpo_jax import checkpoint, distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
+from ddpo_jax.files import write_atomically
 from ddpo_jax.loggers import WANDB_ID, Loggers
 from ddpo_jax.types import UserError
 
@@ -144,7 +145,7 @@ class Tracker:
       except OSError as error:
         raise UserError(f"logdir={cfg.logdir!r}: {run} cannot be made: {error}") from error
       self._take_lock(cfg)
-      _write_atomically(run / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
+      write_atomically(run / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
       self._drop_lines(first_epoch)
       self._drop_others(first_epoch)
       self._loggers = Loggers(run, cfg, first_epoch)
@@ -170,7 +171,7 @@ class Tracker:
       path = self._run / name
       kept = [line for line in report.read_lines(path) if line["epoch"] < first_epoch]
       if path.exists():
-        _write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
       if kept and name == _METRICS:
         self._first_reward = kept[0]["reward_mean"]
 
@@ -296,9 +297,3 @@ def _number_of(picture: pathlib.Path) -> int:
 def _finite(value: Any) -> Any:
   """JSON has no NaN."""
   return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_atomically(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)

@@ -20,6 +20,7 @@ from ddpo_jax import checkpoint, distributed, tracking
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_devices, plan_batches
+from ddpo_jax.files import nearest_existing
 from ddpo_jax.messages import place, with_type
 from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
 from ddpo_jax.prompts import get_prompt_fn, sample_rng
@@ -168,20 +169,13 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
 
 def _check_writable(field: str, value: str, folder: pathlib.Path) -> None:
   """Looks for the nearest folder that is there; makes nothing."""
-  there = _existing(folder)
+  there = nearest_existing(folder)
   if not there.is_dir():
     raise UserError(f"{field}={value!r}: {there} is not a folder; must be one, or a path "
                     "where one can be made")
   if not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{field}={value!r}: {there} cannot be written to; must be a folder "
-                    "that can")
-
-
-def _existing(path: pathlib.Path) -> pathlib.Path:
-  path = path.absolute()
-  while not os.path.lexists(path):
-    path = path.parent
-  return path
+                    "that can be")
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
@@ -204,7 +198,7 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   # One more than are kept: the oldest is deleted once the newest is there.
   count = min(cfg.num_checkpoint_limit + 1, saves)
   each = trained_weights(cfg, size) * _STATE_BYTES
-  there = _existing(run)
+  there = nearest_existing(run)
   free = shutil.disk_usage(there).free
   if min(2, saves) * each > free:  # not with num_checkpoint_limit=1 either
     field = "logdir" if cfg.run_name or not cfg.resume_from else "resume_from"
@@ -215,8 +209,8 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   if count * each > free:
     raise UserError(
         f"num_checkpoint_limit={cfg.num_checkpoint_limit}: {count} checkpoints take "
-        f"{_amount(count * each)}, and {there} has {_amount(free)} free; must be fewer, or "
-        "logdir on another disk")
+        f"{_amount(count * each)}, and {there} has {_amount(free)} free; must be lower, "
+        "or logdir must be on another disk")
 
 
 # ---- the dry run ----
@@ -234,7 +228,7 @@ def dry_run(cfg: Config) -> None:
   prepared = prepare(cfg)
   say(plan.describe("The run would be"))
   say(describe_memory(cfg, plan))
-  say(f"Would write to {prepared.run}. Nothing was found that is wrong.")
+  say(f"The config is valid; the run would write to {prepared.run}")
 
 
 def describe_memory(cfg: Config, plan: BatchPlan) -> str:
@@ -254,9 +248,8 @@ def describe_memory(cfg: Config, plan: BatchPlan) -> str:
       "prompts' embeddings": 2 * samples * size.embedding_size * bytes_each}
   lines = [f"  {name} = {_amount(value)}" for name, value in parts.items()]
   return "\n".join([
-      f"***** Memory per device: {_amount(sum(parts.values()))}, and what the networks take "
-      "while they compute *****", *lines,
-      "  The latter grows with sample.batch_size, sample.decode_batch_size and",
+      f"***** Memory per device: {_amount(sum(parts.values()))} plus activations *****", *lines,
+      "  Activations grow with sample.batch_size, sample.decode_batch_size and",
       "  train.batch_size × train.timesteps_per_batch."])
 
 
@@ -266,9 +259,9 @@ def _warn_of_slowness(cfg: Config) -> None:
     return
   size = model_size(cfg)
   if size is None or size.latent_size >= _LARGE_LATENT:  # None: a model on the hub
-    say(f"Warning: mixed_precision={cfg.mixed_precision!r} with Stable Diffusion on a "
-        "processor: an epoch takes hours, and JAX finds no GPU here. With a GPU install the "
-        "extra cuda12 or cuda13")
+    say(f"Warning: mixed_precision={cfg.mixed_precision!r} with Stable Diffusion on a CPU: an "
+        "epoch takes hours. JAX finds no GPU here; if there is one, install the extra cuda12 or "
+        "cuda13")
 
 
 def _amount(count: int) -> str:

@@ -26,8 +26,9 @@ from tqdm import trange
 
 from ddpo_jax import tiny_scenes
 from ddpo_jax.diffusion import DDIMSchedule, NoiseSchedule, sample
-from ddpo_jax.models import load_pretrained
+from ddpo_jax.models import load_clip_tokenizer, load_pretrained
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from ddpo_jax.models.pretrained import tokenize
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig, to_uint8
 from ddpo_jax.models.weights import load_module, save_module
@@ -182,7 +183,7 @@ def make_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Cal
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(0.999, (1.0 + step) / (10.0 + step))
-    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
+    average = optax.incremental_update(params, state.average, 1 - decay)
     return State(params, average, opt_state), loss
 
   return train_step
@@ -296,12 +297,13 @@ def make_latents(args: argparse.Namespace) -> None:
 # ---- the UNet and the text encoder ----
 
 
-def latent_batches(args: argparse.Namespace, tokenize: Callable) -> Iterator[dict]:
+def latent_batches(args: argparse.Namespace) -> Iterator[dict]:
   """Latents and token ids; how much each caption tells is drawn anew each time."""
   with np.load(args.work / "latents.npz") as stored:
     latents, captions = stored["latents"], stored["captions"]
   distinct, inverse = np.unique(captions, return_inverse=True)
-  tokens = tokenize([*distinct, ""])
+  tokenizer = load_clip_tokenizer(args.output / "tokenizer")
+  tokens = tokenize(tokenizer, [*distinct, ""], _MAX_LENGTH)
   choices = inverse.reshape(captions.shape)
   rng = np.random.default_rng(args.seed + 3)
   while True:
@@ -342,17 +344,8 @@ def train_unet(args: argparse.Namespace) -> None:
       save_module(nnx.merge(graphdef, state), args.output / name, dtype=np.float16)
     draw_prompts(args.output, args.work / "prompts.png", args.seed)
 
-  tokenize = make_tokenize(args.output)
-  fit("UNet", loss_fn, params, latent_batches(args, tokenize), args.unet_steps, 1e-3,
-      args.seed, save, save_every=args.save_every)
-
-
-def make_tokenize(folder: pathlib.Path) -> Callable[[list[str]], np.ndarray]:
-  from transformers import CLIPTokenizer
-  tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
-  return lambda texts: tokenizer(
-      texts, padding="max_length", truncation=True, max_length=_MAX_LENGTH,
-      return_tensors="np").input_ids.astype(np.int32)
+  fit("UNet", loss_fn, params, latent_batches(args), args.unet_steps, 1e-3, args.seed, save,
+      save_every=args.save_every)
 
 
 def draw_prompts(folder: pathlib.Path, path: pathlib.Path, seed: int) -> None:

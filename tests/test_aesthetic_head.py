@@ -213,7 +213,7 @@ def test_what_a_pickle_sets_does_not_last(tmp_path):
     (dict(kind="torch/HalfStorage"), "torch.HalfStorage"),
     (dict(kind="collections/OrderedDict"), "not float32"),
     (dict(function="torch._utils/_rebuild_tensor"), "torch._utils._rebuild_tensor,"),
-    (dict(tag="module"), "no storage"),
+    (dict(tag="module"), "not a storage"),
     (dict(strides=(1, 5)), "strides"),
     (dict(strides=(6,)), "strides"),
     (dict(strides=(0, 0)), "strides"),

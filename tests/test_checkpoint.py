@@ -100,7 +100,7 @@ def test_a_file_that_cannot_be_read_now_is_no_damage(run):
   for path in data_files(run):
     path.unlink()
     path.symlink_to(path)
-  with pytest.raises(UserError, match="symbolic links.*may yet be whole") as error:
+  with pytest.raises(UserError, match="symbolic links.*may be intact") as error:
     checkpoint.restore(run, 3, make_state())
   assert not isinstance(error.value, checkpoint.DamagedError)
 

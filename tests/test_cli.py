@@ -129,7 +129,7 @@ def test_all_overrides_that_are_wrong_are_said_at_once():
   lines = str(error.value).splitlines()
   for start in ("seed='abc' must be of type int", "num_epochs='1.5' must be of type int",
                 "sample.eta=0.0 must be in", "sampel is not a field; there are: run_name",
-                "seed.x is not a field: seed has none of its own", "prompt_fn='nope'"):
+                "seed.x is not a field: seed has no fields of its own", "prompt_fn='nope'"):
     assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
   assert len(lines) == 6
 

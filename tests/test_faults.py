@@ -463,7 +463,7 @@ def test_out_of_memory_of_a_gpu(monkeypatch, folder, variable):
   if variable is not None:
     monkeypatch.setenv(variable, "0.9")
   line = diagnostics.out_of_memory(make_config(folder, "memory"))
-  assert ("XLA_CLIENT_MEM_FRACTION=0.95" in line) == (variable is None)
+  assert ("XLA_CLIENT_MEM_FRACTION=0.9 " in line) == (variable is None)
 
 
 def test_what_is_to_be_lowered_is_a_valid_config(folder):
@@ -519,7 +519,7 @@ HEALTHY = {"ratio_drift": 1e-9, "diversity": 0.3, "reward_std": 1.0, "reward_mea
 
 @pytest.mark.parametrize("trouble,words", [
     ({"ratio_drift": 2e-5}, ("ratio_drift", "train.clip_range=0.0001", "sample.batch_size")),
-    ({"diversity": 0.05}, ("diversity=0.05 was 0.3", "train.learning_rate")),
+    ({"diversity": 0.05}, ("diversity=0.05 is down from 0.3", "train.learning_rate")),
     ({"reward_std": 0.0}, ("reward_std=0", "reward_fn=")),
     ({"clipfrac": 0.97}, ("clipfrac=0.97", "train.learning_rate=0.01")),
 ])

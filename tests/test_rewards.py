@@ -92,7 +92,7 @@ def test_unusable_rewards_are_refused(name, kwargs):
     ([1.0, 2.0, -np.inf], "sample 2, prompt 'a cow'"),
     ([1.0, 2.0], r"shape \(2,\)"), ([[1.0], [2.0], [3.0]], r"shape \(3, 1\)"),
     (["a", "b", "c"], "must be numbers"), (None, "shape"),
-    ([[1.0], [2.0, 3.0], 4.0], r"no array.*must be \(3,\)"),
+    ([[1.0], [2.0, 3.0], 4.0], r"not an array.*must be \(3,\)"),
     ([1e39, 0.0, 0.0], "sample 0"),
 ])
 def test_wrong_values_name_function_sample_and_prompt(values, message):

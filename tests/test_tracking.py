@@ -182,4 +182,4 @@ def test_without_tensorboardx_the_run_goes_on(cfg, monkeypatch, capsys):
   tracker = tracking.Tracker(run, dataclasses.replace(cfg, tensorboard=True))
   log(tracker, 0)
   tracker.close()
-  assert "pip install tensorboardX" in capsys.readouterr().out
+  assert "pip install -e '.[tensorboard]'" in capsys.readouterr().out

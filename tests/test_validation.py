@@ -287,7 +287,7 @@ def test_server_that_is_there(tmp_path, capsys):
     cfg = resolve(demo_values(tmp_path) | {"reward_fn": "llava_bertscore",
                                            "reward_kwargs": {"url": llava.url}})
     validation.dry_run(cfg)
-  assert "Nothing was found" in capsys.readouterr().out
+  assert "The config is valid" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("checkpoints,message", [

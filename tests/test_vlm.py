@@ -307,5 +307,5 @@ def test_arguments_are_checked(kwargs):
 
 def test_without_the_client(monkeypatch):
   monkeypatch.setitem(sys.modules, "openai", None)
-  with pytest.raises(UserError, match=r"pip install 'ddpo_jax\[vlm\]'"):
+  with pytest.raises(UserError, match=r"pip install -e '\.\[vlm\]'"):
     make_vlm_score()

@@ -61,7 +61,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--reference", choices=("torch",), action="append",
                       help="measure ddpo-pytorch's algorithm in current torch as well")
   parser.add_argument("--torch_compile", action="store_true",
-                      help="and once more with torch.compile")
+                      help="with --reference: measure it again with torch.compile")
   parser.add_argument("--skip_start", action="store_true",
                       help="do not measure a cold and a warm start")
   parser.add_argument("--profile", action="store_true",

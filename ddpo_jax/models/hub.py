@@ -145,7 +145,7 @@ def _download(repo: str, revision: str | None, kind: Repository) -> pathlib.Path
     raise UserError(f"{kind.field}={repo!r} is neither a local folder nor a public "
                     "hub repository; if it is private, run `hf auth login`") from None
   except hub_errors.HFValidationError:
-    raise UserError(f"{kind.field}={repo!r} does not exist, and is no hub id such as "
+    raise UserError(f"{kind.field}={repo!r} does not exist, and is not a hub id such as "
                     "'owner/name'") from None
   except Exception as error:  # no network, in one of the ways of several HTTP libraries
     return _from_cache(repo, revision, kind, error)

@@ -96,7 +96,8 @@ def open_pretrained(path: str | os.PathLike, revision: str | None = None,
            for name, stem in hub.WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")
   _check_parts_fit(folder, **configs, tokens=len(tokenizer))
-  parts = {name: weights.open_module(functools.partial(cls, configs[name], dtype=dtype), files[name])
+  parts = {name: weights.open_module(functools.partial(cls, configs[name], dtype=dtype),
+                                     files[name])
            for name, (cls, _) in PARTS.items()}
 
   def model(modules: dict[str, Any]) -> StableDiffusion:

@@ -194,7 +194,7 @@ def _abstract(build: Callable[..., nnx.Module], folder: pathlib.Path) -> nnx.Mod
   try:
     return nnx.eval_shape(lambda: build(rngs=ConstantRngs()))
   except (TypeError, ValueError, ZeroDivisionError) as error:
-    raise UserError(f"{folder / 'config.json'} describes no network: "
+    raise UserError(f"{folder / 'config.json'} does not describe a network: "
                     f"{one_line(error)}") from error
 
 

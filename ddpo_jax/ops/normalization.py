@@ -96,11 +96,11 @@ def _backward(num_groups: int | None, epsilon: float, act: Callable[[jax.Array],
   # With n = (x − mean)·factor and g = grad·scale: dx = factor·(g − means(g) − n·means(g·n)).
   exact, grad_y = before_act(x, grad)
   products = grad_y * scale, grad_y * scale * exact
-  on_gpu = jax.default_backend() != "cpu"
-  sums = tuple(map(_sum_pixels if num_groups else _sum_rows, products)) if on_gpu else products
+  off_cpu = jax.default_backend() != "cpu"
+  sums = tuple(map(_sum_pixels if num_groups else _sum_rows, products)) if off_cpu else products
   axes = tuple(range(x.ndim - 1))
   grad_scale, grad_bias = (grad_y * (exact - mean) * factor).sum(axes), grad_y.sum(axes)
-  if on_gpu:
+  if off_cpu:
     # Computed anew from half precision, or XLA would write it out in float32 above. Of sums
     # only: what comes of them behind the barrier is in kernels that are there anyway.
     x, grad, sums = jax.lax.optimization_barrier((x, grad, sums))

@@ -12,6 +12,7 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax.config import masked
+from ddpo_jax.messages import one_line
 from ddpo_jax.prompts import check_kwargs, resolve_function
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
@@ -68,8 +69,9 @@ def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
     return {spec: get_reward(spec, **kwargs)}
   for name, value in kwargs.items():
     if name not in spec or not isinstance(value, Mapping):
-      raise UserError(f"reward_kwargs.{name}={masked({name: value})[name]!r}: with several rewards, must be the "
-                      f"arguments of one of them, by its name: {', '.join(spec)}")
+      raise UserError(f"reward_kwargs.{name}={masked({name: value})[name]!r}: with several "
+                      "rewards, must be the arguments of one of them, by its name: "
+                      f"{', '.join(spec)}")
   return {name: get_reward(name, **kwargs.get(name, {})) for name in spec}
 
 
@@ -112,9 +114,9 @@ def check_rewards(name: str, rewards: Any, prompts: list[str]
   try:
     array = np.asarray(rewards)
   except Exception as error:  # rows of different lengths, an array of another library's
-    raise UserError(f"reward_fn={name!r} returned rewards that are no array "
-                    f"({' '.join(str(error).split())[:200]}); must be ({len(prompts)},), one "
-                    "number for each image") from error
+    raise UserError(f"reward_fn={name!r} returned rewards that are not an array "
+                    f"({one_line(error)}); must be ({len(prompts)},), one number for each image"
+                    ) from error
   if array.shape != (len(prompts),):
     raise UserError(f"reward_fn={name!r} returned rewards of shape {array.shape}; must be "
                     f"({len(prompts)},), one for each image")

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpo_jax.messages import one_line
 from ddpo_jax.types import UserError
 
 HEAD_REPOSITORY = "trl-lib/ddpo-aesthetic-predictor"
@@ -107,7 +108,7 @@ def read_tensors(data: bytes, source: str | os.PathLike) -> dict[str, np.ndarray
     raise UserError(f"{source} is refused: {error}") from None
   except Exception as error:  # zipfile and pickle raise a different type for each damage
     raise UserError(f"{source} cannot be read as a file of torch tensors: "
-                    f"{' '.join(str(error).split()) or type(error).__name__}") from error
+                    f"{one_line(error)}") from error
 
 
 class _Refused(Exception):
@@ -206,7 +207,7 @@ class _Unpickler(pickle.Unpickler):
 
   def persistent_load(self, pid: Any) -> _Storage:
     if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-      raise _Refused("its pickle names something that is no storage")
+      raise _Refused("its pickle names something that is not a storage")
     _, kind, key, _, size = pid
     if kind is not self._float_storage:
       raise _Refused("it has a storage that is not float32")
@@ -220,9 +221,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: 
   """What stands for torch's function of seven arguments; checks them all."""
   del requires_grad
   if hooks or metadata or not isinstance(storage, _Storage) or not _is_count(offset):
-    raise _Refused("it has a tensor with more than numbers")
+    raise _Refused("it has a tensor that holds more than numbers")
   if not all(isinstance(x, tuple) and all(map(_is_count, x)) for x in (shape, strides)):
-    raise _Refused("it has a tensor whose shape is not of numbers")
+    raise _Refused("it has a tensor whose shape or strides are not counts")
   if len(shape) > 4:
     raise _Refused(f"it has a tensor of {len(shape)} axes; must be at most 4")
   contiguous = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
@@ -297,5 +298,5 @@ def _download() -> pathlib.Path:
     return pathlib.Path(huggingface_hub.hf_hub_download(HEAD_REPOSITORY, HEAD_FILE))
   except Exception as error:  # no network, in one of the ways of several HTTP libraries
     raise UserError(f"reward_kwargs.head: {HEAD_FILE} of {HEAD_REPOSITORY} cannot be "
-                    f"downloaded ({' '.join(str(error).split())}); give the path of a copy"
+                    f"downloaded ({one_line(error)}); give the path of a copy"
                     ) from error

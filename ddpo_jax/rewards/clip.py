@@ -22,6 +22,7 @@ import numpy as np
 
 from ddpo_jax.models import CLIP, load_clip, load_clip_tokenizer
 from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig
+from ddpo_jax.models.pretrained import tokenize
 from ddpo_jax.rewards.aesthetic_head import HEAD_SHA256, AestheticHead, load_aesthetic_head
 from ddpo_jax.types import RewardFn, UserError
 
@@ -217,9 +218,9 @@ def _text_and_image_reward(score: Callable[..., jax.Array], clip: CLIP,
                            tokenizer: str | os.PathLike, dtype: str, batch_size: int
                            ) -> RewardFn:
   config = clip.model.config.text_config
-  tokenize = _Tokenize(load_clip_tokenizer(tokenizer), tokenizer, config)
+  to_token_ids = _Tokenize(load_clip_tokenizer(tokenizer), tokenizer, config)
   program = _Program(score, clip.images, clip.model, None, dtype, batch_size)
-  return lambda images, prompts, metadata: (program(images, tokenize(prompts)), {})
+  return lambda images, prompts, metadata: (program(images, to_token_ids(prompts)), {})
 
 
 class _Tokenize:
@@ -239,9 +240,7 @@ class _Tokenize:
 
   def __call__(self, prompts: Sequence[str]) -> np.ndarray:
     with self._lock:
-      encoded = self._tokenizer(list(prompts), padding="max_length", truncation=True,
-                                max_length=self._length, return_tensors="np")
-    return encoded.input_ids.astype(np.int32)
+      return tokenize(self._tokenizer, prompts, self._length)
 
 
 @jax.tree_util.register_dataclass
@@ -307,4 +306,4 @@ def _check_arguments(dtype: str, batch_size: int) -> None:
   if dtype not in DTYPES:
     raise UserError(f"reward_kwargs.dtype={dtype!r} must be one of {', '.join(DTYPES)}")
   if not isinstance(batch_size, int) or batch_size < 1:
-    raise UserError(f"reward_kwargs.batch_size={batch_size!r} must be a whole number from 1")
+    raise UserError(f"reward_kwargs.batch_size={batch_size!r} must be an integer, 1 or more")

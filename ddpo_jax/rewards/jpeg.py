@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 from jaxtyping import Float32, UInt8
 import numpy as np
-from PIL import Image
+
+from ddpo_jax.files import encode_image
 
 _QUALITY = 95
 
@@ -20,7 +20,8 @@ def jpeg_incompressibility(images: UInt8[np.ndarray, "B H W 3"], prompts: list[s
   Prompts and metadata are not used.
   """
   del prompts, metadata
-  return np.array([_kilobytes(image) for image in images], np.float32), {}
+  sizes = [len(encode_image(image, "JPEG", quality=_QUALITY)) / 1000 for image in images]
+  return np.array(sizes, np.float32), {}
 
 
 def jpeg_compressibility(images: UInt8[np.ndarray, "B H W 3"], prompts: list[str],
@@ -29,9 +30,3 @@ def jpeg_compressibility(images: UInt8[np.ndarray, "B H W 3"], prompts: list[str
   """The negative of `jpeg_incompressibility`."""
   sizes, info = jpeg_incompressibility(images, prompts, metadata)
   return -sizes, info
-
-
-def _kilobytes(image: np.ndarray) -> float:
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, format="JPEG", quality=_QUALITY)
-  return buffer.tell() / 1000

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpo_jax.files import encode_image
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import RewardFn, UserError
@@ -44,8 +45,9 @@ def make_llava_strict_satisfaction(
     all_or_nothing: bool = False) -> RewardFn:
   """Makes a reward that asks LLaVA about the image: the share of its right answers, 0 to 1.
 
-  "Strict" because answers are compared as text, not by BERTScore. Questions and answers are the prompt's metadata. An answer is right if it contains the
-  text of the true one. The info has LLaVA's `answers`, [B][questions].
+  "Strict" because answers are compared as text, not by BERTScore. Questions and answers are the
+  prompt's metadata. An answer is right if it contains the text of the true one. The info has
+  LLaVA's `answers`, [B][questions].
 
   Args:
     url: of the server.
@@ -70,7 +72,7 @@ def make_llava_strict_satisfaction(
     questions, answers = zip(*remote.questions_and_answers(name, metadata))
     if len({len(q) for q in questions}) > 1:  # the server lays them out as an array
       raise UserError(f"reward_fn={name!r} got {sorted({len(q) for q in questions})} "
-                      "questions for different samples; must be equally many for all")
+                      "questions for different samples; must be the same number for each")
 
     def ask(indices: list[int], timeout: float) -> list[list[str]]:
       request = {"images": _jpegs(images, indices),
@@ -182,7 +184,7 @@ def _batches(count: int, batch_size: int) -> list[list[int]]:
 
 
 def _jpegs(images: np.ndarray, indices: list[int]) -> list[bytes]:
-  return [remote.encode_image(images[i], "JPEG", quality=_JPEG_QUALITY) for i in indices]
+  return [encode_image(images[i], "JPEG", quality=_JPEG_QUALITY) for i in indices]
 
 
 def _post(url: str, request: dict[str, Any], timeout: float) -> Any:

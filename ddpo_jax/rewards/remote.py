@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 import dataclasses
-import io
 import ipaddress
 import itertools
 import math
@@ -15,8 +14,6 @@ import time
 from typing import Any, TypeVar
 import urllib.parse
 
-import numpy as np
-from PIL import Image
 import requests
 import urllib3.exceptions
 
@@ -187,7 +184,7 @@ class Server:
       pause = max(backoff_pause(self.limits.backoff, tried), last.retry_after)
       if time.monotonic() + pause >= deadline or stop.wait(pause):
         raise RewardError(
-            f"{self._where} gave nothing in {time.monotonic() - start:.3g} s (attempts: "
+            f"{self._where} gave no usable reply in {time.monotonic() - start:.3g} s (attempts: "
             f"{tried}); must answer within reward_kwargs.time_limit="
             f"{self.limits.time_limit:g}; the last failure: {last}") from last
     raise AssertionError("unreachable")
@@ -282,13 +279,6 @@ def is_loopback(url: str) -> bool:
     return ipaddress.ip_address(host).is_loopback
   except ValueError:
     return host == "localhost"
-
-
-def encode_image(image: np.ndarray, file_format: str, **options: Any) -> bytes:
-  """[H, W, 3] uint8 -> the bytes of a file; `options` are Pillow's."""
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, format=file_format, **options)
-  return buffer.getvalue()
 
 
 def questions_and_answers(reward: str, metadata: Sequence[dict[str, Any]]

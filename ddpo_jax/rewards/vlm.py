@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ddpo_jax import words
+from ddpo_jax.files import encode_image
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import RewardFn, UserError
@@ -130,7 +131,7 @@ def yes_probability(choice: dict[str, Any]) -> tuple[float, float]:
   total = sum(probabilities.values())
   if not total:
     raise remote.ReplyError(f"its likely first tokens are {seen[:20]}; must have a yes or a "
-                            "no among them: give a question, or a model, that is answered so")
+                            "no among them: ask another question, or another model")
   return probabilities["yes"] / total, total
 
 
@@ -154,8 +155,8 @@ class _Client:
     try:
       import openai  # an extra
     except ImportError:
-      raise UserError(f"reward_fn={_NAME!r} needs the openai client, which is not installed; "
-                      "must be: pip install 'ddpo_jax[vlm]'") from None
+      raise UserError(f"reward_fn={_NAME!r} needs the openai client, which is not installed: "
+                      "pip install -e '.[vlm]'") from None
     self._openai = openai
     self._server = server
     self._api_key = api_key
@@ -183,8 +184,8 @@ class _Client:
         raise self._server.unreachable(error) from error
       if model is None:
         raise UserError(f"reward_fn={_NAME!r}, reward_kwargs.model=None: {self._server.url} "
-                        f"did not list its models ({error}); must be the name of one, or "
-                        "reward_kwargs.url an address that ends in /v1") from error
+                        f"did not list its models ({error}); must be the name of one; or "
+                        "reward_kwargs.url must end in /v1") from error
       return model
 
   def ask(self, model: str, image: np.ndarray, text: str, timeout: float, **options: Any
@@ -201,7 +202,7 @@ class _Client:
     Raises:
       TransientError, ReplyError: as for `remote.post`, and if the reply has no choice.
     """
-    data = base64.b64encode(remote.encode_image(image, "PNG")).decode()
+    data = base64.b64encode(encode_image(image, "PNG")).decode()
     content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
                {"type": "text", "text": text}]
     reply = self._request(self._client.chat.completions.with_streaming_response.create,

@@ -73,7 +73,8 @@ def test_convolution_of_many_channels(size, channels, as_products):
     ((5, 40), (256, 256), True), ((6, 8), (256, 255), False), ((10, 21), (256, 256), False)])
 def test_convolution_in_half_precision(monkeypatch, size, channels, as_products):
   """Of all pixels at once, or of some rows at a time: two, or one where that is too long."""
-  for name, value in (("_SOME_PIXELS", 16), ("_MANY_PIXELS", 200), ("_PIXELS_AT_ONCE", 16)):
+  for name, value in (("_HALF_MAX_PIXELS_AT_ONCE", 16), ("_HALF_MAX_PIXELS_IN_PARTS", 200),
+                      ("_MAX_PIXELS_OF_PART", 16)):
     monkeypatch.setattr(cpu_convolution, name, value)
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
@@ -113,7 +114,8 @@ def test_doubled_image_of_many_channels_in_half_precision():
   x, kernel = rng.normal(size=(1, 4, 6, 256)), rng.normal(size=(3, 3, 256, 256))
   check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel, dtype=jnp.bfloat16,
         tolerance=2e-2)
-  program = str(jax.make_jaxpr(upsampling.upsample_and_convolve)(jnp.bfloat16(x), jnp.bfloat16(kernel)))
+  program = str(jax.make_jaxpr(upsampling.upsample_and_convolve)(
+      jnp.bfloat16(x), jnp.bfloat16(kernel)))
   assert "conv_general_dilated" not in program
 
 
@@ -138,7 +140,8 @@ def torch_attention(query, key, value):
 def test_attention(query_length, key_length):
   rng = np.random.default_rng(0)
   draw = lambda length: rng.normal(size=(2, length, 4, 16))
-  check(cpu_attention.attend_at_once, torch_attention, draw(query_length), draw(key_length), draw(key_length))
+  check(cpu_attention.attend_at_once, torch_attention, draw(query_length), draw(key_length),
+        draw(key_length))
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))

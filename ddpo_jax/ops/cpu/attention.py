@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as products of a few queries' scores, that stay in the caches."""
+"""Scaled dot-product attention as matmuls of a few queries' scores, that stay in the caches."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from jaxtyping import Array, Float
 from ddpo_jax.ops.chunked_attention import attend_in_chunks
 from ddpo_jax.ops.cpu.matmul import dot, einsum_f32, transpose
 
-# So many scores are computed at a time, or those of so many queries of one head: what caches hold.
-_CACHED_SCORES, _CACHED_SCORES_OF_HEAD = 3 * 2**20, 2**20
-_MANY_QUERIES = 64  # see `_in_columns`
+# The most scores (one a query and key, in each head of each sample) that are computed at a time for
+# all samples, or for one: what the caches hold.
+_MAX_SCORES = 3 * 2**20
+# The most that are computed at a time for queries of one head, where one sample has too many.
+_MAX_SCORES_OF_HEAD = 2**20
+# From this many queries on each of them has a column of the weights; see `_in_columns`.
+_COLUMNS_MIN_QUERIES = 64
 
 
 def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
            value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
   """Attention, by as much at a time as the caches hold."""
-  return attend_in_blocks(attend_at_once, query, key, value, _CACHED_SCORES,
-                          _CACHED_SCORES_OF_HEAD)
+  return attend_in_blocks(attend_at_once, query, key, value, _MAX_SCORES, _MAX_SCORES_OF_HEAD)
 
 
 def attend_in_blocks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
@@ -30,7 +33,7 @@ def attend_in_blocks(attend: Callable[..., jax.Array], query: Float[Array, "B T 
   """Attention of all samples at a time, of one, or of some queries of one head.
 
   The largest of these that has at most so many scores. Each score is read several times; from
-  memory that takes longer than all products together.
+  memory that takes longer than all matmuls together.
   """
   batch, length, heads, features = query.shape
   scores_of_head = length * key.shape[1]
@@ -54,7 +57,7 @@ def attend_at_once(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
   """Scaled dot-product attention, with flash attention's backward pass (arXiv:2205.14135).
 
   That has the sum in softmax's derivative over a head's features instead of over all keys,
-  and XLA does not fuse it into the products beside it, which would slow them down tenfold.
+  and XLA does not fuse it into the matmuls beside it, which would slow them down tenfold.
   """
   return _forward(query, key, value)[0]
 
@@ -89,10 +92,10 @@ def _scale(query: jax.Array) -> float:
 def _in_columns(query: Float[Array, "B N T H"]) -> bool:
   """Whether each query has a column of the weights, or a row.
 
-  With columns, the long side of all six products is the queries, and none has both factors
+  With columns, the long side of all six matmuls is the queries, and none has both factors
   transposed. That pays with many queries.
   """
-  return query.shape[2] >= _MANY_QUERIES
+  return query.shape[2] >= _COLUMNS_MIN_QUERIES
 
 
 def _forward_rows(query: jax.Array, key: jax.Array, value: jax.Array
@@ -113,7 +116,7 @@ def _backward_rows(query: jax.Array, key: jax.Array, value: jax.Array, weights: 
 
 def _forward_columns(query: jax.Array, key: jax.Array, value: jax.Array
                      ) -> tuple[jax.Array, jax.Array]:
-  # Each product by itself: what XLA fuses them with slows them down.
+  # Each matmul by itself: what XLA fuses them with slows them down.
   apart = jax.lax.optimization_barrier
   scores = apart(einsum_f32("bnsh,bnth->bnst", key, apart(query)))
   weights = apart(jax.nn.softmax(scores, axis=-2).astype(query.dtype))

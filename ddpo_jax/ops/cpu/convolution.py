@@ -1,4 +1,4 @@
-"""3×3 convolutions as few, large matrix products."""
+"""3×3 convolutions as few, large matmuls."""
 
 from __future__ import annotations
 
@@ -14,19 +14,33 @@ from ddpo_jax.config import largest_part
 from ddpo_jax.ops.cpu import winograd
 from ddpo_jax.ops.cpu.matmul import dot, einsum_f32
 
-# Winograd's transforms cost more than they save with fewer channels and with more pixels; where
-# the kernel's is there already, with more pixels than a quarter of the channels.
-_LEAST_CHANNELS, _MOST_PIXELS, _CHANNELS_PER_PIXEL = 32, 16, 4
+# All of these were measured. "Pixels" are height times width of one image; a bound on "channels"
+# is one on those of the input and on those of the output.
 
-# Up to so many pixels XLA's convolution is ten times slower than the same as a product, and
-# up to so many output channels twice as slow as products that are shifted.
-_FEW_PIXELS = 4
-_FEW_OUTPUTS = 3
-# In half precision products are quicker with so many channels too: for all pixels at once, or
-# for so many at a time, whose neighbourhoods stay in the caches.
-_MANY_CHANNELS, _SOME_PIXELS, _MANY_PIXELS, _PIXELS_AT_ONCE = 256, 256, 128 * 128, 1024
-# With up to so many channels XLA's convolution writes out the neighbourhood of each pixel first.
-_FEW_CHANNELS = 16
+# With fewer channels Winograd's transforms cost more than they save.
+_WINOGRAD_MIN_CHANNELS = 32
+# With more pixels Winograd's transforms cost more than they save.
+_WINOGRAD_MAX_PIXELS = 16
+# Where the kernel is transformed already, Winograd also serves up to channels // this many pixels.
+_WINOGRAD_CHANNELS_PER_PIXEL = 4
+
+# Up to this many pixels XLA's convolution is ten times slower than one matmul (im2col).
+_IM2COL_MAX_PIXELS = 4
+# Up to this many output channels XLA's convolution is twice as slow as `_shift_and_add`.
+_SHIFT_MAX_OUTPUTS = 3
+
+# From this many channels on matmuls are quicker than XLA's convolution in half precision.
+_HALF_MIN_CHANNELS = 256
+# Up to this many pixels that is one matmul for all of them (half precision).
+_HALF_MAX_PIXELS_AT_ONCE = 256
+# Up to this many pixels it is matmuls for some rows at a time (half precision).
+_HALF_MAX_PIXELS_IN_PARTS = 128 * 128
+# Rows taken at a time have at most this many pixels, so that the caches hold the neighbourhoods.
+_MAX_PIXELS_OF_PART = 1024
+
+# Up to this many channels XLA's convolution first writes out each pixel's neighbourhood, of which
+# `_two_at_once` needs half as many.
+_TWO_AT_ONCE_MAX_CHANNELS = 16
 
 
 class Prepared(NamedTuple):
@@ -63,9 +77,11 @@ def _by_winograd(x: jax.Array, kernel: jax.Array, prepared: Prepared | None) -> 
   """Whether Winograd's convolution serves these."""
   height, width = x.shape[1:3]
   channels = min(kernel.shape[2:])
-  most = _MOST_PIXELS if prepared is None else max(_MOST_PIXELS, channels // _CHANNELS_PER_PIXEL)
+  most = _WINOGRAD_MAX_PIXELS
+  if prepared is not None:
+    most = max(most, channels // _WINOGRAD_CHANNELS_PER_PIXEL)
   fits = height % 2 == width % 2 == 0 and height * width <= most
-  return fits and x.dtype == jnp.float32 and channels >= _LEAST_CHANNELS
+  return fits and x.dtype == jnp.float32 and channels >= _WINOGRAD_MIN_CHANNELS
 
 
 def _transformed(kernel: jax.Array, prepared: Prepared | None) -> winograd.Transformed:
@@ -73,23 +89,23 @@ def _transformed(kernel: jax.Array, prepared: Prepared | None) -> winograd.Trans
 
 
 def favors_im2col(x: jax.Array, kernel: jax.Array) -> bool:
-  """Whether XLA's convolution, which widens half precision, is slower than a product."""
-  return _favors_products(x, kernel, _SOME_PIXELS)
+  """Whether XLA's convolution, which widens half precision, is slower than a matmul."""
+  return _favors_matmuls(x, kernel, _HALF_MAX_PIXELS_AT_ONCE)
 
 
-def _favors_products(x: jax.Array, kernel: jax.Array, most_pixels: int) -> bool:
+def _favors_matmuls(x: jax.Array, kernel: jax.Array, most_pixels: int) -> bool:
   return (x.dtype != jnp.float32 and x.shape[1] * x.shape[2] <= most_pixels
-          and min(kernel.shape[2:]) >= _MANY_CHANNELS)
+          and min(kernel.shape[2:]) >= _HALF_MIN_CHANNELS)
 
 
 def _convolve_otherwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  if x.shape[1] * x.shape[2] <= _FEW_PIXELS or favors_im2col(x, kernel):
+  if x.shape[1] * x.shape[2] <= _IM2COL_MAX_PIXELS or favors_im2col(x, kernel):
     return _im2col(x, kernel)
-  if _favors_products(x, kernel, _MANY_PIXELS):
+  if _favors_matmuls(x, kernel, _HALF_MAX_PIXELS_IN_PARTS):
     return _im2col_in_parts(x, kernel)
-  if kernel.shape[3] <= _FEW_OUTPUTS:
+  if kernel.shape[3] <= _SHIFT_MAX_OUTPUTS:
     return _shift_and_add(x, kernel)
-  if max(kernel.shape[2:]) <= _FEW_CHANNELS and x.shape[2] % 2 == 0:
+  if max(kernel.shape[2:]) <= _TWO_AT_ONCE_MAX_CHANNELS and x.shape[2] % 2 == 0:
     return _two_at_once(x, kernel)
   return _convolve_directly(x, kernel)
 
@@ -99,7 +115,7 @@ def _turn(kernel: jax.Array) -> jax.Array:
 
 
 def _im2col(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The same as one matrix product, of each pixel's neighbourhood with the kernel."""
+  """The same as one matmul, of each pixel's neighbourhood with the kernel."""
   height, width = x.shape[1:3]
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   around = jnp.concatenate([padded[:, i:i + height, j:j + width]
@@ -109,9 +125,9 @@ def _im2col(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _im2col_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The same for some rows of an image after the other, by a product for each row of windows."""
+  """The same for some rows of an image after the other, by a matmul for each row of windows."""
   batch, height, width, channels = x.shape
-  rows = largest_part(height, max(1, _PIXELS_AT_ONCE // width))
+  rows = largest_part(height, max(1, _MAX_PIXELS_OF_PART // width))
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   of_windows = kernel.reshape(3, 3 * channels, -1)
 
@@ -130,7 +146,7 @@ def _im2col_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _gradient_of_im2col(grad: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Of `_im2col` in x: products with the kernel as it lies, shifted and added up."""
+  """Of `_im2col` in x: a matmul with the kernel as it lies, whose parts are shifted and added."""
   matrix = kernel.reshape(-1, kernel.shape[3])
   products = einsum_f32("ro,co->rc", grad.reshape(-1, grad.shape[-1]), matrix)
   products = products.reshape(*grad.shape[:3], 9, -1)
@@ -138,7 +154,7 @@ def _gradient_of_im2col(grad: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _shift_and_add(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The same as one product of each pixel with all nine matrices, shifted and added up."""
+  """The same as one matmul of the pixels with all nine matrices, shifted and added up."""
   channels = x.shape[3]
   matrix = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
   products = jax.lax.optimization_barrier(x.reshape(-1, channels) @ matrix)

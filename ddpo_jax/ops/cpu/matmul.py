@@ -1,4 +1,4 @@
-"""Matrix products that XLA's library for CPUs computes as they are."""
+"""Matmuls that XLA's library for CPUs computes as they are."""
 
 from __future__ import annotations
 

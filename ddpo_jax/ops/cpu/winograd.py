@@ -2,8 +2,8 @@
 
 Along either axis the outputs are output · ((kernel · 3 weights) ∘ (input · pixels)), with
 matrices of small whole numbers and a half (arXiv:1509.09308). The transforms are written as
-matrix products too, which CPUs are quick at: the gathering of tiles, padding included,
-and their laying out are worked into the matrices.
+matmuls too, which CPUs are quick at: the gathering of tiles, padding included, and their laying
+out are worked into the matrices.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class _Axis(NamedTuple):
   output: Float[np.ndarray, "pixels positions tiles"]
 
 
-# F(2, 3): 2 outputs come from 4 inputs, by 4 products.
+# F(2, 3): 2 outputs come from 4 inputs, by 4 multiplications.
 _INPUT_OF_TILE = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
                           np.float32)
 _KERNEL_OF_TILE = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.float32) / 2
 _OUTPUT_OF_TILE = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
 
-# Two pixels with zeros around them take 3 products: of weights (a, b, c) the outputs are
+# Two pixels with zeros around them take 3 multiplications: of weights (a, b, c) the outputs are
 # b(x + y) + (c − b)y and b(x + y) + (a − b)x.
 _KERNEL_OF_PAIR = np.array([[0, 1, 0], [0, -1, 1], [1, -1, 0]], np.float32)
 _PAIR = _Axis(input=np.array([[[1, 1]], [[0, 1]], [[1, 0]]], np.float32),
@@ -91,9 +91,9 @@ def _choose(image: jax.Array, kernel: Transformed
 
 def _apply(image: jax.Array, to_positions: np.ndarray, from_positions: np.ndarray,
               product: Callable[[jax.Array], jax.Array], positions: int) -> jax.Array:
-  """For each position there is one matrix product, over all tiles of all images."""
-  # Each step is to be as it is written: what XLA fuses products with slows them down. The
-  # images' own products, one for each, keep what comes before and after in its layout: XLA
+  """For each position there is one matmul, over all tiles of all images."""
+  # Each step is to be as it is written: what XLA fuses matmuls with slows them down. The
+  # images' own matmuls, one for each, keep what comes before and after in its layout: XLA
   # would compute norms and activations transposed, one number at a time.
   apart = jax.lax.optimization_barrier
   batch, height, width, channels = image.shape
