@@ -14,6 +14,7 @@ import ml_collections
 
 from ddpo_jax.config import Config, fields_of
 from ddpo_jax.config import inspect as inspect_config
+from ddpo_jax.console import write
 from ddpo_jax.messages import one_line, place, with_type
 from ddpo_jax.overrides import override
 from ddpo_jax.types import Interrupted, UserError
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs scripts/train.py; returns its exit status."""
   argv = sys.argv if argv is None else argv
   if set(argv) & set(_HELP):
-    print(_USAGE)
+    write(_USAGE, sys.stdout)
     return 0
   rest = [argument for argument in argv if argument != _DRY_RUN]
   return exit_status(lambda: (train if len(rest) == len(argv) else dry_run)(
@@ -49,10 +50,10 @@ def exit_status(run: Callable[[], None]) -> int:
   try:
     run()
   except UserError as error:
-    print(error, file=sys.stderr)
+    write(str(error), sys.stderr)
     return USAGE_ERROR
   except Interrupted as stop:
-    print(stop, file=sys.stderr)
+    write(str(stop), sys.stderr)
     return 128 + stop.signum
   return 0
 
