@@ -7,6 +7,7 @@ import inspect
 import os
 import pathlib
 import runpy
+import signal
 import sys
 from typing import Any
 
@@ -45,14 +46,15 @@ def exit_status(run: Callable[[], None]) -> int:
   """What a script exits with.
 
   0: done. 2: an error that the user can correct, said in one line on standard error.
-  128 + n: stopped by signal n, after saving. Anything else raises, for Python's 1.
+  128 + n: stopped by signal n, a run after saving. Anything else raises, for Python's 1.
   """
   try:
     run()
   except UserError as error:
     write(str(error), sys.stderr)
     return USAGE_ERROR
-  except Interrupted as stop:
+  except (Interrupted, KeyboardInterrupt) as error:
+    stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
     write(str(stop), sys.stderr)
     return 128 + stop.signum
   return 0

@@ -15,6 +15,8 @@ import argparse
 import pathlib
 import sys
 
+from ddpo_jax import interrupt
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__,
@@ -45,4 +47,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  interrupt.end_at_signals()
   sys.exit(main())
