@@ -17,7 +17,7 @@ from ddpo_jax.config import Config, fields_of
 from ddpo_jax.config import inspect as inspect_config
 from ddpo_jax.console import write
 from ddpo_jax.messages import one_line, place, with_type
-from ddpo_jax.overrides import override
+from ddpo_jax.overrides import override, unquoted
 from ddpo_jax.types import Interrupted, UserError
 
 USAGE_ERROR = 2
@@ -149,10 +149,15 @@ def _explained(spec: str, load: Callable[[], Any]) -> Any:
 
 def _join(arguments: Sequence[str]) -> list[str]:
   """`--name value` -> `--name=value`; refuses what is not an option of ours."""
-  joined, rest = [], list(arguments)
+  joined: list[str] = []
+  rest = list(arguments)
   while rest:
     argument = rest.pop(0)
     first, *fields = argument.partition("=")[0].split(".")
+    before = joined[-1] if joined else ""
+    if before.startswith("--config.") and before.count("{") > before.count("}"):
+      field = _split(before)[0].removeprefix("--config.")
+      raise UserError(f"{argument!r} is not an option; {field} {unquoted(field)}")
     if first != "--config" or not all(fields):
       raise UserError(f"{argument!r} is not an option; there are --config=FILE, "
                       "--config.FIELD=VALUE and --dry_run")
