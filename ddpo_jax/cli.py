@@ -154,19 +154,27 @@ def _join(arguments: Sequence[str]) -> list[str]:
   while rest:
     argument = rest.pop(0)
     first, *fields = argument.partition("=")[0].split(".")
-    before = joined[-1] if joined else ""
-    if before.startswith("--config.") and before.count("{") > before.count("}"):
-      field = _split(before)[0].removeprefix("--config.")
-      raise UserError(f"{argument!r} is not an option; {field} {unquoted(field)}")
     if first != "--config" or not all(fields):
-      raise UserError(f"{argument!r} is not an option; there are --config=FILE, "
-                      "--config.FIELD=VALUE and --dry_run")
+      raise UserError(f"{argument!r} is not an option; {_instead(joined)}")
     if "=" not in argument:
       if not rest:
         raise UserError(f"{argument} has no value")
       argument = f"{argument}={rest.pop(0)}"
     joined.append(argument)
   return joined
+
+
+def _instead(before: Sequence[str]) -> str:
+  """What should have been in the place of an argument that is no option.
+
+  Args:
+    before: the options so far. The last may be the rest of a dict that the shell took apart.
+  """
+  name, value = _split(before[-1]) if before else ("", "")
+  if name.startswith("--config.") and value.count("{") > value.count("}"):
+    field = name.removeprefix("--config.")
+    return f"{field} {unquoted(field)}"
+  return "there are --config=FILE, --config.FIELD=VALUE and --dry_run"
 
 
 def _split(argument: str) -> tuple[str, str]:

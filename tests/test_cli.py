@@ -178,8 +178,9 @@ def test_dicts_that_a_shell_took_apart():
 
 
 def test_braces_in_the_text_of_an_argument():
-  cfg = read("--config", DEMO, "--config.reward_kwargs.question={prompt}?")
-  assert cfg.reward_kwargs == {"question": "{prompt}?"}
+  cfg = read("--config", DEMO, "--config.reward_kwargs.question={prompt}?",
+             "--config.reward_kwargs.opening={", "--config.reward_kwargs.closing=}")
+  assert cfg.reward_kwargs == {"question": "{prompt}?", "opening": "{", "closing": "}"}
 
 
 def test_config_of_a_run_is_no_config_file(tmp_path):
