@@ -1,5 +1,6 @@
 """Runs in processes of their own, and what they leave."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -80,8 +81,9 @@ def brightness(images, prompts, metadata):
   return values, {"half": values / 2, "prompt": prompts}
 
 
-def no_prompt_on_process_one(rng):
-  if jax.process_index() == 1:
+def no_more_prompts_on_process_one(rng, calls=itertools.count(1)):
+  """Of the first epoch's there are eight, after the one that is drawn before a run."""
+  if jax.process_index() == 1 and next(calls) > 9:
     raise KeyError("no such prompt")
   return "a red circle", {}
 
