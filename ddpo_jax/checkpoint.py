@@ -84,6 +84,7 @@ class Checkpointer:
 
   def __init__(self, run: pathlib.Path, keep: int):
     """Opens `run`/checkpoints, of which at most `keep` stay."""
+    self.run = run
     policy = ocp.checkpoint_managers.LatestN(keep)
     self._manager = ocp.CheckpointManager(
         (run / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(
@@ -168,11 +169,11 @@ def restore_meta(run: pathlib.Path, epoch: int) -> dict[str, Any]:
     DamagedError: if it is missing or is not what was written.
     UserError: if it is of another format, or the system cannot read it now.
   """
-  with _as_damage(_where(run, epoch)):
+  with _as_damage(describe(run, epoch)):
     meta = dict(ocp.JsonCheckpointHandler().restore(_folder(run, epoch) / "meta"))
   version = meta.pop("format_version", None)
   if version != FORMAT_VERSION:
-    raise UserError(f"{_where(run, epoch)} has format_version {version}; must be "
+    raise UserError(f"{describe(run, epoch)} has format_version {version}; must be "
                     f"{FORMAT_VERSION}")
   return meta
 
@@ -222,7 +223,7 @@ def restore_params(run: pathlib.Path, epoch: int, like: nnx.State) -> nnx.State:
 
 def _stored_shapes(run: pathlib.Path, epoch: int) -> dict[str, tuple[int, ...]]:
   """The shapes of the arrays that a checkpoint's state has, by their path."""
-  with _as_damage(_where(run, epoch)):
+  with _as_damage(describe(run, epoch)):
     tree = ocp.PyTreeCheckpointHandler().metadata(_folder(run, epoch) / "state").tree
     return {name: tuple(array.shape) for name, array in tree.items()}
 
@@ -236,7 +237,7 @@ def _restore_arrays(run: pathlib.Path, epoch: int,
   arguments = ocp.args.PyTreeRestore(
       dict(abstract), restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
       partial_restore=True)
-  with _as_damage(_where(run, epoch)):
+  with _as_damage(describe(run, epoch)):
     return ocp.PyTreeCheckpointHandler().restore(
         _folder(run, epoch) / "state", args=arguments)
 
@@ -248,7 +249,7 @@ def _without_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _another_model(run: pathlib.Path, epoch: int, name: str) -> UserError:
-  return UserError(f"{_where(run, epoch)} is of another model, whose {name!r} is missing or of "
+  return UserError(f"{describe(run, epoch)} is of another model, whose {name!r} is missing or of "
                    "another shape; pretrained.model must be the one that it was trained on")
 
 
@@ -290,7 +291,8 @@ def _folder(run: pathlib.Path, epoch: int) -> pathlib.Path:
   return run.resolve() / "checkpoints" / str(epoch)
 
 
-def _where(run: pathlib.Path, epoch: int) -> str:
+def describe(run: pathlib.Path, epoch: int) -> str:
+  """What messages call a checkpoint."""
   return f"checkpoint {run / 'checkpoints' / str(epoch)}"
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from ddpo_jax import checkpoint, distributed, tracking
+from ddpo_jax import checkpoint, distributed, run_folder
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_devices, plan_batches
@@ -82,7 +82,7 @@ def prepare(cfg: Config, run_name: str = "") -> Prepared:
   """
   problems = _Problems()
   prompts = problems.of(_draw, cfg)
-  run = problems.of(tracking.choose_run_folder, cfg, run_name)
+  run = problems.of(run_folder.choose_run_folder, cfg, run_name)
   _check_files(cfg, run, set(), problems)
   reward_fns = problems.of(get_rewards, cfg.reward_fn, cfg.reward_kwargs)
   if prompts is not None and reward_fns is not None:
@@ -108,7 +108,7 @@ def other_problems(cfg: Config, wrong: Set[str]) -> list[str]:
     prompts = problems.of(_draw, dataclasses.replace(cfg, seed=0))  # any will do
   run = None
   if not wrong & {"run_name", "logdir", "resume_from"}:
-    run = problems.of(tracking.choose_run_folder, cfg)
+    run = problems.of(run_folder.choose_run_folder, cfg)
   _check_files(cfg, run, wrong, problems)
   if not wrong & {"reward_fn", "reward_kwargs"} and isinstance(cfg.reward_fn, str):
     if cfg.reward_fn not in REWARD_FACTORIES:

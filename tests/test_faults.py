@@ -362,7 +362,7 @@ def test_what_becomes_of_later_checkpoints(folder, whole, monkeypatch, capsys):
       run(cfg)
   assert checkpoint.saved_epochs(path) == [2, 1, 0]
   run(dataclasses.replace(cfg, resume_from=str(path / "checkpoints" / "0"), num_epochs=2))
-  assert "Deleting later checkpoints, of epochs 1, 2" in capsys.readouterr().out
+  assert "Deleting later checkpoints: 1, 2" in capsys.readouterr().out
   assert checkpoint.saved_epochs(path) == [1, 0]
 
 
@@ -514,13 +514,14 @@ def test_other_errors_keep_their_traceback(monkeypatch, folder):
 
 
 HEALTHY = {"ratio_drift": 1e-9, "diversity": 0.3, "reward_std": 1.0, "reward_mean": 5.0,
-           "clipfrac": 0.2}
+           "clipfrac": 0.2, "skipped_steps": 1, "loss": 0.01}
 
 
 @pytest.mark.parametrize("trouble,words", [
     ({"ratio_drift": 2e-5}, ("ratio_drift", "train.clip_range=0.0001", "sample.batch_size")),
     ({"diversity": 0.05}, ("diversity=0.05 is down from 0.3", "train.learning_rate")),
     ({"reward_std": 0.0}, ("reward_std=0", "reward_fn=")),
+    ({"skipped_steps": 4, "loss": float("nan")}, ("skipped_steps=4", "nothing was learned")),
     ({"clipfrac": 0.97}, ("clipfrac=0.97", "train.learning_rate=0.01")),
 ])
 def test_trouble_is_said_once(folder, trouble, words):
