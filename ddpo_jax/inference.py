@@ -131,7 +131,7 @@ class ImageGenerator:
     self._draw = _make_draw(models, options)
 
   def __call__(self, unet: UNet2DConditionModel, prompts: Sequence[str],
-               description: str = "The model") -> np.ndarray:
+               description: str = "Model") -> np.ndarray:
     """Draws an image for each prompt: [N, H, W, 3] uint8.
 
     Args:
@@ -153,7 +153,8 @@ class ImageGenerator:
       embeddings = self._encode([prompts[i] for i in indices])
       batch, finite = self._draw(weights, self._vae, embeddings, negative, indices)
       if not finite:
-        raise FloatingPointError(f"{description} draws images that are not finite numbers")
+        raise FloatingPointError(
+            f"the {description.lower()} draws images that are not finite numbers")
       images.append(np.asarray(batch)[:len(prompts) - start])
     return np.concatenate(images)
 
@@ -262,9 +263,8 @@ def sample_to_files(request: SampleRequest) -> None:
 
 def _not_finite(request: SampleRequest, error: FloatingPointError) -> str:
   source = f"--model={request.model}" if request.run is None else f"--run={request.run}"
-  half = "; --mixed_precision=no may help" if request.mixed_precision != "no" else ""
-  return (f"{source}: {error}; its weights or the precision are to blame, and must be such that "
-          f"all numbers stay finite{half}")
+  return (f"{source}: {error}; the weights or the precision are to blame: must be weights without "
+          "NaN, in a precision that they do not overflow, such as --mixed_precision=no")
 
 
 def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]:
