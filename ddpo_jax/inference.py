@@ -362,7 +362,7 @@ def export(run: str, output: pathlib.Path, file_format: str = "diffusers") -> No
       _export_unet(tuned, output)
   except (OSError, SafetensorError) as error:
     raise UserError(f"--output={output} cannot be written: {error}") from error
-  say(f"Wrote {output}, from epoch {tuned.epoch} of {run}")
+  say(f"Wrote {output}: {run} after {tuned.epoch + 1} epochs")
 
 
 def _check_export(cfg: Config, output: pathlib.Path, file_format: str) -> None:

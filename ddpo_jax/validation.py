@@ -195,7 +195,7 @@ def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
     saved = checkpoint.restore_meta(run, epochs[0])["config"]
   except checkpoint.DamagedError:
     return  # the one before it may do; resuming finds out
-  check_continues(cfg, saved, f"the checkpoint of epoch {epochs[0]}")
+  check_continues(cfg, saved, checkpoint.describe(run, epochs[0]))
 
 
 def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
