@@ -98,7 +98,7 @@ class Checkpointer:
 
     A checkpoint before it that could not be written does not keep this one from being tried.
     """
-    self.has_failed(wait=True)
+    self.has_failed()
     if epoch in self._manager.all_steps():
       return
     self._manager.save(epoch, args=ocp.args.Composite(
@@ -108,35 +108,25 @@ class Checkpointer:
   def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
     """As `save`, for a run's last checkpoint: it is tried twice, and written on return."""
     self.save(epoch, state, meta)
-    if self.has_failed(wait=True):
+    if self.has_failed():
       self.save(epoch, state, meta)
 
-  def has_failed(self, wait: bool = False) -> bool:
-    """Whether a checkpoint could not be written, on any process; all of them must call this.
+  def has_failed(self) -> bool:
+    """Waits for what is being written; returns whether it failed, on any process.
 
-    It is said once, and the checkpoint counts as not saved.
-
-    Args:
-      wait: for what is being written. Otherwise only what has ended is looked at.
+    That is said once, and the checkpoint counts as not saved. All processes must call this.
     """
     failed = False
-    if wait or not self._manager.is_saving_in_progress():
-      failed = self._wait()
-    if not distributed.largest(int(failed)):
-      return False
-    self._wait()
-    self._manager.reload()
-    return True
-
-  def _wait(self) -> bool:
-    """Waits for what is being written; returns whether it failed."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
+      failed = True
       say(f"Warning: a checkpoint could not be written ({one_line(error)}); it will be tried "
           "again")
-      return True
-    return False
+    if not distributed.largest(int(failed)):
+      return False
+    self._manager.reload()
+    return True
 
   def drop_after(self, epoch: int) -> list[int]:
     """Deletes the checkpoints of later epochs, which are about to be made again.
