@@ -149,16 +149,17 @@ def evaluation_fails(monkeypatch):
 
 
 def checkpoint_fails_once(monkeypatch):
-  """As it is written in the background: nothing tells the loop."""
-  finalize = ocp.CheckpointManager._finalize
+  """As its folder is given its name, in the background: nothing tells the loop."""
+  folder = ocp.path.atomicity.AtomicRenameTemporaryPath
+  finalize = folder.finalize
 
-  def fails(self, step, *args):
-    if injection.armed and step == injection.moment:
+  async def fails(self):
+    if injection.armed and self.get_final().name == str(injection.moment):
       injection.armed = False
       raise OSError(errno.ENOSPC, "No space left on device")
-    finalize(self, step, *args)
+    await finalize(self)
 
-  monkeypatch.setattr(ocp.CheckpointManager, "_finalize", fails)
+  monkeypatch.setattr(folder, "finalize", fails)
 
 
 def no_room_for_the_checkpoint(monkeypatch):
