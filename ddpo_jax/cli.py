@@ -7,6 +7,7 @@ import inspect
 import os
 import pathlib
 import runpy
+import signal
 import sys
 from typing import Any
 
@@ -14,8 +15,9 @@ import ml_collections
 
 from ddpo_jax.config import Config, fields_of
 from ddpo_jax.config import inspect as inspect_config
+from ddpo_jax.console import write
 from ddpo_jax.messages import one_line, place, with_type
-from ddpo_jax.overrides import override
+from ddpo_jax.overrides import override, unquoted
 from ddpo_jax.types import Interrupted, UserError
 
 USAGE_ERROR = 2
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs scripts/train.py; returns its exit status."""
   argv = sys.argv if argv is None else argv
   if set(argv) & set(_HELP):
-    print(_USAGE)
+    write(_USAGE, sys.stdout)
     return 0
   rest = [argument for argument in argv if argument != _DRY_RUN]
   return exit_status(lambda: (train if len(rest) == len(argv) else dry_run)(
@@ -44,15 +46,16 @@ def exit_status(run: Callable[[], None]) -> int:
   """What a script exits with.
 
   0: done. 2: an error that the user can correct, said in one line on standard error.
-  128 + n: stopped by signal n, after saving. Anything else raises, for Python's 1.
+  128 + n: stopped by signal n, a run after saving. Anything else raises, for Python's 1.
   """
   try:
     run()
   except UserError as error:
-    print(error, file=sys.stderr)
+    write(str(error), sys.stderr)
     return USAGE_ERROR
-  except Interrupted as stop:
-    print(stop, file=sys.stderr)
+  except (Interrupted, KeyboardInterrupt) as error:
+    stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+    write(str(stop), sys.stderr)
     return 128 + stop.signum
   return 0
 
@@ -146,10 +149,15 @@ def _explained(spec: str, load: Callable[[], Any]) -> Any:
 
 def _join(arguments: Sequence[str]) -> list[str]:
   """`--name value` -> `--name=value`; refuses what is not an option of ours."""
-  joined, rest = [], list(arguments)
+  joined: list[str] = []
+  rest = list(arguments)
   while rest:
     argument = rest.pop(0)
     first, *fields = argument.partition("=")[0].split(".")
+    before = joined[-1] if joined else ""
+    if before.startswith("--config.") and before.count("{") > before.count("}"):
+      field = _split(before)[0].removeprefix("--config.")
+      raise UserError(f"{argument!r} is not an option; {field} {unquoted(field)}")
     if first != "--config" or not all(fields):
       raise UserError(f"{argument!r} is not an option; there are --config=FILE, "
                       "--config.FIELD=VALUE and --dry_run")

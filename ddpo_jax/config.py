@@ -5,8 +5,9 @@ Imports nothing slow, so that a mistake in a config is answered at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -158,6 +159,9 @@ def _within(low: float, high: float, low_included: bool = False,
 _MAX_TEXT = 4095  # bytes of a text, as long as a path may be
 _MAX_NAME = 255  # and a name in it
 _MAX_SHOWN = 120  # characters of a value in a message
+_NEAR = 0.7  # how alike names are, of 1, where one may have been meant for the other
+_SHORTENED = 0.9  # how alike "clip" is to "clip_range"
+_MOST_NEAR = 3  # such names in a message
 
 _FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")  # what users fill with their own
 _MASK = "***"
@@ -267,13 +271,55 @@ def field_type(path: str) -> Any:
       raise UserError(f"{_name(path)} is not a field: {group} has no fields of its own")
     types = typing.get_type_hints(kind)
     if name not in types:
-      raise UserError(_not_a_field(f"{group}.{name}".lstrip("."), types))
+      raise UserError(_not_a_field(path, f"{group}.{name}".lstrip("."), types))
     kind = _group_of(types[name]) or types[name]
   return kind
 
 
-def _not_a_field(path: str, types: Mapping[str, Any]) -> str:
-  return f"{_name(path)} is not a field; there are: {', '.join(types)}"
+def _not_a_field(path: str, unknown: str, types: Mapping[str, Any]) -> str:
+  """One line: which field may have been meant.
+
+  Args:
+    path: as the user has it.
+    unknown: the path or the group in it that is not there.
+    types: what is there in the place of `unknown`.
+  """
+  near = _nearest(_name(path)) or _nearest(_name(unknown))
+  help = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(types)}"
+  return f"{_name(path)} is not a field; {help}"
+
+
+def _nearest(path: str) -> list[str]:
+  """The fields whose names are most like that of a path; of several those of its group."""
+  likeness = {field: _likeness(path, field) for field in _all_fields(Config)}
+  best = max(likeness.values())
+  if best < _NEAR:
+    return []
+  near = [field for field, value in likeness.items() if value == best]
+  group = path.rpartition(".")[0]
+  in_group = [field for field in near if _ratio(group, field.rpartition(".")[0]) >= _NEAR]
+  return (in_group or near)[:_MOST_NEAR]
+
+
+def _likeness(path: str, field: str) -> float:
+  """From 0 to 1, by the last names; the groups may be wrong or left out."""
+  name, last = path.rpartition(".")[2], field.rpartition(".")[2]
+  if path == field.replace(".", "_"):
+    return 1.0
+  return _SHORTENED if last.startswith(name + "_") else _ratio(name, last)
+
+
+def _ratio(one: str, other: str) -> float:
+  return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
+
+
+def _all_fields(kind: Any, prefix: str = "") -> Iterator[str]:
+  """The full names of fields and groups, such as "sample" and "sample.eta"."""
+  for name, each in typing.get_type_hints(kind).items():
+    yield prefix + name
+    group = _group_of(each)
+    if group is not None:
+      yield from _all_fields(group, f"{prefix}{name}.")
 
 
 def _name(path: str) -> str:
@@ -301,7 +347,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     return None
   types = typing.get_type_hints(cls)
   for name in sorted(set(map(str, values)) - set(types)):
-    problems.append(_not_a_field(prefix + name, types))
+    problems.append(_not_a_field(prefix + name, prefix + name, types))
   for name in sorted(set(types) - set(values)):
     problems.append(f"{prefix}{name} is missing from the config")
   fields = {name: _field(types[name], values[name], prefix + name, problems)

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
-from ddpo_jax import distributed
-
 
 def say(text: str) -> None:
-  """Prints on the main process at once, without tearing a progress bar."""
+  """Prints on the main process at once, without tearing a progress bar.
+
+  Never fails: work goes on where nobody reads along.
+  """
+  from ddpo_jax import distributed  # imports JAX
   if distributed.is_main():
-    tqdm.write(text)
-    sys.stdout.flush()  # into a file as well, where a run may be followed
+    write(text, sys.stdout)
+
+
+def write(text: str, stream: TextIO | None) -> None:
+  """Writes a line on a standard stream, be it closed, broken, or of few characters."""
+  if stream is None:  # as Python has a stream that was closed when it started
+    return
+  try:
+    tqdm.write(_encodable(text, stream), file=stream)
+    stream.flush()  # into a file as well, where a run may be followed
+  except (OSError, ValueError):  # ValueError: the stream has been closed since
+    _lead_nowhere(stream)
 
 
 def hide_bars() -> bool | None:
   """tqdm's `disable`: progress is for the main process, and for a terminal."""
-  return None if distributed.is_main() else True
+  from ddpo_jax import distributed  # imports JAX
+  return None if distributed.is_main() and sys.stderr is not None else True
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+  """The text with ? for what the stream's encoding has not."""
+  encoding = getattr(stream, "encoding", None) or "utf-8"
+  return text.encode(encoding, "replace").decode(encoding)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+  """Lets what a broken stream still holds go, which Python would complain of as it ends."""
+  with contextlib.suppress(OSError, ValueError):  # no file of the system's is behind it
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -1,13 +1,20 @@
-"""Stopping where everything is at rest, when a signal asks for it."""
+"""Stopping at a signal: where everything is at rest in a run, at once where nothing is to save.
+
+Imports nothing slow, so that scripts can ask for the latter before anything else.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import os
 import signal
+import threading
 
-from ddpo_jax import distributed
-from ddpo_jax.types import Interrupted
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STANDARD_ERROR = 2
+
+_ending = threading.Lock()
 
 
 class Stop:
@@ -18,9 +25,10 @@ class Stop:
 
   def check(self) -> None:
     """Raises Interrupted if so, on all processes; called where everything is at rest."""
+    from ddpo_jax import distributed, types  # import JAX, which is there already in a run
     signum = distributed.largest(self.signum or 0)
     if signum:
-      raise Interrupted(signum)
+      raise types.Interrupted(signum)
 
 
 @contextlib.contextmanager
@@ -30,13 +38,48 @@ def interruptible() -> Iterator[Stop]:
 
   def request(signum: int, _) -> None:
     stop.signum = signum
+    restore()
+
+  def restore() -> None:
     for each, handler in previous.items():
       signal.signal(each, handler)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
-  previous = {each: signal.signal(each, request)
-              for each in (signal.SIGTERM, signal.SIGINT)}
+  wakeup = signal.set_wakeup_fd(-1)  # the first signal is not for `_watch`
+  previous = {each: signal.signal(each, request) for each in _SIGNALS}
   try:
     yield stop
   finally:
-    for each, handler in previous.items():
-      signal.signal(each, handler)
+    restore()
+
+
+def end_at_signals() -> None:
+  """From now on SIGTERM and SIGINT end the process at once: with a line, and 128 + the signal.
+
+  For scripts, before anything slow is imported. What Python does by itself, to raise
+  KeyboardInterrupt, ends in a long traceback, or in a library that catches everything.
+  """
+  while (spare := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+    pass  # in the place of a closed standard stream, or libraries would write into the pipe
+  os.close(spare)
+  reading, writing = os.pipe()
+  os.set_blocking(writing, False)
+  signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+  for each in _SIGNALS:
+    signal.signal(each, _end)
+  threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+
+
+def _watch(reading: int) -> None:
+  """Ends the process also while the main thread, which handles signals, is in a C library."""
+  while True:
+    (signum,) = os.read(reading, 1)
+    if signum in _SIGNALS and signal.getsignal(signum) is _end:
+      _end(signum, None)
+
+
+def _end(signum: int, _) -> None:
+  if _ending.acquire(blocking=False):  # else the other thread is about to
+    with contextlib.suppress(OSError):
+      os.write(_STANDARD_ERROR, f"stopped by signal {signum}\n".encode())
+    os._exit(128 + signum)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 import dataclasses
+import re
 from typing import Any
 
 import ml_collections
 
-from ddpo_jax.config import field_type
+from ddpo_jax.config import field_type, shown
 from ddpo_jax.types import UserError
 
 _FUNCTIONS = {"prompt_fn": "prompt_fn_kwargs", "reward_fn": "reward_kwargs"}
 _CONSTANTS = {"true": True, "false": False, "none": None}
+# What a shell makes of {'a': 1.0} without quotes, and of {'a':1.0,'b':2.0}: two arguments.
+_UNQUOTED = re.compile(r"\{.*|.+:[-+]?[\d.]+(e[-+]?\d+)?", re.DOTALL)
 _FLAGS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
@@ -44,9 +47,13 @@ def override(config: ml_collections.ConfigDict, arguments: Sequence[tuple[str, s
       else:
         problems += _set(config, path, text)
   values = config.to_dict()
-  _set_functions(values, functions)
+  problems += _set_functions(values, functions)
   for group, names, text in kwargs:
-    _set_kwarg(values, group, names, literal(text))
+    value = literal(text)
+    if not names and isinstance(value, str) and value.startswith("{"):
+      problems.append(f"{group} is not a dict; {unquoted(group)}")
+    else:
+      _set_kwarg(values, group, names, value)
   return values, problems
 
 
@@ -79,6 +86,11 @@ def literal(text: str) -> Any:
     return text
 
 
+def unquoted(field: str) -> str:
+  """What to say of a field that should have been a dict, and whose quotes a shell took away."""
+  return f"must be quoted for the shell: --config.{field}=\"{{'name': 1.0}}\""
+
+
 def _integral(text: str) -> int | str:
   """1e3 as an integer; what is none stays text."""
   try:
@@ -95,6 +107,8 @@ def _set(config: ml_collections.ConfigDict, path: str, value: Any) -> list[str]:
   except UserError as error:
     return [str(error)]
   value = parse(kind, value) if isinstance(value, str) else value
+  if dataclasses.is_dataclass(kind) and isinstance(value, str) and value.startswith("{"):
+    return [f"{path}={shown(value)} is not a dict; {unquoted(path)}"]
   if dataclasses.is_dataclass(kind) and isinstance(value, Mapping) and value:
     return [problem for name, each in value.items()
             for problem in _set(config, f"{path}.{name}", each)]
@@ -107,14 +121,19 @@ def _set(config: ml_collections.ConfigDict, path: str, value: Any) -> list[str]:
   return []
 
 
-def _set_functions(values: dict[str, Any], functions: Sequence[tuple[str, str]]) -> None:
+def _set_functions(values: dict[str, Any], functions: Sequence[tuple[str, str]]) -> list[str]:
+  """Sets the names of functions; returns the problems."""
+  problems = []
   before = {field: values.get(field) for field in _FUNCTIONS}
   for field, text in functions:
     value = literal(text)
+    if field == "reward_fn" and isinstance(value, str) and _UNQUOTED.fullmatch(value):
+      problems.append(f"{field}={shown(value)} is not a dict; {unquoted(field)}")
     values[field] = value if field == "reward_fn" and isinstance(value, dict) else text
   for field, group in _FUNCTIONS.items():
     if values.get(field) != before[field]:
       values[group] = _still_meant(before[field], values[field], values.get(group))
+  return problems
 
 
 def _still_meant(before: Any, now: Any, kwargs: Any) -> Any:

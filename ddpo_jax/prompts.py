@@ -181,11 +181,14 @@ def resolve_function(field: str, name: str, known: dict[str, Callable],
     raise UserError(f"{field}={name!r} is not known; must be one of "
                     f"{', '.join([*known, *also])}, "
                     "or your own as 'package.module:function'")
-  if not _MODULE.fullmatch(module_name) or module_name.endswith(".py"):
+  is_module = _MODULE.fullmatch(module_name) is not None and not module_name.endswith(".py")
+  if not is_module or not function_name.isidentifier():
     meant = module_name.removesuffix(".py").replace("/", ".").strip(".")
-    example = f"{meant if _MODULE.fullmatch(meant) else 'package.module'}:{function_name}"
-    raise UserError(f"{field}={name!r} cannot be imported: {module_name!r} is not a module's "
-                    f"name; must be such as {example!r}")
+    example = (f"{meant if _MODULE.fullmatch(meant) else 'package.module'}:"
+               f"{function_name if function_name.isidentifier() else 'function'}")
+    wrong = (f"{function_name!r} is not a function's name" if is_module else
+             f"{module_name!r} is not a module's name")
+    raise UserError(f"{field}={name!r} cannot be imported: {wrong}; must be such as {example!r}")
   try:
     function = getattr(importlib.import_module(module_name), function_name)
   except Exception as error:  # the module is the user's own code
@@ -211,6 +214,9 @@ def check_kwargs(field: str, name: str, function: Callable, positional: Sequence
   signature = _signature(function)
   if signature is None:
     return
+  if not _takes_first(signature, positional, kwargs):
+    raise UserError(f"{field}={name!r} takes {_parameters(signature)}; must take "
+                    f"({', '.join(positional)}) first")
   try:
     signature.bind(*positional, **kwargs)
   except TypeError as error:
@@ -233,6 +239,26 @@ def _signature(function: Callable) -> inspect.Signature | None:
     except Exception:  # annotations are any code, and may name what is not there
       continue
   return None
+
+
+def _takes_first(signature: inspect.Signature, positional: Sequence[str],
+                 kwargs: dict[str, Any]) -> bool:
+  """Whether there is a place for what a function is always given, by whatever names."""
+  try:
+    bound = signature.bind_partial(*positional)
+  except TypeError:
+    return False
+  # One that is given by name as well is not in its place: f(images, prompts, factor).
+  twice = {key for key in bound.arguments if key in kwargs and key not in positional}
+  return all(signature.parameters[key].kind != inspect.Parameter.POSITIONAL_OR_KEYWORD
+             for key in twice)
+
+
+def _parameters(signature: inspect.Signature) -> str:
+  """Such as "(images, *, factor)"."""
+  bare = [parameter.replace(annotation=parameter.empty, default=parameter.empty)
+          for parameter in signature.parameters.values()]
+  return str(inspect.Signature(bare))
 
 
 def _wanted(parameter: inspect.Parameter | None, value: Any) -> str:

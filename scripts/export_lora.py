@@ -14,6 +14,8 @@ import argparse
 import pathlib
 import sys
 
+from ddpo_jax import interrupt
+
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__,
@@ -28,4 +30,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  interrupt.end_at_signals()
   sys.exit(main())

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ddpo_jax import interrupt
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__,
@@ -47,4 +49,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  interrupt.end_at_signals()
   sys.exit(main())

@@ -128,7 +128,7 @@ def test_all_overrides_that_are_wrong_are_said_at_once():
          "--config.prompt_fn=nope")
   lines = str(error.value).splitlines()
   for start in ("seed='abc' must be of type int", "num_epochs='1.5' must be of type int",
-                "sample.eta=0.0 must be in", "sampel is not a field; there are: run_name",
+                "sample.eta=0.0 must be in", "sampel.eta is not a field; did you mean sample.eta?",
                 "seed.x is not a field: seed has no fields of its own", "prompt_fn='nope'"):
     assert sum(line.startswith(start) for line in lines) == 1, (start, lines)
   assert len(lines) == 6
@@ -156,6 +156,32 @@ def test_mistakes_in_a_config_file(tmp_path, source, experiment, message):
   assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("argument,said", [
+    ("reward_fn={jpeg_compressibility:1}", "reward_fn='{jpeg_compressibility:1}'"),
+    ("reward_fn=jpeg_compressibility:1.5", "reward_fn='jpeg_compressibility:1.5'"),
+    ("sample={num_steps:3}", "sample='{num_steps:3}'"),
+    ("reward_kwargs={key:secret}", "reward_kwargs"),
+    ("per_prompt_stat_tracking={min_count:3}", "per_prompt_stat_tracking='{min_count:3}'"),
+])
+def test_dicts_whose_quotes_a_shell_took_away(argument, said):
+  with pytest.raises(UserError) as error:
+    read("--config", DEMO, f"--config.{argument}")
+  field = said.partition("=")[0]
+  assert str(error.value) == (
+      f"{said} is not a dict; must be quoted for the shell: "
+      f"--config.{field}=\"{{'name': 1.0}}\"")
+
+
+def test_dicts_that_a_shell_took_apart():
+  with pytest.raises(UserError, match="'1}' is not an option; reward_fn must be quoted"):
+    read("--config", DEMO, "--config.reward_fn={a:", "1}")
+
+
+def test_braces_in_the_text_of_an_argument():
+  cfg = read("--config", DEMO, "--config.reward_kwargs.question={prompt}?")
+  assert cfg.reward_kwargs == {"question": "{prompt}?"}
+
+
 def test_config_of_a_run_is_no_config_file(tmp_path):
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(UserError, match="must be a Python file .*resume_from"):
@@ -168,7 +194,8 @@ def test_config_of_a_run_is_no_config_file(tmp_path):
     ([f"--config={DEMO}:foo"], "compressibility, incompressibility"),
     ([f"--config={ROOT / 'configs' / 'base.py'}:foo"], "has no experiments"),
     ([f"--config={DEMO}", "--config.sample.batchsize=2"], "batch_size"),
-    ([f"--config={DEMO}", "--config.sampel.batch_size=2"], "sampel is not a field"),
+    ([f"--config={DEMO}", "--config.sampel.batch_size=2"],
+     r"sampel.batch_size is not a field; did you mean sample.batch_size\?"),
     ([f"--config={DEMO}", "--config.sample.batch_size=two"], "'two'"),
     ([f"--config={DEMO}", "--config.use_lora=3"], "use_lora"),
     ([f"--config={DEMO}", "--config.seed"], "has no value"),

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from configs import base, demo, dgx, single_gpu
-from ddpo_jax.config import BatchPlan, check_continues, resolve
+from ddpo_jax.config import BatchPlan, check_continues, field_type, resolve
 from ddpo_jax.types import UserError
 
 EXPERIMENTS = [base.get_config,
@@ -131,7 +131,32 @@ def test_unknown_and_missing_fields():
   with pytest.raises(UserError) as error:
     resolve(config)
   assert "sample.steps is not a field" in str(error.value)
-  assert "num_steps" in str(error.value) and "seed is missing" in str(error.value)
+  assert "did you mean sample.num_steps?" in str(error.value)
+  assert "seed is missing" in str(error.value)
+
+
+@pytest.mark.parametrize("path,meant", [
+    ("learning_rate", "train.learning_rate"), ("num_steps", "sample.num_steps"),
+    ("batch_size", "sample.batch_size or train.batch_size"), ("epochs", "num_epochs"),
+    ("sample.nun_steps", "sample.num_steps"), ("sampel.batch_size", "sample.batch_size"),
+    ("sampel.xyz", "sample"), ("sampel", "sample"), ("train.num_steps", "sample.num_steps"),
+    ("lora_rank", "lora.rank"), ("train.clip", "train.clip_range"), ("Seed", "seed"),
+    ("reward", "reward_fn or reward_kwargs"), ("prompt_fn_kwarg.pool", "prompt_fn_kwargs"),
+    ("adam", "train.adam_beta1 or train.adam_beta2 or train.adam_weight_decay"),
+])
+def test_fields_that_may_have_been_meant(path, meant):
+  with pytest.raises(UserError) as error:
+    field_type(path)
+  assert str(error.value) == f"{path} is not a field; did you mean {meant}?"
+
+
+@pytest.mark.parametrize("path,first", [
+    ("lr", "run_name, seed, "), ("foo.bar", "run_name, "), ("train.lr", "batch_size, "),
+    ("", "run_name, "), ("nope" * 999, "run_name, ")])
+def test_all_fields_are_said_where_none_is_near(path, first):
+  with pytest.raises(UserError) as error:
+    field_type(path)
+  assert f"{path[:120]} is not a field; there are: {first}" in str(error.value)
 
 
 @pytest.mark.parametrize("value", (None, {}, {"buffer_size": 4, "min_count": 2}))

@@ -147,6 +147,26 @@ def test_arguments_that_may_do_are_taken(function, kwargs):
   assert get_prompt_fn(f"{__name__}:{function}", **kwargs)(np.random.default_rng(0))[0]
 
 
+def no_generator():
+  return "a cat", {}
+
+
+def test_what_a_prompt_function_must_take_is_said():
+  with pytest.raises(UserError, match=r"takes \(\); must take \(rng\) first$"):
+    get_prompt_fn(f"{__name__}:no_generator")
+
+
+@pytest.mark.parametrize("name,message", [
+    ("bad:", "'' is not a function's name; must be such as 'bad:function'"),
+    ("bad:a.b", "'a.b' is not a function's name; must be such as 'bad:function'"),
+    ("./bad.py:", "'./bad.py' is not a module's name; must be such as 'bad:function'"),
+])
+def test_what_is_no_function_of_a_module(name, message):
+  with pytest.raises(UserError) as error:
+    get_prompt_fn(name)
+  assert str(error.value) == f"prompt_fn={name!r} cannot be imported: {message}"
+
+
 def test_arguments_that_a_function_takes_are_named():
   with pytest.raises(UserError, match="'max_count'; it takes: path, low, high$"):
     get_prompt_fn("from_file", path="x", max_count=1)

@@ -40,6 +40,30 @@ async def _mean(image):
   return image.mean()
 
 
+def writing(images, prompts, metadata):
+  images[:] = 0
+  prompts.clear()
+  for each in metadata:
+    each["seen"] = True
+  return np.ones(len(images)), {}
+
+
+def without_metadata(images, prompts):
+  return np.zeros(len(images)), {}
+
+
+def factor_third(images, prompts, factor):
+  return factor * np.zeros(len(images)), {}
+
+
+def named_otherwise(pictures, texts, info, factor=1, **rest):
+  return factor * np.zeros(len(pictures)), rest
+
+
+def by_name(*, images: np.ndarray, prompts, metadata=None):
+  return np.zeros(len(images)), {}
+
+
 def without_info(images, prompts, metadata):
   return np.zeros(len(images))
 
@@ -87,6 +111,22 @@ def test_unusable_rewards_are_refused(name, kwargs):
     get_reward(name, **kwargs)
 
 
+@pytest.mark.parametrize("function,kwargs,taken", [
+    ("without_metadata", {}, "(images, prompts)"),
+    ("factor_third", {"factor": 2}, "(images, prompts, factor)"),
+    ("by_name", {}, "(*, images, prompts, metadata)")])
+def test_what_a_reward_must_take_is_said(function, kwargs, taken):
+  name = f"{__name__}:{function}"
+  with pytest.raises(UserError) as error:
+    get_reward(name, **kwargs)
+  assert str(error.value) == (
+      f"reward_fn={name!r} takes {taken}; must take (images, prompts, metadata) first")
+
+
+def test_a_reward_may_name_what_it_takes_as_it_likes():
+  get_reward(f"{__name__}:named_otherwise", factor=2, other=3)
+
+
 @pytest.mark.parametrize("values,message", [
     ([1.0, np.nan, 2.0], "sample 1, prompt 'a dog'"),
     ([1.0, 2.0, -np.inf], "sample 2, prompt 'a cow'"),
@@ -111,6 +151,13 @@ def test_async_rewards_are_awaited():
   name = f"{__name__}:slow_brightness"
   rewards, _ = call_reward(name, get_reward(name), images, PROMPTS, [{}] * 3)
   assert rewards.tolist() == [0, 1, 2]
+
+
+def test_what_a_reward_writes_into_its_arguments_reaches_nobody():
+  images, prompts, metadata = np.ones((3, 2, 2, 3), np.uint8), list(PROMPTS), [{}, {}, {}]
+  rewards, _ = call_reward("writing", writing, images, prompts, metadata)
+  assert rewards.tolist() == [1, 1, 1]
+  assert images.all() and prompts == PROMPTS and metadata == [{}, {}, {}]
 
 
 def test_a_reward_without_info_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Mapping
+import copy
 import functools
 import inspect
 from typing import Any
@@ -80,11 +81,14 @@ def call_reward(name: str, function: RewardFn, images: UInt8[np.ndarray, "B H W 
                 ) -> tuple[Float32[np.ndarray, " B"], dict[str, Any]]:
   """Calls a reward function, awaits it if it is async, and checks what it returns.
 
+  It gets copies, so that what it writes into them reaches neither the images that are logged
+  nor other rewards.
+
   Raises:
     UserError: if it is not a pair of rewards, one finite number for each image, and a
       dict; names the function.
   """
-  result = function(images, prompts, metadata)
+  result = function(images.copy(), list(prompts), list(map(copy.copy, metadata)))
   if inspect.isawaitable(result):
     result = asyncio.run(_wait_for(result))
   if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):

@@ -1,0 +1,129 @@
+"""Signals: one line and 128 + n wherever they come, in processes of their own."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ddpo_jax import cli, interrupt
+from ddpo_jax.types import Interrupted
+
+ROOT = pathlib.Path(__file__).parents[1]
+SECONDS = 60  # for what takes one, on a busy machine
+BOTH = pytest.mark.parametrize("signum", (signal.SIGINT, signal.SIGTERM))
+
+# For a script to run: sends its own process signals, of which one that Python cannot handle.
+SENDING = textwrap.dedent("""\
+    import ctypes, os, signal, threading, time
+
+    def swallowed(signum):
+      try:
+        os.kill(os.getpid(), signum)
+        time.sleep(1)
+      except BaseException:
+        pass
+
+    def send_to_a_thread(signum):  # so that it does not end the main thread's sleep
+      time.sleep(0.2)
+      signal.pthread_kill(threading.get_ident(), signum)
+
+    def in_a_c_library(signum):
+      threading.Thread(target=send_to_a_thread, args=(signum,)).start()
+      ctypes.CDLL(None).sleep(600)
+    """)
+
+
+def run(*arguments):
+  return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, text=True,
+                        capture_output=True, timeout=SECONDS)
+
+
+def assert_ended_by(done, signum):
+  assert (done.returncode, done.stderr) == (128 + signum, f"{Interrupted(signum)}\n")
+  assert "came back" not in done.stdout
+
+
+def assert_program_ended_by(signum, program):
+  done = run("-c", f"{SENDING}{textwrap.dedent(program)}\nprint('came back')")
+  assert_ended_by(done, signum)
+  return done.stdout
+
+
+@BOTH
+@pytest.mark.parametrize("how", ("swallowed", "in_a_c_library"))
+def test_a_signal_before_the_run(tmp_path, how, signum):
+  """Such as while libraries are imported: here, in the user's config."""
+  file = tmp_path / "signalling.py"
+  file.write_text(f"{SENDING}def get_config():\n  {how}({int(signum)})\n  print('came back')\n")
+  assert_ended_by(run("scripts/train.py", f"--config={file}"), signum)
+
+
+@BOTH
+@pytest.mark.parametrize("script", ("sample", "export_lora"))
+def test_a_signal_to_another_script(tmp_path, script, signum):
+  file = tmp_path / "signalling.py"
+  file.write_text(f"{SENDING}import runpy, sys\nfrom ddpo_jax import inference\n"
+                  f"inference.sample_to_files = lambda *args: swallowed({int(signum)})\n"
+                  "inference.export = inference.sample_to_files\n"
+                  f"runpy.run_path({str(ROOT / 'scripts' / f'{script}.py')!r}, "
+                  "run_name='__main__')\n")
+  prompts = ["--prompts", "a cat"] if script == "sample" else []
+  assert_ended_by(run(file, "--run=x", f"--output={tmp_path / 'x.jpg'}", *prompts), signum)
+
+
+@BOTH
+@pytest.mark.parametrize("how", ("swallowed", "in_a_c_library"))
+def test_the_first_signal_is_a_request_and_the_second_ends_the_process(how, signum):
+  said = assert_program_ended_by(signum, f"""
+      from ddpo_jax import interrupt
+      interrupt.end_at_signals()
+      with interrupt.interruptible() as stop:
+        os.kill(os.getpid(), {int(signum)})
+        time.sleep(0.2)
+        print(stop.signum, flush=True)
+        {how}({int(signum)})
+      """)
+  assert said == f"{int(signum)}\n"
+
+
+def test_after_the_run_a_signal_ends_the_process_again():
+  assert_program_ended_by(signal.SIGTERM, """
+      from ddpo_jax import interrupt
+      interrupt.end_at_signals()
+      with interrupt.interruptible():
+        pass
+      in_a_c_library(signal.SIGTERM)
+      """)
+
+
+def test_without_a_script_all_is_as_before():
+  """In a notebook, say."""
+  before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+  with interrupt.interruptible() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert stop.signum == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+  with pytest.raises(Interrupted, match="stopped by signal 2"):
+    stop.check()
+
+
+def test_a_script_that_python_interrupts_says_one_line(capsys):
+  def interrupted():
+    raise KeyboardInterrupt
+
+  assert cli.exit_status(interrupted) == 130
+  assert capsys.readouterr().err == "stopped by signal 2\n"
+
+
+def test_a_closed_stream_is_not_taken_for_the_signals():
+  """What a library writes on standard error is no signal, nor does it reach a file."""
+  done = subprocess.run(
+      f"{sys.executable} -c 'from ddpo_jax import interrupt; interrupt.end_at_signals(); "
+      "import os, time; os.write(2, bytes([15])); time.sleep(0.5)' 0>&- 2>&-",
+      shell=True, cwd=ROOT, timeout=SECONDS)
+  assert done.returncode == 0
