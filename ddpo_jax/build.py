@@ -80,6 +80,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
     models.vae.drop_encoder()
     with host_memory():
       unet = prepare_unet(cfg, models.unet)
+    cfg = _with_actual_rank(cfg, unet)
   with host_memory():
     graphdef, params, frozen_unet = lora.partition(unet, cfg.use_lora)
     state = update.init_state(params, optimizer, uses_loss_scaling(cfg))
@@ -145,6 +146,18 @@ def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionMode
     key = jax.random.fold_in(jax.random.key(cfg.seed), LORA_STREAM)
     lora.inject_lora(unet, cfg.lora.rank, key)
   return unet
+
+
+def _with_actual_rank(cfg: Config, unet: UNet2DConditionModel) -> Config:
+  """The config with the LoRA rank of the file that training starts from."""
+  if not (cfg.use_lora and cfg.lora.init_from):
+    return cfg
+  rank = max(linear.lora_down.shape[1] for _, linear in lora.attention_projections(unet)
+             if linear.lora_down is not None)
+  if rank != cfg.lora.rank:
+    say(f"lora.init_from={cfg.lora.init_from!r}: its rank of {rank} is taken, not "
+        f"lora.rank={cfg.lora.rank}")
+  return dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=rank))
 
 
 def _read_into_host_memory(model: Unread[StableDiffusion]) -> StableDiffusion:

@@ -84,6 +84,7 @@ class Checkpointer:
 
   def __init__(self, run: pathlib.Path, keep: int):
     """Opens `run`/checkpoints, of which at most `keep` stay."""
+    self.run = run
     policy = ocp.checkpoint_managers.LatestN(keep)
     self._manager = ocp.CheckpointManager(
         (run / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(
@@ -97,7 +98,7 @@ class Checkpointer:
 
     A checkpoint before it that could not be written does not keep this one from being tried.
     """
-    self.has_failed(wait=True)
+    self.has_failed()
     if epoch in self._manager.all_steps():
       return
     self._manager.save(epoch, args=ocp.args.Composite(
@@ -107,35 +108,25 @@ class Checkpointer:
   def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
     """As `save`, for a run's last checkpoint: it is tried twice, and written on return."""
     self.save(epoch, state, meta)
-    if self.has_failed(wait=True):
+    if self.has_failed():
       self.save(epoch, state, meta)
 
-  def has_failed(self, wait: bool = False) -> bool:
-    """Whether a checkpoint could not be written, on any process; all of them must call this.
+  def has_failed(self) -> bool:
+    """Waits for what is being written; returns whether it failed, on any process.
 
-    It is said once, and the checkpoint counts as not saved.
-
-    Args:
-      wait: for what is being written. Otherwise only what has ended is looked at.
+    That is said once, and the checkpoint counts as not saved. All processes must call this.
     """
     failed = False
-    if wait or not self._manager.is_saving_in_progress():
-      failed = self._wait()
-    if not distributed.largest(int(failed)):
-      return False
-    self._wait()
-    self._manager.reload()
-    return True
-
-  def _wait(self) -> bool:
-    """Waits for what is being written; returns whether it failed."""
     try:
       self._manager.wait_until_finished()
     except Exception as error:
+      failed = True
       say(f"Warning: a checkpoint could not be written ({one_line(error)}); it will be tried "
           "again")
-      return True
-    return False
+    if not distributed.largest(int(failed)):
+      return False
+    self._manager.reload()
+    return True
 
   def drop_after(self, epoch: int) -> list[int]:
     """Deletes the checkpoints of later epochs, which are about to be made again.
@@ -168,11 +159,11 @@ def restore_meta(run: pathlib.Path, epoch: int) -> dict[str, Any]:
     DamagedError: if it is missing or is not what was written.
     UserError: if it is of another format, or the system cannot read it now.
   """
-  with _as_damage(_where(run, epoch)):
+  with _as_damage(describe(run, epoch)):
     meta = dict(ocp.JsonCheckpointHandler().restore(_folder(run, epoch) / "meta"))
   version = meta.pop("format_version", None)
   if version != FORMAT_VERSION:
-    raise UserError(f"{_where(run, epoch)} has format_version {version}; must be "
+    raise UserError(f"{describe(run, epoch)} has format_version {version}; must be "
                     f"{FORMAT_VERSION}")
   return meta
 
@@ -222,7 +213,7 @@ def restore_params(run: pathlib.Path, epoch: int, like: nnx.State) -> nnx.State:
 
 def _stored_shapes(run: pathlib.Path, epoch: int) -> dict[str, tuple[int, ...]]:
   """The shapes of the arrays that a checkpoint's state has, by their path."""
-  with _as_damage(_where(run, epoch)):
+  with _as_damage(describe(run, epoch)):
     tree = ocp.PyTreeCheckpointHandler().metadata(_folder(run, epoch) / "state").tree
     return {name: tuple(array.shape) for name, array in tree.items()}
 
@@ -236,7 +227,7 @@ def _restore_arrays(run: pathlib.Path, epoch: int,
   arguments = ocp.args.PyTreeRestore(
       dict(abstract), restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
       partial_restore=True)
-  with _as_damage(_where(run, epoch)):
+  with _as_damage(describe(run, epoch)):
     return ocp.PyTreeCheckpointHandler().restore(
         _folder(run, epoch) / "state", args=arguments)
 
@@ -248,7 +239,7 @@ def _without_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _another_model(run: pathlib.Path, epoch: int, name: str) -> UserError:
-  return UserError(f"{_where(run, epoch)} is of another model, whose {name!r} is missing or of "
+  return UserError(f"{describe(run, epoch)} is of another model, whose {name!r} is missing or of "
                    "another shape; pretrained.model must be the one that it was trained on")
 
 
@@ -290,7 +281,8 @@ def _folder(run: pathlib.Path, epoch: int) -> pathlib.Path:
   return run.resolve() / "checkpoints" / str(epoch)
 
 
-def _where(run: pathlib.Path, epoch: int) -> str:
+def describe(run: pathlib.Path, epoch: int) -> str:
+  """What messages call a checkpoint."""
   return f"checkpoint {run / 'checkpoints' / str(epoch)}"
 
 

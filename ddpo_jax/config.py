@@ -588,6 +588,7 @@ def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
       for name in {**now, **before} if value(now, name) != value(before, name)
       # A field that only one of them has is another version's; an argument is the user's.
       and (name in now and name in before or name.startswith("reward_kwargs."))
+      and not (name == "lora.rank" and cfg.lora.init_from)  # the file's rank is taken
       and not any(name == free or name.startswith(free + ".") for free in _MAY_CHANGE)]
   if problems:
     raise UserError("\n".join(problems))
@@ -672,9 +673,9 @@ class BatchPlan:
     shared = f" ({self.parts} cores share each batch)" if self.parts > 1 else ""
     lines = {
         "Number of epochs": self.num_epochs,
-        "Devices": f"{self.num_devices} x {self.device}{shared}",
-        "Sample batch size per device": self.sample_batch_size,
-        "Train batch size per device": self.train_batch_size,
+        "Devices": f"{self.num_devices // self.parts} x {self.device}{shared}",
+        "Sample batch size per device": self.sample_batch_size * self.parts,
+        "Train batch size per device": self.train_batch_size * self.parts,
         "Gradient accumulation steps": self.gradient_accumulation_steps,
         "Images per epoch": self.samples_per_epoch,
         "Images per optimizer step (all devices, accumulated)":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import errno
+import math
 import os
 from typing import Any
 
@@ -67,7 +68,7 @@ class Watch:
     """
     self._most_diverse = max(self._most_diverse, metrics["diversity"])
     checks: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
-        "ratio_drift": self._drift, "diversity": self._collapse,
+        "skipped_steps": self._all_skipped, "ratio_drift": self._drift, "diversity": self._collapse,
         "reward_std": self._constant_reward, "clipfrac": self._clipping}
     found = {name: check(metrics) for name, check in checks.items()
              if name not in self._said}
@@ -82,6 +83,13 @@ class Watch:
   def load_state_dict(self, state: Mapping[str, Any]) -> None:
     """Restores what `state_dict` gave."""
     self._most_diverse = state["most_diverse"]
+
+  def _all_skipped(self, metrics: Mapping[str, Any]) -> str | None:
+    if not metrics["skipped_steps"] or math.isfinite(metrics["loss"]):
+      return None
+    return (f"skipped_steps={metrics['skipped_steps']}: loss or gradient was not finite in every "
+            "optimizer step of this epoch, and nothing was learned. Lower train.learning_rate="
+            f"{self._cfg.train.learning_rate:g}, or set mixed_precision='no'")
 
   def _drift(self, metrics: Mapping[str, Any]) -> str | None:
     drift, clip_range = metrics["ratio_drift"], self._cfg.train.clip_range

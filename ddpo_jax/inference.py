@@ -17,7 +17,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
@@ -42,6 +42,7 @@ from ddpo_jax.prompts import load_lines
 from ddpo_jax.types import UserError
 
 _PICTURES = (".jpg", ".jpeg", ".png")
+_LORA_FILE = ".safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +131,16 @@ class ImageGenerator:
     self._draw = _make_draw(models, options)
 
   def __call__(self, unet: UNet2DConditionModel, prompts: Sequence[str],
-               description: str = "Sampling") -> np.ndarray:
+               description: str = "Model") -> np.ndarray:
     """Draws an image for each prompt: [N, H, W, 3] uint8.
 
     Args:
       unet: the model's, or another one of the same structure.
       prompts: N of them, at least 1.
-      description: for the progress bar.
+      description: of the UNet, for the progress bar and the error.
+
+    Raises:
+      FloatingPointError: if an image is not all finite numbers; it would be black.
     """
     weights = place_weights(nnx.state(unet), self._device)
     negative = self._encode([""])
@@ -147,23 +151,27 @@ class ImageGenerator:
       # The last batch is filled up, so that one program serves all.
       indices = np.minimum(np.arange(start, start + size), len(prompts) - 1)
       embeddings = self._encode([prompts[i] for i in indices])
-      batch = self._draw(weights, self._vae, embeddings, negative, indices)
+      batch, finite = self._draw(weights, self._vae, embeddings, negative, indices)
+      if not finite:
+        raise FloatingPointError(
+            f"the {description.lower()} draws images that are not finite numbers")
       images.append(np.asarray(batch)[:len(prompts) - start])
     return np.concatenate(images)
 
 
-def _make_draw(models: StableDiffusion, options: SamplingOptions) -> Callable[..., jax.Array]:
+def _make_draw(models: StableDiffusion, options: SamplingOptions) -> Callable[..., Any]:
   schedule = DDIMSchedule.create(models.noise_schedule, options.num_steps)
   unet_graphdef, vae_graphdef = nnx.graphdef(models.unet), nnx.graphdef(models.vae)
   scaling_factor = models.scaling_factor
 
   def draw(unet: nnx.State, vae: nnx.State, embeddings: Float[Array, "B L D"],
            negative: Float[Array, "1 L D"], indices: Int[Array, " B"]
-           ) -> UInt8[Array, "B H W 3"]:
+           ) -> tuple[UInt8[Array, "B H W 3"], Bool[Array, ""]]:
     keys = sample_keys(jax.random.key(options.seed), indices)
     latents = denoise(nnx.merge(unet_graphdef, unet), schedule, embeddings, negative,
                       eta=options.eta, guidance_scale=options.guidance_scale, key=keys)
-    return to_uint8(nnx.merge(vae_graphdef, vae).decode(latents / scaling_factor))
+    images = nnx.merge(vae_graphdef, vae).decode(latents / scaling_factor)
+    return to_uint8(images), jnp.isfinite(images).all()
 
   return jax.jit(draw, compiler_options=compiler_options())
 
@@ -188,7 +196,7 @@ class SampleRequest:
     UserError: if one of them is out of range, or they do not fit together.
   """
 
-  output: pathlib.Path
+  output: str | os.PathLike[str]  # a folder wherever it ends in a slash
   run: str | None = None  # this or the next
   model: str | None = None
   prompts: Sequence[str] = ()
@@ -211,6 +219,15 @@ class SampleRequest:
       if value is not None and not is_right(value):
         raise UserError(f"--{name}={value} {text}")
 
+  @property
+  def is_grid(self) -> bool:
+    """Whether the output is one picture, by what it ends in; else it is a folder."""
+    return not self.is_surely_folder and pathlib.Path(self.output).suffix.lower() in _PICTURES
+
+  @property
+  def is_surely_folder(self) -> bool:
+    return os.fspath(self.output).endswith(("/", os.sep))
+
   def sampling_options(self, cfg: Config | None) -> SamplingOptions:
     """What is given, and else what the run was sampled with, if it is one."""
     names = ("num_steps", "guidance_scale", "eta")
@@ -229,27 +246,51 @@ def sample_to_files(request: SampleRequest) -> None:
              *(load_lines(request.prompts_file) if request.prompts_file else [])]
   if not prompts:
     raise UserError("--prompts is empty; give prompts there or with --prompts_file")
-  _check_picture_output(request.output)
-  columns = _columns(request, prompts)
+  output = pathlib.Path(request.output)
+  _check_picture_output(request, output)
+  try:
+    columns = _columns(request, prompts)
+  except FloatingPointError as error:
+    raise UserError(_not_finite(request, error)) from error
   images = np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
   captions = prompts
   if request.compare:
     captions = [f"{which}: {prompt}" for prompt in prompts for which in ("before", "after")]
-  _write(images, captions, request.output)
+  _write(images, captions, output, is_grid=request.is_grid)
+  say(f"Wrote {output}" if request.is_grid else
+      f"Wrote {_number(len(images))} to {output}{os.sep}")
+
+
+def _not_finite(request: SampleRequest, error: FloatingPointError) -> str:
+  source = f"--model={request.model}" if request.run is None else f"--run={request.run}"
+  return (f"{source}: {error}; the weights or the precision are to blame: must be weights without "
+          "NaN, in a precision that they do not overflow, such as --mixed_precision=no")
 
 
 def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]:
   """The prompts' images of each of the models asked for."""
+  say(f"Reading the model of {request.run or request.model}")
   if request.run is None:
     assert request.model is not None  # checked by the request
     with host_memory():
       models = _load_base(request.model, build.DTYPES[request.mixed_precision or "no"])
-    generate = ImageGenerator(models, request.sampling_options(None))
+    generate = _generator(models, request.sampling_options(None), len(prompts))
     return [generate(models.unet, prompts, "Base model")]
   tuned = load_run(request.run, request.mixed_precision)
-  generate = ImageGenerator(tuned.models, request.sampling_options(tuned.cfg))
+  options = request.sampling_options(tuned.cfg)
+  generate = _generator(tuned.models, options, len(prompts) * (2 if request.compare else 1))
   columns = [generate(load_base_unet(tuned), prompts, "Base model")] if request.compare else []
-  return [*columns, generate(tuned.models.unet, prompts, "Fine-tuned")]
+  return [*columns, generate(tuned.models.unet, prompts, "Fine-tuned model")]
+
+
+def _generator(models: StableDiffusion, options: SamplingOptions, count: int) -> ImageGenerator:
+  """Made once it is said what takes long from here on."""
+  say(f"Compiling, and sampling {_number(count)} in {options.num_steps} steps")
+  return ImageGenerator(models, options)
+
+
+def _number(images: int) -> str:
+  return "1 image" if images == 1 else f"{images} images"
 
 
 def _load_base(model: str, dtype: DTypeLike) -> StableDiffusion:
@@ -259,18 +300,14 @@ def _load_base(model: str, dtype: DTypeLike) -> StableDiffusion:
   return load_pretrained(resolve(model, repository=named), dtype=dtype)
 
 
-def _check_picture_output(output: pathlib.Path) -> None:
-  """Refuses, before anything is loaded, what `_write` could not write."""
-  is_grid = _is_grid(output)
-  if not is_grid and output.suffix.lower() in Image.registered_extensions() and (
-      not output.is_dir()):
+def _check_picture_output(request: SampleRequest, output: pathlib.Path) -> None:
+  """Refuses, before anything is loaded, what could not be written."""
+  is_folder = request.is_surely_folder or not request.is_grid and (
+      output.suffix.lower() not in Image.registered_extensions() or output.is_dir())
+  if not (is_folder or request.is_grid):
     raise UserError(f"--output={output} must end in {', '.join(_PICTURES)} for one grid, or "
                     "be the name of a folder for single files")
-  _check_writable(output, is_folder=not is_grid)
-
-
-def _is_grid(output: pathlib.Path) -> bool:
-  return output.suffix.lower() in _PICTURES
+  _check_writable(output, is_folder=not request.is_grid)
 
 
 def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
@@ -289,10 +326,11 @@ def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
     raise UserError(f"--output={output}: {there} cannot be written to; must be {must}")
 
 
-def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path) -> None:
-  """One grid, or a folder of single PNG files, by what `output` ends in."""
+def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path, *,
+           is_grid: bool) -> None:
+  """One grid, or a folder of single PNG files."""
   try:
-    if _is_grid(output):
+    if is_grid:
       output.parent.mkdir(parents=True, exist_ok=True)
       tracking.image_grid(images, captions).save(output, quality=95)
       return
@@ -324,7 +362,7 @@ def export(run: str, output: pathlib.Path, file_format: str = "diffusers") -> No
       _export_unet(tuned, output)
   except (OSError, SafetensorError) as error:
     raise UserError(f"--output={output} cannot be written: {error}") from error
-  say(f"Wrote {output}, from epoch {tuned.epoch} of {run}")
+  say(f"Wrote {output}: {run} after {tuned.epoch + 1} epochs")
 
 
 def _check_export(cfg: Config, output: pathlib.Path, file_format: str) -> None:
@@ -333,9 +371,12 @@ def _check_export(cfg: Config, output: pathlib.Path, file_format: str) -> None:
     whole = "the run has use_lora=False, so its whole UNet is written, as a diffusers folder"
     if file_format != "diffusers":
       raise UserError(f"--format={file_format}: {whole}; must be diffusers")
-    if output.suffix.lower() == ".safetensors":
+    if output.suffix.lower() == _LORA_FILE:
       raise UserError(f"--output={output}: {whole}; must be the name of a folder")
   _check_writable(output, is_folder=not cfg.use_lora)
+  if cfg.use_lora and output.suffix.lower() != _LORA_FILE:
+    raise UserError(f"--output={output} must end in {_LORA_FILE}, which is what is written; "
+                    f"such as {output.with_suffix(_LORA_FILE)}")
 
 
 def _metadata(tuned: FineTuned) -> dict[str, str]:

@@ -146,6 +146,8 @@ def import_lora(unet: nnx.Module, path: str | os.PathLike) -> None:
     if (down.shape, up.shape) != expected or rank == 0:
       raise UserError(f"LoRA file {path}: {name} has shapes {down.shape} and {up.shape}; "
                       f"must be {expected[0]} and {expected[1]} for this model")
+    if not (np.isfinite(down).all() and np.isfinite(up).all()):
+      raise UserError(f"LoRA file {path}: {name} holds NaN or infinity; must be finite numbers")
     alpha = _alpha(tensors, f"{name}.alpha", rank, path)
     linear.lora_down = nnx.LoRAParam(jnp.asarray(down.T, jnp.float32))
     linear.lora_up = nnx.LoRAParam(jnp.asarray(up.T, jnp.float32) * (alpha / rank))

@@ -38,7 +38,7 @@ def model_size(cfg: Config) -> ModelSize | None:
     UserError: if a file is missing, truncated or of another kind.
   """
   model = cfg.pretrained.model
-  if model != hub.TINY and not pathlib.Path(model).expanduser().is_dir():
+  if not is_local(model):
     return None
   folder = hub.resolve(model)
   shapes = {part: _shapes(folder / part, stem) for part, stem in hub.WEIGHT_NAMES.items()}
@@ -58,6 +58,11 @@ def model_size(cfg: Config) -> ModelSize | None:
       embedding_size=tokens * _number(text, "hidden_size", 768))
 
 
+def is_local(model: str) -> bool:
+  """Whether a model is on this machine, and not on the hub."""
+  return model == hub.TINY or pathlib.Path(model).expanduser().is_dir()
+
+
 def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
   try:
@@ -71,6 +76,9 @@ def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
 
 def read_header(field: str, file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """The tensors' shapes; that the file is as long as they need is checked with it."""
+  if file.is_dir():
+    raise UserError(f"{field}={str(file)!r} is a folder; must be a .safetensors file, such as "
+                    "scripts/export_lora.py makes of a run")
   try:
     with safe_open(file, framework="numpy") as tensors:
       return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}

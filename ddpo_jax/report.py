@@ -22,6 +22,7 @@ from ddpo_jax.files import encode_image, write_atomically
 _INK = "#010203"  # becomes the page's text colour, whichever that is
 _ACCENT, _SECOND, _THIRD = "#3b82f6", "#f59e0b", "#10b981"  # readable on white and black
 _MOST_PROMPTS = 16
+_PROMPT_LENGTH = 42  # characters beside a chart
 _MOST_GRIDS = 10
 _MOST_BESIDE = 8  # charts of what rewards return beside the rewards
 _GRID_WIDTH = 1200  # pixels
@@ -37,7 +38,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--fa
 .facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; padding: 0; }
 .facts div { min-width: 7rem; } .facts b { display: block; font-size: 1.3rem; }
 .charts { display: grid; gap: 1rem;
-          grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+          grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; } figcaption { font-size: .9rem; opacity: .8; }
 svg, img { width: 100%; height: auto; display: block; }
 pre { overflow-x: auto; font-size: .8rem; }
@@ -56,7 +57,7 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
                             *_prompts_chart(rewards), *_each_reward(metrics),
                             *_beside_rewards(metrics)]),
         _section("The same prompts from the same noise", _grids(run), "stack"),
-        _section("Policy", _policy_charts(metrics)),
+        _section("Policy", _policy_charts(config, metrics)),
         _section("Time", _time_charts(metrics))]
   sections.append("<h2>Config</h2><details><summary>config.json</summary><pre>"
                   f"{html.escape(json.dumps(config, indent=2))}</pre></details>")
@@ -179,7 +180,7 @@ def _reward_chart(metrics: Sequence[Mapping]) -> str:
     axes.fill_between(epochs, mean - std, mean + std, color=_ACCENT, alpha=0.25, lw=0,
                       label="± deviation")
     axes.plot(epochs, mean, color=_ACCENT, lw=2, label="mean")
-    axes.legend(loc="best", fontsize="small")
+    _add_legend(axes)
   return _chart("Reward of each epoch's images", plot)
 
 
@@ -229,10 +230,18 @@ def _prompts_chart(rewards: Sequence[Mapping]) -> list[str]:
     axes.hlines(rows, before, after, color=_INK, alpha=0.4, lw=1)
     axes.plot(before, rows, "o", color=_SECOND, ms=4, label="first quarter")
     axes.plot(after, rows, "o", color=_ACCENT, ms=4, label="last quarter")
-    axes.set_yticks(rows, [p if len(p) <= 36 else p[:35] + "…" for p in prompts],
-                    fontsize=7)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize="small")
+    axes.set_yticks(rows, [_shorten(prompt) for prompt in prompts], fontsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(4))  # half of the width is the prompts'
+    _add_legend(axes)
   return [_chart("Reward of the most frequent prompts", plot, x_label="reward")]
+
+
+def _shorten(prompt: str) -> str:
+  """Leaves out the middle: what prompts differ in may be at either end."""
+  if len(prompt) <= _PROMPT_LENGTH:
+    return prompt
+  tail = _PROMPT_LENGTH // 2
+  return prompt[:_PROMPT_LENGTH - 1 - tail] + "…" + prompt[-tail:]
 
 
 def _by_prompt(rewards: Sequence[Mapping]) -> dict[str, list[float]]:
@@ -254,22 +263,47 @@ def _lines(metrics: Sequence[Mapping], title: str, names: Mapping[str, str], *,
     if from_zero:
       axes.set_ylim(bottom=0)
     if len(names) > 1:
-      axes.legend(loc="best", fontsize="small")
+      _add_legend(axes)
   return _chart(title, plot, y_label=y_label)
 
 
-def _policy_charts(metrics: Sequence[Mapping]) -> list[str]:
-  drifts = {name: name for name in ("ratio_drift", "sampler_drift") if _has(metrics, name)}
+def _add_legend(axes: Axes) -> None:
+  """Above the chart, where it covers nothing."""
+  axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize="small",
+              columnspacing=1.2)
+
+
+def _policy_charts(config: Mapping[str, Any], metrics: Sequence[Mapping]) -> list[str]:
   return [
       _lines(metrics, "Diversity: 0 if all images are the same", {"diversity": ""},
              from_zero=True),
       _lines(metrics, "Clip fraction: ratios outside the clip range", {"clipfrac": ""}),
       _lines(metrics, "Approximate KL divergence", {"approx_kl": ""}, log=True),
       _lines(metrics, "Gradient norm, before clipping", {"grad_norm": ""}, log=True),
-      _lines(metrics, "Drift by rounding: |ratio − 1| before the first step", drifts,
-             log=True),
+      _drift_chart(config["train"]["clip_range"] / 10, metrics),
       *([_lines(metrics, "Skipped optimizer steps: not finite", {"skipped_steps": ""})]
         if np.nansum(_values(metrics, "skipped_steps")) else [])]
+
+
+def _drift_chart(tolerance: float, metrics: Sequence[Mapping]) -> str:
+  """Both drifts beside what `diagnostics` tolerates; by themselves they mean little.
+
+  The two are the same wherever log-probabilities were not recomputed, so one is dashed.
+  """
+  styles: dict[str, dict[str, Any]] = {
+      "sampler_drift": {"color": _SECOND, "lw": 4, "alpha": 0.6},
+      "ratio_drift": {"color": _ACCENT, "lw": 1.6, "ls": "--"}}
+  drifts = {name: _values(metrics, name) for name in styles if _has(metrics, name)}
+  shown = [tolerance / 10, tolerance, *(x for each in drifts.values() for x in each if x > 0)]
+
+  def plot(axes: Axes) -> None:
+    for name, values in drifts.items():
+      axes.plot(_values(metrics, "epoch"), values, label=name, **styles[name])
+    axes.axhline(tolerance, color=_INK, lw=1, ls=":", label="tolerance: clip_range / 10")
+    axes.set_ylim(min(shown) / 2, max(shown) * 2)
+    axes.set_yscale("log")
+    _add_legend(axes)
+  return _chart("Drift by rounding: |ratio − 1| before the first step", plot)
 
 
 def _has(metrics: Sequence[Mapping], name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a run writes: its folder, its lines and grids, the report, the console."""
+"""What a run writes: its config, lines and grids, the report, the console."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 import datetime
 import json
 import math
-import os
 import pathlib
 import textwrap
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ddpo_jax import checkpoint, distributed, report
+from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.files import write_atomically
@@ -26,98 +25,10 @@ _GRID_IMAGES = 32  # most images in one grid
 _GRID_COLUMNS = 8
 _TILE = 192  # pixels; smaller images are enlarged to it
 _CAPTION_LINES = 3
-_LOCK_SECONDS = 30  # for which a run waits for the end of the one that it continues
 _REPORT_SHARE = 0.02  # of the run's time that may go into writing the report
 
 
 _METRICS, _REWARDS = _LINES = ("metrics.jsonl", "rewards.jsonl")
-
-
-def choose_run_name(cfg: Config) -> str:
-  """The name given, or one made from the time."""
-  return cfg.run_name or datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")
-
-
-def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
-  """The run's folder: a new one, or the one that `resume_from` continues.
-
-  Args:
-    cfg: of the run.
-    name: where the config has none; from `choose_run_name`.
-
-  A run that ended before its first epoch did has nothing to lose: a new one takes its place.
-
-  Raises:
-    UserError: if a run that is not to be continued is already there.
-  """
-  name = cfg.run_name or name or choose_run_name(cfg)
-  if cfg.resume_from and not cfg.run_name:  # and so not "auto"
-    return _run_of(pathlib.Path(cfg.resume_from).expanduser())
-  run = pathlib.Path(cfg.logdir).expanduser() / name
-  if (run / "config.json").exists() and not _continues(cfg, run):
-    _check_nothing_is_lost(run, name)
-  return run
-
-
-def _continues(cfg: Config, run: pathlib.Path) -> bool:
-  """Whether the config goes on with this run, and does not begin another one in its folder."""
-  if cfg.resume_from in ("", "auto"):
-    return cfg.resume_from == "auto"
-  return _run_of(pathlib.Path(cfg.resume_from).expanduser()).resolve() == run.resolve()
-
-
-def _check_nothing_is_lost(run: pathlib.Path, name: str) -> None:
-  """Refuses a folder whose run has finished an epoch, or may still be in its first one."""
-  taken = f"run_name={name!r}: {run} already holds a run; choose another name, or"
-  if checkpoint.saved_epochs(run):
-    raise UserError(f"{taken} continue it with resume_from={str(run)!r}")
-  begin_again = f"{taken} start it again from its first epoch with resume_from='auto'"
-  if report.read_lines(run / _METRICS):
-    raise UserError(begin_again)
-  try:
-    lock = _lock(run, shared=True)  # processes of one run ask at the same time
-  except BlockingIOError:
-    raise _in_use(run) from None
-  if lock is None:
-    raise UserError(begin_again)
-  os.close(lock)
-
-
-def _in_use(run: pathlib.Path) -> UserError:
-  return UserError(f"run_name={run.name!r}: another run is writing to {run} at the moment; wait "
-                   "for its end, or choose another name")
-
-
-def _lock(folder: pathlib.Path, shared: bool = False) -> int | None:
-  """Locks a folder for as long as the file descriptor that it returns is open.
-
-  The system closes it when the process ends, however it ends. None where the file system
-  has no such locks, as some network file systems.
-
-  Raises:
-    BlockingIOError: if the folder is locked.
-  """
-  try:
-    import fcntl  # not on every system
-    descriptor = os.open(folder, os.O_RDONLY)
-  except (ImportError, OSError):
-    return None
-  try:
-    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-  except OSError as error:
-    os.close(descriptor)
-    if isinstance(error, BlockingIOError):
-      raise
-    return None
-  return descriptor
-
-
-def _run_of(checkpoint: pathlib.Path) -> pathlib.Path:
-  """The run folder that a checkpoint, or its `checkpoints` folder, lies in."""
-  for folder in (checkpoint, *checkpoint.parents):
-    if folder.name == "checkpoints":
-      return folder.parent
-  return checkpoint
 
 
 class Tracker:
@@ -129,7 +40,7 @@ class Tracker:
     What is there of `first_epoch` and later is dropped: it is about to be written again.
 
     Raises:
-      UserError: if the folder cannot be made, or another run has begun to write to it.
+      UserError: if the folder cannot be made.
     """
     self._run = run
     self._num_epochs = cfg.num_epochs
@@ -138,33 +49,15 @@ class Tracker:
     self._started = time.perf_counter()
     self._epochs_here = 0
     self._report_due = 0.0  # not before this time
-    self._lock: int | None = None
     if self._writes:
       try:
         (run / "images").mkdir(parents=True, exist_ok=True)
       except OSError as error:
         raise UserError(f"logdir={cfg.logdir!r}: {run} cannot be made: {error}") from error
-      self._take_lock(cfg)
       write_atomically(run / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
       self._drop_lines(first_epoch)
       self._drop_others(first_epoch)
       self._loggers = Loggers(run, cfg, first_epoch)
-
-  def _take_lock(self, cfg: Config) -> None:
-    """Waits a while for the end of a run that is being continued; it may be saving."""
-    give_up = time.monotonic() + (_LOCK_SECONDS if cfg.resume_from else 0)
-    waiting = False
-    while True:
-      try:
-        self._lock = _lock(self._run)
-        return
-      except BlockingIOError:
-        if time.monotonic() >= give_up:
-          raise _in_use(self._run) from None
-      if not waiting:
-        say(f"Another run is writing to {self._run}: waiting {_LOCK_SECONDS} s for its end")
-        waiting = True
-      time.sleep(0.5)
 
   def _drop_lines(self, first_epoch: int) -> None:
     for name in _LINES:
@@ -223,13 +116,10 @@ class Tracker:
     self._loggers.each(lambda logger: logger.log_eval(epochs, path))
 
   def close(self) -> None:
-    """Writes the report for the last time, and unlocks the folder."""
+    """Writes the report for the last time, and ends the dashboards."""
     if self._writes:
       self._write_report(final=True)
       self._loggers.each(lambda logger: logger.close())
-    if self._lock is not None:
-      os.close(self._lock)
-      self._lock = None
 
   def _append(self, name: str, line: Mapping[str, Any]) -> None:
     with open(self._run / name, "a", encoding="utf-8") as file:

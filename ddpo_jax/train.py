@@ -21,6 +21,7 @@ from ddpo_jax import (
   diagnostics,
   distributed,
   memory,
+  run_folder,
   tracking,
   update,
   validation,
@@ -32,7 +33,7 @@ from ddpo_jax.devices import AXIS, configure_devices, plan_batches
 from ddpo_jax.interrupt import Stop, interruptible
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.shared_program import SharedProgram
-from ddpo_jax.types import Batch, TrainState
+from ddpo_jax.types import Batch, TrainState, UserError
 
 P = jax.sharding.PartitionSpec
 
@@ -65,30 +66,35 @@ def train(cfg: Config) -> pathlib.Path:
   configure_devices()
   distributed.check_devices()
   plan = plan_batches(cfg)
-  run_name = distributed.agreed(tracking.choose_run_name(cfg))
+  run_name = distributed.agreed(run_folder.choose_run_name(cfg))
   with distributed.failing_together():
     prepared = validation.prepare(cfg, run_name)
     configure_jax(cfg)
-  run = prepared.run
   say(plan.describe())
   with distributed.failing_together():
     model = open_model(cfg)
-  with interruptible() as stop:
+  with interruptible() as stop, contextlib.ExitStack() as closing:
+    with distributed.failing_together():
+      claim = run_folder.claim(prepared.run, cfg)
+      closing.callback(claim.release)
+    run = pathlib.Path(distributed.agreed(str(claim.path)))
     say("Compiling, and reading the model")
     trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
+    cfg = trainer.cfg
     first_epoch, damaged = resume(trainer, run) if cfg.resume_from else (0, [])
-    with contextlib.ExitStack() as closing:
-      with distributed.failing_together():
-        tracker = tracking.Tracker(run, cfg, first_epoch)
-      closing.callback(tracker.close)
-      set_aside_damaged(run, damaged)
-      checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
-      closing.callback(checkpointer.close)
-      dropped = checkpointer.drop_after(first_epoch - 1)
-      if dropped:
-        say(f"Deleting later checkpoints, of epochs {', '.join(map(str, dropped))}")
-      say(f"Writing to {run}")
-      run_epochs(trainer, tracker, checkpointer, first_epoch, stop, started)
+    with distributed.failing_together():
+      tracker = tracking.Tracker(run, cfg, first_epoch)
+    closing.callback(tracker.close)
+    set_aside_damaged(run, damaged)
+    checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
+    closing.callback(checkpointer.close)
+    dropped = checkpointer.drop_after(first_epoch - 1)
+    if dropped:
+      say(f"Deleting later checkpoints: {', '.join(map(str, dropped))}")
+    say(f"Writing to {run}")
+    run_epochs(trainer, tracker, checkpointer, first_epoch, stop, started)
+  say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
+      f"scripts/sample.py --run {run} draws from the result")
   return run
 
 
@@ -119,9 +125,10 @@ def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
   while isinstance(restored := _restore(trainer, source, epochs[0]), checkpoint.DamagedError):
     damaged.append(epochs.pop(0))
     if not epochs:
-      raise restored
-    say(f"{restored}; going back from epoch {damaged[-1]} to epoch {epochs[0]}")
-  say(f"Resuming after epoch {restored.epoch + 1} of {source}")
+      raise UserError(f"{restored}; there is none that is older, so start a new run") from restored
+    say(f"{restored}. Trying the one before it")
+  say(f"Resuming after {restored.epoch + 1} epochs, with "
+      f"{checkpoint.describe(source, restored.epoch)}")
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
@@ -147,14 +154,14 @@ def _restore(trainer: Trainer, run: pathlib.Path, epoch: int
   with distributed.failing_together():
     try:
       saved = checkpoint.restore_meta(run, epoch)["config"]
-      check_continues(trainer.cfg, saved, f"the checkpoint of epoch {epoch}")
+      check_continues(trainer.cfg, saved, checkpoint.describe(run, epoch))
       restored = checkpoint.restore(run, epoch, trainer.state)
     except checkpoint.DamagedError as error:
       damage = error
   if not distributed.largest(int(damage is not None)):
     return restored
   return damage or checkpoint.DamagedError(
-      f"the checkpoint of epoch {epoch} of {run} is damaged for another process")
+      f"{checkpoint.describe(run, epoch)} is damaged for another process")
 
 
 def set_aside_damaged(run: pathlib.Path, epochs: Iterable[int]) -> None:
@@ -180,6 +187,8 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
   cfg = trainer.cfg
   if first_epoch == 0:
     evaluate(trainer, tracker, 0)
+  if first_epoch >= cfg.num_epochs:
+    say(f"All {first_epoch} epochs are done already; raise num_epochs={cfg.num_epochs} for more")
   finished, state = first_epoch - 1, checkpoint_of(trainer)
   for epoch in range(first_epoch, cfg.num_epochs):
     try:
@@ -191,6 +200,8 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       # by a signal, nor where a reward fails or training gets no finite numbers.
       if finished >= 0:
         checkpointer.save_and_wait(finished, *state)
+        say(f"Saved after {finished + 1} epochs: --config.resume_from={checkpointer.run} goes on "
+            "from there")
       raise
     if epoch + 1 == cfg.num_epochs:
       checkpointer.save_and_wait(epoch, *state)
@@ -203,6 +214,8 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   """Samples, scores, updates, and logs one epoch."""
   first = int(trainer.state.step) == 0
   rollout = trainer.worker.run(trainer.state.params, epoch, before_batch=stop.check)
+  if first:
+    check_predictions(trainer, rollout)
   rewards = total_rewards(trainer, rollout)
   batch = make_batch(trainer, rollout, rewards)
   training_started = time.perf_counter()
@@ -228,6 +241,16 @@ def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
     images, prompts = trainer.worker.draw(trainer.state.params, EVAL_STREAM)
     with distributed.failing_together():
       tracker.log_eval(epochs, images[:_EVAL_IMAGES], prompts[:_EVAL_IMAGES])
+
+
+def check_predictions(trainer: Trainer, rollout: Rollout) -> None:
+  """Refuses a model with which no sample has a log-probability that is a finite number."""
+  any_finite = jax.jit(lambda log_probs: jnp.isfinite(log_probs.sum(axis=-1)).any())
+  if not any_finite(rollout.trajectory.log_probs):
+    raise UserError(
+        f"pretrained.model={trainer.cfg.pretrained.model!r}: what its UNet predicts is not "
+        "finite; its files must hold no NaN or infinity, and its numbers must not be too large "
+        f"for mixed_precision={trainer.cfg.mixed_precision!r}")
 
 
 def count_skipped(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:

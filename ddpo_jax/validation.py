@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 import dataclasses
+import importlib.util
 import math
 import os
 import pathlib
 import shutil
 from typing import Any, TypeVar
 
+from flax import nnx
 import jax
 
-from ddpo_jax import checkpoint, distributed, tracking
+from ddpo_jax import checkpoint, distributed, lora, run_folder
 from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.files import nearest_existing
 from ddpo_jax.messages import place, with_type
-from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
+from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
+from ddpo_jax.models import open_pretrained
+from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import get_prompt_fn, sample_rng
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
 from ddpo_jax.rewards.metadata import check_metadata
@@ -82,9 +86,10 @@ def prepare(cfg: Config, run_name: str = "") -> Prepared:
   """
   problems = _Problems()
   prompts = problems.of(_draw, cfg)
-  run = problems.of(tracking.choose_run_folder, cfg, run_name)
+  run = problems.of(run_folder.choose_run_folder, cfg, run_name)
   _check_files(cfg, run, set(), problems)
-  reward_fns = problems.of(get_rewards, cfg.reward_fn, cfg.reward_kwargs)
+  with retries_in_one_line():
+    reward_fns = problems.of(get_rewards, cfg.reward_fn, cfg.reward_kwargs)
   if prompts is not None and reward_fns is not None:
     for function in reward_fns.values():
       problems.of(check_metadata, function, [prompts.metadata])
@@ -108,7 +113,7 @@ def other_problems(cfg: Config, wrong: Set[str]) -> list[str]:
     prompts = problems.of(_draw, dataclasses.replace(cfg, seed=0))  # any will do
   run = None
   if not wrong & {"run_name", "logdir", "resume_from"}:
-    run = problems.of(tracking.choose_run_folder, cfg)
+    run = problems.of(run_folder.choose_run_folder, cfg)
   _check_files(cfg, run, wrong, problems)
   if not wrong & {"reward_fn", "reward_kwargs"} and isinstance(cfg.reward_fn, str):
     if cfg.reward_fn not in REWARD_FACTORIES:
@@ -190,7 +195,7 @@ def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
     saved = checkpoint.restore_meta(run, epochs[0])["config"]
   except checkpoint.DamagedError:
     return  # the one before it may do; resuming finds out
-  check_continues(cfg, saved, f"the checkpoint of epoch {epochs[0]}")
+  check_continues(cfg, saved, checkpoint.describe(run, epochs[0]))
 
 
 def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
@@ -226,9 +231,27 @@ def dry_run(cfg: Config) -> None:
   configure_devices()
   plan = plan_batches(cfg)
   prepared = prepare(cfg)
+  _check_model(cfg)
+  if cfg.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    say("Warning: tensorboard=True needs tensorboardX, which is not installed: the run would go "
+        "on without it; pip install -e '.[tensorboard]'")
   say(plan.describe("The run would be"))
   say(describe_memory(cfg, plan))
   say(f"The config is valid; the run would write to {prepared.run}")
+
+
+def _check_model(cfg: Config) -> None:
+  """Opens a model that is here, as the run will, without reading its weights."""
+  if not is_local(cfg.pretrained.model):
+    return
+  unet: Any = open_pretrained(cfg.pretrained.model).shapes.unet
+
+  def import_lora(unet: nnx.Module) -> nnx.Module:
+    lora.import_lora(unet, cfg.lora.init_from)
+    return unet
+
+  if cfg.use_lora and cfg.lora.init_from:
+    nnx.eval_shape(import_lora, unet)
 
 
 def describe_memory(cfg: Config, plan: BatchPlan) -> str:

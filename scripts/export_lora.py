@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--run", required=True, help="a run's folder, or a checkpoint in it")
-  parser.add_argument("--output", type=pathlib.Path, required=True)
+  parser.add_argument("--output", type=pathlib.Path, required=True,
+                      help="a .safetensors file; a folder for a run with use_lora=False")
   parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers")
   args = parser.parse_args(argv)
   from ddpo_jax import cli, inference  # imports JAX: only once the arguments are right

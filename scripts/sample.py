@@ -6,13 +6,13 @@
     python scripts/sample.py --model tiny --prompts "a red star on a white background" \\
         --output images/ --eta 0
 
-An output that ends in .jpg or .png is one grid; any other is a folder of single files.
+An output that ends in .jpg or .png is one grid; any other, and one that ends in a slash, is
+a folder of single files.
 """
 
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 
 from ddpo_jax import interrupt
@@ -24,9 +24,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--run", help="a run's folder, or a checkpoint in it")
   source.add_argument("--model", help="a base model: folder, hub id or 'tiny'")
-  parser.add_argument("--prompts", nargs="+", default=[])
-  parser.add_argument("--prompts_file", help="a text file with a prompt on each line")
-  parser.add_argument("--output", type=pathlib.Path, required=True)
+  parser.add_argument("--prompts", nargs="+", default=[], help="an image is drawn for each")
+  parser.add_argument("--prompts_file",
+                      help="a text file with a prompt on each line; these come after --prompts")
+  parser.add_argument("--output", required=True,
+                      help="a .jpg or .png file for one grid, else a folder")
   parser.add_argument("--compare", action="store_true",
                       help="the base model's image beside the run's, from the same noise")
   parser.add_argument("--seed", type=int, default=0)

@@ -15,9 +15,11 @@ from small_model import small_model
 
 from configs import demo
 from ddpo_jax.benchmark import compare, flops, profile
-from ddpo_jax.benchmark.side import Side
+from ddpo_jax.benchmark.jax_side import JaxSide
+from ddpo_jax.benchmark.side import _DOING, Side
 from ddpo_jax.config import resolve
 from ddpo_jax.models import layers
+from ddpo_jax.types import UserError
 
 
 @pytest.mark.slow  # a minute
@@ -106,7 +108,7 @@ class FakeSide:
 
   def call(self, method):
     if method in self.ends_at:
-      raise RuntimeError(f"{self.name} ended with status 1")
+      raise UserError(f"{self.name} failed: no memory")
     return {"images": 4, "sampling_seconds": 1.0, "reward_seconds": 0.0,
             "training_seconds": 1.0, "seconds": 1.0}
 
@@ -119,8 +121,8 @@ def test_a_reference_that_ends_is_left_out(capsys):
   sides = [FakeSide("ddpo_jax"), FakeSide("torch"), FakeSide("torch.compile", "epoch")]
   epochs = compare.run_rounds(sides, 2)
   assert {name: len(of) for name, of in epochs.items()} == {"ddpo_jax": 2, "torch": 2}
-  assert "torch.compile ended with status 1; going on without it" in capsys.readouterr().err
-  with pytest.raises(RuntimeError, match="ddpo_jax ended"):
+  assert "torch.compile failed: no memory; going on without it" in capsys.readouterr().err
+  with pytest.raises(UserError, match="ddpo_jax failed"):
     compare.run_rounds([FakeSide("ddpo_jax", "epoch"), FakeSide("torch")], 2)
 
 
@@ -131,7 +133,7 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
   monkeypatch.setattr(compare, "Side", lambda name, *_: FakeSide(name, "flops"))
   options = argparse.Namespace(skip_start=False, reference=["torch"], torch_compile=False,
                                rounds=1, profile=False, output=str(tmp_path / "results.json"))
-  with pytest.raises(RuntimeError):
+  with pytest.raises(UserError):
     compare.measure(resolve(config), ["benchmark.py", "--config=demo.py"], options)
   results = json.loads((tmp_path / "results.json").read_text())
   assert results["start"] == {"cold": 1.0, "warm": 1.0}
@@ -166,3 +168,74 @@ def test_a_reference_that_is_not_installed_is_refused(monkeypatch, capsys):
   assert compare.main(["benchmark.py", "--reference", "torch"]) == 2
   assert capsys.readouterr().err.strip() == (
       "--reference=torch needs peft: pip install -e '.[test]'")
+
+
+FAILING = """
+from ddpo_jax.benchmark import side
+from ddpo_jax.types import UserError
+
+class Failing:
+  def decode(self):
+    raise {error}
+
+side.serve(Failing)
+"""
+
+
+@pytest.mark.parametrize("code,message", [
+    (FAILING.format(error="ValueError('no\\nsuch kernel')"),
+     "our side failed: ValueError: no such kernel"),
+    (FAILING.format(error="UserError('sample.eta is wrong')"),
+     "our side failed: sample.eta is wrong"),
+    (FAILING.replace("side.serve(Failing)", "side.serve(lambda: 1 / 0)"),
+     "our side failed: ZeroDivisionError: division by zero"),
+    ("raise SystemExit(3)", "our side ended with status 3; if nothing above says why, it may "
+                            "have been ended for lack of memory")])
+def test_a_side_that_fails_is_one_line(code, message, capfd):
+  side = Side("our side", [sys.executable, "-c", code])
+  with pytest.raises(UserError) as error:
+    side.call("decode")
+  assert str(error.value) == message
+  side.close()
+  shown = capfd.readouterr().err
+  assert shown.splitlines()[0] == "our side: decoding images"
+  assert ("Traceback" in shown) == ("Error: " in message)  # whatever is no error of the user's
+
+
+def test_what_is_measured_is_shown_in_words():
+  methods = {name for name in vars(JaxSide) if not name.startswith("_")}
+  assert methods == set(_DOING)
+
+
+@pytest.mark.parametrize("arguments,says", [
+    (["--config.seed=x"], True), (["--config", "none.py"], False), (["--config=none.py"], False)])
+def test_what_is_measured_without_a_config_is_said(monkeypatch, capsys, arguments, says):
+  assert compare.main(["benchmark.py", *arguments]) == 2
+  *said, error = capsys.readouterr().err.splitlines()
+  assert error.startswith("seed" if says else "--config=none.py")
+  assert len(said) == says
+  if says:
+    assert "Stable Diffusion 1.5" in said[0] and "--config configs/demo.py" in said[0]
+
+
+def test_arguments_may_have_spaces(tmp_path, capsys):
+  """Also in the middle of what looks like an option."""
+  assert compare.main(["benchmark.py", "--config", str(tmp_path / "a --config b.py")]) == 2
+  assert f"{tmp_path}/a --config b.py' does not exist" in capsys.readouterr().err
+
+
+def test_help_names_the_config(capsys):
+  with pytest.raises(SystemExit):
+    compare.main(["benchmark.py", "--help"])
+  assert capsys.readouterr().out.startswith("usage: benchmark.py [--config FILE[:EXPERIMENT]]")
+
+
+@pytest.mark.parametrize("name", ("none/x.json", ".", "file/x.json", "a" * 300, "a\0"))
+def test_an_output_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path, capsys, name):
+  monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("work began"))
+  (tmp_path / "file").write_text("")
+  assert compare.main(["benchmark.py", f"--config={ROOT / 'configs' / 'demo.py'}",
+                       "--output", str(tmp_path / name)]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("--output=") and "must be a file's path" in line
+  assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -46,7 +46,7 @@ def test_cores_share_the_batches_of_one_device():
   assert (two.sample_batch_size, two.train_batch_size) == (64, 32)
   same = dict(num_devices=1, parts=1, sample_batch_size=128, train_batch_size=64)
   assert dataclasses.replace(two, **same) == one
-  assert "2 x cpu (2 cores share each batch)" in dataclasses.replace(
+  assert "1 x cpu (2 cores share each batch)" in dataclasses.replace(
       two, device="cpu").describe()
 
 

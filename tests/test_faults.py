@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import os
 import signal
-import time
 
 import jax
 import jax.numpy as jnp
@@ -150,16 +149,17 @@ def evaluation_fails(monkeypatch):
 
 
 def checkpoint_fails_once(monkeypatch):
-  """As it is written in the background: nothing tells the loop."""
-  finalize = ocp.CheckpointManager._finalize
+  """As its folder is given its name, in the background: nothing tells the loop."""
+  folder = ocp.path.atomicity.AtomicRenameTemporaryPath
+  finalize = folder.finalize
 
-  def fails(self, step, *args):
-    if injection.armed and step == injection.moment:
+  async def fails(self):
+    if injection.armed and self.get_final().name == str(injection.moment):
       injection.armed = False
       raise OSError(errno.ENOSPC, "No space left on device")
-    finalize(self, step, *args)
+    await finalize(self)
 
-  monkeypatch.setattr(ocp.CheckpointManager, "_finalize", fails)
+  monkeypatch.setattr(folder, "finalize", fails)
 
 
 def no_room_for_the_checkpoint(monkeypatch):
@@ -362,7 +362,7 @@ def test_what_becomes_of_later_checkpoints(folder, whole, monkeypatch, capsys):
       run(cfg)
   assert checkpoint.saved_epochs(path) == [2, 1, 0]
   run(dataclasses.replace(cfg, resume_from=str(path / "checkpoints" / "0"), num_epochs=2))
-  assert "Deleting later checkpoints, of epochs 1, 2" in capsys.readouterr().out
+  assert "Deleting later checkpoints: 1, 2" in capsys.readouterr().out
   assert checkpoint.saved_epochs(path) == [1, 0]
 
 
@@ -389,16 +389,8 @@ def test_a_checkpoint_that_failed_is_replaced_by_the_next_epochs(folder, monkeyp
   global injection
   cfg = make_config(folder, "replaced", save_freq=2, num_epochs=4)
   injection = Injection(folder / "replaced", 1, arm)
-  has_failed = checkpoint.Checkpointer.has_failed
-
-  def once_it_has_ended(self, wait=False):
-    while self._manager.is_saving_in_progress():
-      time.sleep(0.01)
-    return has_failed(self, wait)
-
   with monkeypatch.context() as patch:
     checkpoint_fails_once(patch)
-    patch.setattr(checkpoint.Checkpointer, "has_failed", once_it_has_ended)
     run(cfg)
   assert checkpoint.saved_epochs(folder / "replaced") == [3, 2]
   assert "could not be written (" in capsys.readouterr().out
@@ -514,13 +506,14 @@ def test_other_errors_keep_their_traceback(monkeypatch, folder):
 
 
 HEALTHY = {"ratio_drift": 1e-9, "diversity": 0.3, "reward_std": 1.0, "reward_mean": 5.0,
-           "clipfrac": 0.2}
+           "clipfrac": 0.2, "skipped_steps": 1, "loss": 0.01}
 
 
 @pytest.mark.parametrize("trouble,words", [
     ({"ratio_drift": 2e-5}, ("ratio_drift", "train.clip_range=0.0001", "sample.batch_size")),
     ({"diversity": 0.05}, ("diversity=0.05 is down from 0.3", "train.learning_rate")),
     ({"reward_std": 0.0}, ("reward_std=0", "reward_fn=")),
+    ({"skipped_steps": 4, "loss": float("nan")}, ("skipped_steps=4", "nothing was learned")),
     ({"clipfrac": 0.97}, ("clipfrac=0.97", "train.learning_rate=0.01")),
 ])
 def test_trouble_is_said_once(folder, trouble, words):

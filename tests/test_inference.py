@@ -4,12 +4,14 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from small_model import small_config, small_model
 
 from ddpo_jax import checkpoint, inference, lora, train
@@ -128,6 +130,36 @@ def test_outputs_that_cannot_be_written_are_found_first(output, message, tmp_pat
   assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_slash_at_the_end_makes_it_a_folder(run, tmp_path, capsys):
+  """Whatever the name; what was written is said, and what takes long before it does."""
+  sample(f"{tmp_path}/grid.jpg/", run=str(run))
+  assert len(pictures(tmp_path / "grid.jpg")) == 3
+  assert capsys.readouterr().out.splitlines() == [
+      f"Reading the model of {run}", "Compiling, and sampling 3 images in 2 steps",
+      f"Wrote 3 images to {tmp_path}/grid.jpg/"]
+
+
+def test_prompts_of_a_file_come_after_the_others(run, tmp_path, capsys):
+  (tmp_path / "prompts.txt").write_text("a cow\n")
+  sample(tmp_path / "files", run=str(run), prompts=["a dog"],
+         prompts_file=str(tmp_path / "prompts.txt"))
+  assert [p.name for p in sorted((tmp_path / "files").iterdir())] == [
+      "0000_a_dog.png", "0001_a_cow.png"]
+
+
+@pytest.mark.parametrize("part", ("unet", "vae"))
+def test_images_that_are_not_finite_are_not_written(part, tmp_path):
+  """They would be black."""
+  folder = pathlib.Path(shutil.copytree(small_model(), tmp_path / "model"))
+  file = folder / part / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(file)
+  name = {"unet": "conv_in.bias", "vae": "decoder.conv_in.bias"}[part]
+  save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, file)
+  with pytest.raises(UserError, match="--model=.*the base model draws .* not finite numbers"):
+    sample(tmp_path / "grid.jpg", model=str(folder), mixed_precision="no")
+  assert not (tmp_path / "grid.jpg").exists()
+
+
 def test_a_folder_may_have_a_dot_in_its_name(run, tmp_path):
   sample(tmp_path / "images.v2", run=str(run), prompts=PROMPTS[:1])
   assert len(pictures(tmp_path / "images.v2")) == 1
@@ -137,6 +169,14 @@ def test_the_script_takes_its_options(monkeypatch, capsys):
   main = runpy.run_path(str(ROOT / "scripts" / "sample.py"))["main"]
   assert main(["--model", "tinny", "--prompts", "a cat", "--output", "a.jpg"]) == 2
   assert capsys.readouterr().err.startswith("--model='tinny'")
+
+
+@pytest.mark.parametrize("name", ("lora.bin", "lora"))
+def test_a_lora_file_is_called_what_it_is(run, name, tmp_path):
+  with pytest.raises(UserError, match=f"--output=.*{name} must end in .safetensors.*such as .*"
+                                      "/lora.safetensors$"):
+    inference.export(str(run), tmp_path / name)
+  assert not list(tmp_path.iterdir())
 
 
 def test_the_rank_of_an_exported_file_is_its_own(run, tmp_path):

@@ -97,6 +97,7 @@ def test_export_and_import(unet, tiny_sd, golden_lora, tmp_path):
      "belong to no attention"),
     (lambda t: t.update({min(t): np.zeros((4, 5), np.float32)}), "shapes"),
     (lambda t: t.update({min(t): np.zeros(4, np.float32)}), "matrix"),
+    (lambda t: t[min(t)].fill(np.nan), "holds NaN or infinity"),
 ])
 def test_wrong_files_are_refused(unet, golden_lora, tmp_path, change, message):
   lora.export_lora(golden_lora("lora_new"), tmp_path / "lora.safetensors")

@@ -329,7 +329,8 @@ def test_the_same_step(plain_setup, plain, options):
 
 @pytest.fixture(scope="module")
 def scaled():
-  return make(jnp.float16, loss_scaling=True)
+  """By one program, as a run has it: else half of the ratios are clipped at random."""
+  return make(jnp.float16, loss_scaling=True, shared=True, shared_sampler=True)
 
 
 def test_loss_scale_skips_overflow_and_goes_down(scaled):
@@ -352,4 +353,4 @@ def test_loss_scale_leaves_the_gradient_as_it_is(plain, scaled):
                               jax.random.key(0))
   assert float(metrics.skipped) == 0.0
   assert int(after.loss_scale.good_steps) == 1
-  np.testing.assert_allclose(metrics.grad_norm, plain[1].grad_norm, rtol=0.1)
+  np.testing.assert_allclose(metrics.grad_norm, plain[1].grad_norm, rtol=0.01)

@@ -1,8 +1,11 @@
 """Loading: every layout that occurs in the wild, and every way a folder can be wrong."""
 
 import json
+import logging
 import pathlib
 import shutil
+import subprocess
+import sys
 import types
 import unittest.mock
 
@@ -175,6 +178,10 @@ def edit_json(path, **changes):
     (lambda f: (f / f"{UNET}.safetensors").rename(f / f"{UNET}.bin"), "pickled"),
     (lambda f: (f / f"{VAE}.safetensors").write_bytes(b"\x08" * 20), "safetensors"),
     (lambda f: (f / "tokenizer" / "merges.txt").unlink(), "merges.txt"),
+    (lambda f: (f / "tokenizer" / "merges.txt").write_text(""), "merges.txt has no merge rules"),
+    (lambda f: (f / "tokenizer" / "merges.txt").write_text("#version: 0.2\n\n"),
+     "merges.txt has no merge rules"),
+    (lambda f: (f / "tokenizer" / "merges.txt").write_bytes(b"\xff"), "merges.txt cannot be read"),
     (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler_config"),
     (lambda f: edit_json(f / "model_index.json",
                          _class_name="StableDiffusionXLPipeline"), "XLPipeline"),
@@ -333,3 +340,39 @@ def test_hub_refusals_are_told_apart(hub, monkeypatch, at, error, message):
 def test_name_that_no_repository_can_have():
   with pytest.raises(UserError, match="does not exist"):
     load_pretrained("some/mo..del")
+
+
+RETRYING = """
+import logging
+from ddpo_jax.models import hub
+
+logging.basicConfig()  # as importing orbax does
+with hub.retries_in_one_line(), hub.retries_in_one_line():
+  import huggingface_hub.utils
+  log = huggingface_hub.utils.logging.get_logger("huggingface_hub.utils._http")
+  for i in range(5):
+    log.warning(f"'no network' thrown while requesting HEAD https://hub/{i}")
+    log.warning(f"Retrying in {i}s [Retry {i}/5].")
+  log.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
+log.warning("Retrying in 9s [Retry 9/9].")
+"""
+
+
+def test_retries_of_the_hub_are_one_line():
+  """The library says each of them in two lines, and all of it twice."""
+  said = subprocess.run([sys.executable, "-c", RETRYING], capture_output=True, text=True,
+                        check=True).stderr
+  assert said.splitlines()[:2] == [
+      "The hub does not answer, trying again: 'no network' thrown while requesting HEAD "
+      "https://hub/0", "Rate limited. Waiting 60s before retry [Retry 1/5]."]
+  assert said.count("Retrying in 9s") == 2 and len(said.splitlines()) == 4  # as it was
+
+
+def test_downloads_are_retried_in_one_line(hub, monkeypatch):
+  seen = []
+  log = logging.getLogger("huggingface_hub.utils._http")
+  monkeypatch.setattr(huggingface_hub, "list_repo_files",
+                      lambda *args, **kwargs: seen.extend(log.filters) or [])
+  with pytest.raises(UserError):
+    load_pretrained("some/model")
+  assert len(seen) == 1 and not log.filters

@@ -21,7 +21,7 @@ from runs import (
 )
 from small_model import small_model
 
-from ddpo_jax import distributed
+from ddpo_jax import checkpoint, distributed
 from ddpo_jax.types import UserError
 
 EPOCHS = 2
@@ -127,12 +127,14 @@ def test_a_reward_that_fails_on_one_stops_both(whole):
 
 
 def test_a_prompt_that_fails_on_one_stops_both(whole):
+  """In the second epoch. The first is saved, by both."""
+  prompt_fn = "--config.prompt_fn=tests.runs:no_more_prompts_on_process_one"
   codes, errors = finish(start_two(arguments(
-      whole, "no_prompt", "--config.prompt_fn=tests.runs:no_prompt_on_process_one",
-      "--config.per_prompt_stat_tracking=None")))
-  assert codes == [1, 1]
+      whole, "no_prompt", prompt_fn, "--config.prompt_fn_kwargs={}", "--config.eval_freq=0")))
+  assert codes == [1, 1], errors
   assert "OtherProcessFailed" in errors[0]
   assert "no such prompt" in errors[1]
+  assert checkpoint.saved_epochs(whole / "no_prompt") == [0]
 
 
 def test_trouble_of_one_with_what_is_read_reaches_both(tmp_path):

@@ -1,8 +1,10 @@
 """report.html: which charts it has."""
 
+import itertools
 import json
 import re
 
+from matplotlib.figure import Figure
 import pytest
 
 from ddpo_jax import report
@@ -19,7 +21,8 @@ def charts(tmp_path):
   """Writes the report of a run with such metrics; its charts by title."""
   def write(*epochs):
     (tmp_path / "config.json").write_text(json.dumps(
-        {"reward_fn": "vlm_score", "num_epochs": 9, "pretrained": {"model": "tiny"}}))
+        {"reward_fn": "vlm_score", "num_epochs": 9, "pretrained": {"model": "tiny"},
+         "train": {"clip_range": 1e-4}}))
     (tmp_path / "metrics.jsonl").write_text("".join(
         json.dumps({"epoch": i, **METRICS, **each}) + "\n" for i, each in enumerate(epochs)))
     page = report.write_report(tmp_path).read_text()
@@ -28,6 +31,7 @@ def charts(tmp_path):
   return write
 
 
+@pytest.mark.filterwarnings("error")
 def test_every_sign_of_trouble_has_a_chart(charts):
   found = charts({}, {"skipped_steps": 2, "diversity": None}, {})
   assert {title.partition(":")[0] for title in found} >= {
@@ -35,6 +39,64 @@ def test_every_sign_of_trouble_has_a_chart(charts):
   for values, legend in (({}, True), ({"sampler_drift": None}, False)):
     (drift,) = (svg for title, svg in charts(values).items() if title.startswith("Drift"))
     assert ("<!-- sampler_drift -->" in drift) == legend
+
+
+@pytest.fixture
+def drawn(charts, monkeypatch, tmp_path):
+  """Writes a report as `charts` does; the axes of a chart, drawn, by the chart's title."""
+  plots = {}
+  chart = report._chart
+  monkeypatch.setattr(report, "_chart", lambda title, plot, **labels: (
+      plots.update({title: plot}) or chart(title, plot, **labels)))
+
+  def draw(title, epochs=(), rewards=()):
+    (tmp_path / "rewards.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rewards))
+    charts(*epochs)
+    (plot,) = (plot for name, plot in plots.items() if name.startswith(title))
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    plot(axes)
+    figure.canvas.draw()
+    return axes
+
+  return draw
+
+
+@pytest.mark.parametrize("title", ("Reward of each", "Drift", "Seconds"))
+def test_a_legend_covers_no_curve(drawn, title):
+  axes = drawn(title, [{}, {}])
+  assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1
+
+
+def test_drift_is_shown_beside_what_is_tolerated(drawn):
+  axes = drawn("Drift", [{"ratio_drift": 2e-7, "sampler_drift": 2e-7},
+                         {"ratio_drift": 5e-7, "sampler_drift": 5e-7}])
+  styles = {line.get_label(): line.get_linestyle() for line in axes.lines}
+  assert styles["ratio_drift"] != styles["sampler_drift"]  # one on the other, both are seen
+  (tolerance,) = (line for line in axes.lines if line.get_label().startswith("tolerance"))
+  assert tolerance.get_ydata() == pytest.approx([1e-5, 1e-5])  # of clip_range=1e-4
+  assert axes.get_ylim()[1] > 1e-5
+
+
+def test_charts_of_every_section_are_of_one_size(charts, tmp_path):
+  """Two charts in a row for three would be larger, and so would be their text."""
+  charts({}, {})
+  assert "repeat(auto-fill," in (tmp_path / "report.html").read_text()
+
+
+PROMPTS = [f"a yellow square beside a violet square on a {colour} background"
+           for colour in ("white", "black", "green")]
+
+
+def test_prompts_of_one_beginning_are_told_apart(drawn):
+  axes = drawn("Reward of the most", [{}, {}], [
+      {"epoch": i, "prompts": PROMPTS, "rewards": [-3.0, -2.75, -1.5]} for i in range(2)])
+  labels = [label.get_text() for label in axes.get_yticklabels()]
+  assert len(set(labels)) == 3 and all(len(label) == 42 for label in labels)
+  ticks = [label.get_window_extent() for label in axes.get_xticklabels()
+           if label.get_window_extent().x0 < axes.get_window_extent().x1]
+  assert len(ticks) > 2
+  assert all(a.x1 + 5 < b.x0 for a, b in itertools.pairwise(ticks))
 
 
 def test_without_skipped_steps_there_is_no_chart_of_them(charts):

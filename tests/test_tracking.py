@@ -14,6 +14,7 @@ from tensorboardX.proto import event_pb2
 from configs import demo
 from ddpo_jax import tracking
 from ddpo_jax.config import resolve
+from ddpo_jax.run_folder import choose_run_folder
 from ddpo_jax.types import UserError
 
 METRICS = {"reward_mean": -2.5, "reward_std": 0.5, "images_per_second": 3.0,
@@ -39,7 +40,7 @@ def lines_of(run):
 
 
 def test_folder_and_lines(cfg, capsys):
-  run = tracking.choose_run_folder(cfg)
+  run = choose_run_folder(cfg)
   tracker = tracking.Tracker(run, cfg)
   log(tracker, 0)
   log(tracker, 1)
@@ -55,68 +56,8 @@ def test_folder_and_lines(cfg, capsys):
   assert "left" in printed
 
 
-@pytest.mark.parametrize("saved,advice", [(True, r"continue it with resume_from='.*run'"),
-                                          (False, "resume_from='auto'")])
-def test_finished_epochs_are_never_written_over(cfg, saved, advice):
-  run = tracking.choose_run_folder(cfg)
-  tracker = tracking.Tracker(run, cfg)
-  log(tracker, 0)
-  tracker.close()
-  if saved:
-    (run / "checkpoints" / "0").mkdir(parents=True)
-  with pytest.raises(UserError, match=f"run_name='run'.*already holds a run.*{advice}"):
-    tracking.choose_run_folder(cfg)
-  other = dataclasses.replace(cfg, resume_from=str(run.parent / "other"))
-  with pytest.raises(UserError, match=f"run_name='run'.*already holds a run.*{advice}"):
-    tracking.choose_run_folder(other)  # its epochs would take the place of these
-  for again in ("auto", str(run), str(run / "checkpoints" / "0")):
-    assert tracking.choose_run_folder(dataclasses.replace(cfg, resume_from=again)) == run
-
-
-def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg, monkeypatch, capsys):
-  run = tracking.choose_run_folder(cfg)
-  failed = tracking.Tracker(run, cfg)
-  failed.log_eval(0, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
-  (run / "rewards.jsonl").write_text('{"epoch": 0, "prompts": [], "rewards": []}\n')
-  (run / "wandb_id.txt").write_text("failed")
-  with pytest.raises(UserError, match="another run is writing to .*run at the moment"):
-    tracking.choose_run_folder(cfg)
-  failed.close()
-  assert tracking.choose_run_folder(cfg) == run
-  new = tracking.Tracker(run, dataclasses.replace(cfg, seed=7))
-  with pytest.raises(UserError, match="another run is writing"):  # both had found it free
-    tracking.Tracker(run, cfg)
-  monkeypatch.setattr(tracking, "_LOCK_SECONDS", 0.1)
-  with pytest.raises(UserError, match="another run is writing"):  # nor is it continued meanwhile
-    tracking.Tracker(run, dataclasses.replace(cfg, resume_from="auto"))
-  assert "waiting 0.1 s for its end" in capsys.readouterr().out
-  assert json.loads((run / "config.json").read_text())["seed"] == 7
-  assert not list((run / "images").iterdir()) and not (run / "wandb_id.txt").exists()
-  assert (run / "rewards.jsonl").read_text() == ""
-  new.close()
-
-
-def test_without_locks_a_run_may_still_be_in_its_first_epoch(cfg, monkeypatch):
-  """As on some network file systems."""
-  monkeypatch.setitem(sys.modules, "fcntl", None)
-  tracking.Tracker(tracking.choose_run_folder(cfg), cfg).close()
-  with pytest.raises(UserError, match="already holds a run.*resume_from='auto'"):
-    tracking.choose_run_folder(cfg)
-
-
-def test_resuming_without_a_name_goes_on_in_the_same_folder(cfg, tmp_path):
-  for path in ("old", "old/checkpoints", "old/checkpoints/7"):
-    (tmp_path / path).mkdir(parents=True, exist_ok=True)
-    resumed = dataclasses.replace(cfg, run_name="", resume_from=str(tmp_path / path))
-    assert tracking.choose_run_folder(resumed) == tmp_path / "old"
-
-
-def test_a_name_is_made_from_the_time(cfg):
-  assert tracking.choose_run_folder(dataclasses.replace(cfg, run_name="")).name[:2] == "20"
-
-
 def test_resume_drops_epochs_that_will_be_done_again(cfg):
-  run = tracking.choose_run_folder(cfg)
+  run = choose_run_folder(cfg)
   tracker = tracking.Tracker(run, cfg)
   for epoch in range(3):
     tracker.log_eval(epoch, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
@@ -133,7 +74,7 @@ def test_unwritable_logdir_names_the_field(cfg, tmp_path):
   (tmp_path / "file").write_text("")
   bad = dataclasses.replace(cfg, logdir=str(tmp_path / "file"))
   with pytest.raises(UserError, match="logdir"):
-    tracking.Tracker(tracking.choose_run_folder(bad), bad)
+    tracking.Tracker(choose_run_folder(bad), bad)
 
 
 def test_a_failing_wandb_never_stops_the_run(cfg, monkeypatch, capsys):
@@ -144,7 +85,7 @@ def test_a_failing_wandb_never_stops_the_run(cfg, monkeypatch, capsys):
                                Histogram=lambda x: x, Image=lambda x: x)
   monkeypatch.setitem(sys.modules, "wandb", fake)
   online = dataclasses.replace(cfg, wandb=dataclasses.replace(cfg.wandb, mode="offline"))
-  run = tracking.choose_run_folder(online)
+  run = choose_run_folder(online)
   tracker = tracking.Tracker(run, online)
   log(tracker, 0)
   log(tracker, 1)
@@ -154,7 +95,7 @@ def test_a_failing_wandb_never_stops_the_run(cfg, monkeypatch, capsys):
 
 
 def test_tensorboard_has_metrics_histograms_and_images(cfg):
-  run = tracking.choose_run_folder(cfg)
+  run = choose_run_folder(cfg)
   tracker = tracking.Tracker(run, dataclasses.replace(cfg, tensorboard=True))
   log(tracker, 0)
   tracker.log_eval(0, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
@@ -178,7 +119,7 @@ def events(data):
 
 def test_without_tensorboardx_the_run_goes_on(cfg, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  run = tracking.choose_run_folder(cfg)
+  run = choose_run_folder(cfg)
   tracker = tracking.Tracker(run, dataclasses.replace(cfg, tensorboard=True))
   log(tracker, 0)
   tracker.close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import metrics_of, weights_of, without_times
-from small_model import small_config
+from safetensors.numpy import load_file, save_file
+from small_model import small_config, small_model
 
-from ddpo_jax import build, checkpoint, train
+from ddpo_jax import build, checkpoint, lora, train
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import plan_batches
 from ddpo_jax.prompts import get_prompt_fn
@@ -164,12 +166,36 @@ def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tm
     file.write('{"epoch": 3, "rew')  # as a kill in the middle of a line leaves it
   train.train(make_config(num_epochs=4, **changes))
   printed = capsys.readouterr().out
-  assert "going back from epoch 2 to epoch 1" in printed
+  assert "checkpoints/2 is damaged (" in printed and "Trying the one before it" in printed
+  assert f"Resuming after 2 epochs, with checkpoint {run}/checkpoints/1" in printed
   assert f"Keeping the damaged checkpoint as {run / 'checkpoints' / '2.damaged'}" in printed
   assert (run / "checkpoints" / "2.damaged" / "state").is_dir()
   assert without_times(metrics_of(run)[:3]) == without_times(expected)
   assert len(metrics_of(run)) == 4
   np.testing.assert_array_equal(weights_of(run, 2), weights)
+
+
+def test_weights_that_are_not_finite_are_refused(make_config, tmp_path):
+  """They would draw black images, to which any reward gives some number."""
+  folder = shutil.copytree(small_model(), tmp_path / "model")
+  file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(file)
+  tensors["conv_in.bias"][0] = np.nan
+  save_file(tensors, file)
+  with pytest.raises(UserError, match="pretrained.model=.*model': what its UNet predicts is not"):
+    train.train(make_config(**{"pretrained.model": str(folder)}))
+
+
+def test_a_run_takes_the_rank_of_the_lora_that_it_starts_from(make_config, tmp_path, capsys):
+  """Its config.json has that rank, and it is resumed by the same command."""
+  unet = build.load_models(make_config(**{"lora.rank": 2})).unet
+  lora.export_lora(unet, tmp_path / "lora.safetensors")
+  changes = {"lora.init_from": str(tmp_path / "lora.safetensors"), "resume_from": "auto"}
+  run = train.train(make_config(num_epochs=1, **changes))
+  assert "its rank of 2 is taken, not lora.rank=3" in capsys.readouterr().out
+  assert json.loads((run / "config.json").read_text())["lora"]["rank"] == 2
+  train.train(make_config(num_epochs=2, **changes))
+  assert len(metrics_of(run)) == 2
 
 
 @pytest.mark.parametrize("precision", ("fp16", pytest.param("bf16", marks=pytest.mark.slow)))

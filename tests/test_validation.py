@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 import servers
 
 from configs import base
@@ -306,7 +307,6 @@ def test_disk_too_small_for_the_checkpoints(exit_with, monkeypatch, tmp_path, ch
 
 
 def test_lora_of_another_rank_counts_as_it_is(tmp_path):
-  from safetensors.numpy import save_file
   save_file({"unet.a.lora_A.weight": np.zeros((2, 3), np.float32),
              "unet.a.lora_B.weight": np.zeros((5, 2), np.float32)}, tmp_path / "lora.safetensors")
   values = demo_values(tmp_path)
@@ -399,6 +399,48 @@ def test_dry_run_says_what_the_run_would_be(tmp_path, capsys):
   assert "Images per optimizer step" in out and "Memory per device" in out
   assert "The run would be" in out and "Running training" not in out
   assert not (tmp_path / "logs").exists()
+
+
+# What the run would find when it opens the model.
+DAMAGE = {
+    "vocab.json does not exist": lambda f: (f / "tokenizer" / "vocab.json").unlink(),
+    "scheduler_config.json does not exist": lambda f: shutil.rmtree(f / "scheduler"),
+    "merges.txt has no merge rules": lambda f: (f / "tokenizer" / "merges.txt").write_text(""),
+    "in_channels=9": lambda f: change_config(f / "unet", in_channels=9, out_channels=9),
+    "tensors misshapen": lambda f: change_config(f / "vae", block_out_channels=[16, 16])}
+
+
+def change_config(folder, **changes):
+  file = folder / "config.json"
+  file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_dry_run_opens_the_model(exit_with, tmp_path, message):
+  damaged = model(tmp_path / "model", DAMAGE[message])
+  (line,) = exit_with({"pretrained.model": str(damaged)}, "--dry_run")
+  assert message in line
+
+
+def test_dry_run_knows_whether_lora_weights_fit(exit_with, tmp_path):
+  save_file({"unet.a.lora_A.weight": np.zeros((2, 3), np.float32)}, tmp_path / "l.safetensors")
+  (line,) = exit_with({"lora.init_from": str(tmp_path / "l.safetensors")}, "--dry_run")
+  assert "l.safetensors has no " in line
+
+
+def test_dry_run_says_what_the_run_would_go_on_without(tmp_path, monkeypatch, capsys):
+  values = demo_values(tmp_path) | {"tensorboard": True}
+  for there in (True, False):
+    if not there:
+      monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    validation.dry_run(resolve(values))
+    assert ("Warning: tensorboard=True needs" in capsys.readouterr().out) != there
+
+
+def test_a_run_is_no_lora_file(exit_with, tmp_path):
+  (line,) = exit_with({"lora.init_from": str(tmp_path)})
+  assert line == (f"lora.init_from='{tmp_path}' is a folder; must be a .safetensors file, such as "
+                  "scripts/export_lora.py makes of a run")
 
 
 def test_model_size_is_that_of_the_loaded_model(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -18,21 +19,30 @@ from tqdm import tqdm
 from ddpo_jax.benchmark.side import Side, serve
 from ddpo_jax.cli import exit_status, read_config
 from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.files import nearest_existing
 from ddpo_jax.types import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DEFAULT = str(_ROOT / "configs" / "single_gpu.py") + ":compressibility"
+_DEFAULT_IS = """No --config: measuring Stable Diffusion 1.5's shapes in fp16, as in
+configs/single_gpu.py:compressibility. On a CPU that takes hours; --config configs/demo.py is
+the small one.""".replace("\n", " ")
 _JAX = "ddpo_jax"
 _NEEDED = ("torch", "diffusers", "peft", "transformers")  # by scripts/torch_reference.py
 # By itself JAX takes three quarters of a GPU's memory at once, which the other sides need too.
 _SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _LISTED = 20  # of a profile's operations; more are in the JSON file
+_USAGE = """%(prog)s [--config FILE[:EXPERIMENT]] [--config.FIELD=VALUE …] [--rounds N]
+                    [--reference torch] [--torch_compile] [--skip_start] [--profile]
+                    [--output FILE]"""
 _DESCRIPTION = """Measures start, epochs, memory and FLOP of a config, on random weights.
 
-All fields of the config can be set as for train.py. A model that is neither "tiny" nor a
-local folder has Stable Diffusion 1.5's shapes; nothing is downloaded. A whole epoch of a
-large model is long: set sample.num_batches_per_epoch and
-train.gradient_accumulation_steps lower, and the rates stay the same.
+The config is configs/single_gpu.py:compressibility, Stable Diffusion 1.5 on a GPU, or what
+--config names; the small one, for a CPU, is configs/demo.py. All its fields can be set as for
+train.py. A model that is neither "tiny" nor a local folder has Stable Diffusion 1.5's shapes;
+nothing is downloaded. A whole epoch of a large model is long: set
+sample.num_batches_per_epoch and train.gradient_accumulation_steps lower, and the rates stay
+the same.
 """
 
 
@@ -43,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> None:
   options, rest = _parse(argv[1:])
-  if not any(argument.startswith("--config=") for argument in rest):
+  if not any(argument.partition("=")[0] == "--config" for argument in rest):
+    print(_DEFAULT_IS, file=sys.stderr, flush=True)
     rest = [f"--config={_DEFAULT}", *rest]
   cfg = read_config([argv[0], *rest])
   if options.side:
@@ -55,7 +66,7 @@ def _run(argv: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser = argparse.ArgumentParser(
-      prog="benchmark.py", description=_DESCRIPTION, allow_abbrev=False,
+      prog="benchmark.py", usage=_USAGE, description=_DESCRIPTION, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--rounds", type=int, default=3, help="epochs of each side (3)")
   parser.add_argument("--reference", choices=("torch",), action="append",
@@ -74,9 +85,22 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   missing = [name for name in _NEEDED if options.reference and not _is_installed(name)]
   if missing:
     raise UserError(f"--reference=torch needs {', '.join(missing)}: pip install -e '.[test]'")
-  # `--config FILE` -> `--config=FILE`, so that the default can step in.
-  joined = " ".join(rest).replace("--config ", "--config=").split() if rest else []
-  return options, joined
+  if options.output:
+    _check_output(pathlib.Path(options.output))
+  return options, rest
+
+
+def _check_output(output: pathlib.Path) -> None:
+  """Refuses, before anything is measured, what could not be written; makes nothing."""
+  must = "must be a file's path, in a folder that is there and can be written to"
+  try:
+    there = nearest_existing(output)
+  except (OSError, ValueError) as error:  # a name that is too long, a NUL
+    raise UserError(f"--output={output!s:.200} cannot be a path: {error}; {must}") from error
+  path = output.absolute()
+  is_right = not there.is_dir() if there == path else there == path.parent and there.is_dir()
+  if not is_right or not os.access(there, os.W_OK):
+    raise UserError(f"--output={output} cannot be written; {must}")
 
 
 def _is_installed(module: str) -> bool:
@@ -149,7 +173,7 @@ def start_sides(ours: Sequence[str], command: Sequence[str], options: argparse.N
 def run_rounds(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, Any]]]:
   """Epochs of each side in turn; the first of each, which compiles, is not counted.
 
-  A side that ends, for lack of memory or of what `torch.compile` needs, is left out, if it
+  A side that fails, for lack of memory or of what `torch.compile` needs, is left out, if it
   is not the first.
   """
   epochs: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
@@ -157,7 +181,7 @@ def run_rounds(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, A
     for side in [side for side in sides if side.name in epochs]:
       try:
         epoch = side.call("epoch")
-      except RuntimeError as error:
+      except UserError as error:
         if side is sides[0]:
           raise
         print(f"{error}; going on without it", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import importlib.resources
 import json
 import os
@@ -14,7 +15,22 @@ import sys
 import time
 from typing import Any
 
+from ddpo_jax.messages import one_line, with_type
+from ddpo_jax.types import UserError
+
+# What a method of a side does, as it is shown while it does it.
+_DOING = {
+    "first_step": "starting, up to the first optimizer step",
+    "describe": "starting, and looking at the device",
+    "epoch": "an epoch of sampling, rewards and training",
+    "memory": "how much memory was taken at most",
+    "decode": "decoding images",
+    "jpeg": "JPEG rewards of 256 images",
+    "matmul_peak": "the speed of a large matrix product",
+    "flops": "how many operations one sample takes",
+    "profile": "which operations take the time of another epoch"}
 _STARTED = "DDPO_JAX_BENCHMARK_STARTED"  # when a side's process was started
+_FAILED = "failed"  # of an answer: why there is no other
 # Stable Diffusion 1.5, as its folder says it. `attention_head_dim` is the number of heads.
 STABLE_DIFFUSION_15: Mapping[str, Mapping[str, Any]] = {
     "unet": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
@@ -44,16 +60,30 @@ def model_configs(model: str) -> Mapping[str, Mapping[str, Any]]:
 
 
 def serve(make_side: Callable[[], Any]) -> None:
-  """Answers each line of standard input, a method's name, with its result as JSON."""
+  """Answers each line of standard input, a method's name, with its result as JSON.
+
+  What the side raises ends it; the last answer is then what its counterpart is to say.
+  """
   replies = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # what libraries print must not get among the replies
-  side = make_side()
-  for line in sys.stdin:
-    result = getattr(side, line.strip())()
-    if line.strip() == "first_step":
-      result["seconds"] = time.time() - float(os.environ[_STARTED])
+
+  def reply(result: Mapping[str, Any]) -> None:
     replies.write(json.dumps(result) + "\n")
     replies.flush()
+
+  try:
+    side = make_side()
+    for line in sys.stdin:
+      result = getattr(side, line.strip())()
+      if line.strip() == "first_step":
+        result["seconds"] = time.time() - float(os.environ[_STARTED])
+      reply(result)
+  except UserError as error:
+    reply({_FAILED: one_line(error)})
+    sys.exit(1)  # its counterpart says it
+  except Exception as error:
+    reply({_FAILED: with_type(error)})
+    raise
 
 
 def peak_rss() -> int:
@@ -79,18 +109,24 @@ class Side:
     """Lets the side do something.
 
     Raises:
-      RuntimeError: if its process has ended; its own message is on standard error.
+      UserError: if it fails, or its process has ended.
     """
-    print(f"{self.name}: {method}", file=sys.stderr, flush=True)
-    try:
+    print(f"{self.name}: {_DOING.get(method, method)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # it may have failed, and said why
       self._calls.write(method + "\n")
       self._calls.flush()
-      return json.loads(self._replies.readline())
-    except (BrokenPipeError, json.JSONDecodeError):
-      raise RuntimeError(f"{self.name} ended with status {self._process.wait()}") from None
+    try:
+      result = json.loads(self._replies.readline())
+    except json.JSONDecodeError:
+      raise UserError(f"{self.name} ended with status {self._process.wait()}; if nothing above "
+                      "says why, it may have been ended for lack of memory") from None
+    if _FAILED in result:
+      raise UserError(f"{self.name} failed: {result[_FAILED]}")
+    return result
 
   def close(self) -> None:
-    self._calls.close()
+    with contextlib.suppress(BrokenPipeError):
+      self._calls.close()
     self._process.wait()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import fnmatch
 import importlib.resources
+import logging
 import os
 import pathlib
 import re
@@ -26,6 +28,8 @@ WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_mod
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
                     "special_tokens_map.json", "added_tokens.json")
 _PICKLED = (".bin", ".ckpt")
+# huggingface_hub's, and the one below it that warns of requests that failed.
+_HUB_LOGGERS = ("huggingface_hub", "huggingface_hub.utils._http")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +133,11 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
 def _download(repo: str, revision: str | None, kind: Repository) -> pathlib.Path:
   """Downloads what is needed of a hub repository, each weight in one variant only."""
   try:
-    names = huggingface_hub.list_repo_files(repo, revision=revision)
-    kind.check_not_pickled(repo, names)
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        repo, revision=revision, allow_patterns=kind.choose(names)))
+    with retries_in_one_line():
+      names = huggingface_hub.list_repo_files(repo, revision=revision)
+      kind.check_not_pickled(repo, names)
+      return pathlib.Path(huggingface_hub.snapshot_download(
+          repo, revision=revision, allow_patterns=kind.choose(names)))
   except UserError:
     raise
   except hub_errors.GatedRepoError:
@@ -149,6 +154,43 @@ def _download(repo: str, revision: str | None, kind: Repository) -> pathlib.Path
                     "'owner/name'") from None
   except Exception as error:  # no network, in one of the ways of several HTTP libraries
     return _from_cache(repo, revision, kind, error)
+
+
+@contextlib.contextmanager
+def retries_in_one_line() -> Iterator[None]:
+  """A context in which the hub's library says but once that it tries again, and in one line.
+
+  Its logger has a handler of its own and passes on to the root's, which has one as soon as
+  orbax is imported: it said everything twice, two lines for each of five tries.
+  """
+  library, requests = (logging.getLogger(name) for name in _HUB_LOGGERS)
+  if any(isinstance(each, _FirstRetry) for each in requests.filters):  # in another context
+    yield
+    return
+  propagate, first = library.propagate, _FirstRetry()
+  library.propagate = False
+  requests.addFilter(first)
+  try:
+    yield
+  finally:
+    requests.removeFilter(first)
+    library.propagate = propagate
+
+
+class _FirstRetry(logging.Filter):
+  """Lets through the first of the warnings of requests that failed, in other words."""
+
+  _seen = False
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    if "thrown while requesting" not in text and not text.startswith("Retrying in"):
+      return True
+    if self._seen:
+      return False
+    self._seen = True
+    record.msg, record.args = f"The hub does not answer, trying again: {text}", ()
+    return True
 
 
 def _from_cache(repo: str, revision: str | None, kind: Repository, error: Exception

@@ -184,6 +184,17 @@ def _check_pipeline(folder: pathlib.Path) -> None:
                     f"supported; must be one of {', '.join(_PIPELINES)}")
 
 
+def _check_merges(file: pathlib.Path) -> None:
+  """Refuses a file without rules, with which every word would become its single letters."""
+  try:
+    lines = file.read_text(encoding="utf-8").splitlines()
+  except (OSError, ValueError) as error:
+    raise UserError(f"{file} cannot be read: {one_line(error)}; must be the tokenizer's "
+                    "merge rules") from error
+  if not any(line.strip() for line in lines if not line.startswith("#version")):
+    raise UserError(f"{file} has no merge rules; must have one on each line")
+
+
 def _load_tokenizer(folder: pathlib.Path):
   # Without torch, transformers says that models need it. Here only its tokenizer is read.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -194,6 +205,7 @@ def _load_tokenizer(folder: pathlib.Path):
       if not (folder / name).is_file():
         raise UserError(f"{folder / name} does not exist; a tokenizer's folder "
                         "must have it")
+    _check_merges(folder / "merges.txt")
   try:
     return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
   except Exception as error:  # the library raises a different type for each damage

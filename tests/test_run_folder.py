@@ -1,0 +1,134 @@
+"""Which folder a run writes to, and that no other run writes there at the same time."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from configs import demo
+from ddpo_jax import run_folder, tracking
+from ddpo_jax.config import resolve
+from ddpo_jax.run_folder import choose_run_folder, claim
+from ddpo_jax.types import UserError
+
+
+@pytest.fixture
+def cfg(tmp_path):
+  config = demo.get_config()
+  config.logdir, config.run_name, config.num_epochs = str(tmp_path), "run", 3
+  return resolve(config)
+
+
+@pytest.mark.parametrize("saved,advice", [(True, r"continue it with resume_from='.*run'"),
+                                          (False, "resume_from='auto'")])
+def test_finished_epochs_are_never_written_over(cfg, saved, advice):
+  run = choose_run_folder(cfg)
+  tracking.Tracker(run, cfg).close()
+  (run / "metrics.jsonl").write_text('{"epoch": 0}\n')
+  if saved:
+    (run / "checkpoints" / "0").mkdir(parents=True)
+  with pytest.raises(UserError, match=f"run_name='run'.*already holds a run.*{advice}"):
+    choose_run_folder(cfg)
+  other = dataclasses.replace(cfg, resume_from=str(run.parent / "other"))
+  with pytest.raises(UserError, match=f"run_name='run'.*already holds a run.*{advice}"):
+    choose_run_folder(other)  # its epochs would take the place of these
+  for again in ("auto", str(run), str(run / "checkpoints" / "0")):
+    assert choose_run_folder(dataclasses.replace(cfg, resume_from=again)) == run
+
+
+def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg):
+  run = choose_run_folder(cfg)
+  held = claim(run, cfg)
+  failed = tracking.Tracker(run, cfg)
+  failed.log_eval(0, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
+  (run / "rewards.jsonl").write_text('{"epoch": 0, "prompts": [], "rewards": []}\n')
+  (run / "wandb_id.txt").write_text("failed")
+  with pytest.raises(UserError, match="another run is writing to .*run at the moment"):
+    choose_run_folder(cfg)
+  failed.close()
+  held.release()
+  assert choose_run_folder(cfg) == run
+  claimed = claim(run, cfg)
+  tracking.Tracker(run, dataclasses.replace(cfg, seed=7)).close()
+  assert json.loads((run / "config.json").read_text())["seed"] == 7
+  assert not list((run / "images").iterdir()) and not (run / "wandb_id.txt").exists()
+  assert (run / "rewards.jsonl").read_text() == ""
+  claimed.release()
+
+
+def test_one_run_at_a_time(cfg, monkeypatch, capsys):
+  """Neither begins where another one is at work, nor continues it before its end."""
+  run = choose_run_folder(cfg)
+  first = claim(run, cfg)
+  with pytest.raises(UserError, match="another run is writing"):  # both had found it free
+    claim(run, cfg)
+  resuming = dataclasses.replace(cfg, resume_from="auto")
+  monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.1)
+  with pytest.raises(UserError, match="another run is writing"):
+    claim(run, resuming)
+  assert "waiting up to 0.1 s for its end" in capsys.readouterr().out
+  monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 60)
+  monkeypatch.setattr("time.sleep", lambda seconds: first.release())
+  claim(run, resuming).release()
+
+
+def test_a_run_that_ends_before_it_writes_leaves_no_folder(cfg):
+  run = choose_run_folder(cfg)
+  claim(run, cfg).release()
+  assert not run.exists()
+  kept = claim(run, cfg)
+  (run / "config.json").write_text("{}")
+  kept.release()
+  assert run.exists()
+
+
+def test_runs_named_by_the_same_second_have_folders_of_their_own(cfg):
+  unnamed = dataclasses.replace(cfg, run_name="")
+  run = choose_run_folder(unnamed, "2026.01.01_00.00.00")
+  claims = [claim(run, unnamed) for _ in range(3)]
+  assert [each.path.name.removeprefix(run.name) for each in claims] == ["", "_2", "_3"]
+  for each in claims:
+    each.release()
+
+
+def test_probes_of_one_runs_processes_do_not_meet(cfg, monkeypatch):
+  """All of them look whether another run is at work, at the same time."""
+  run = choose_run_folder(cfg)
+  tracking.Tracker(run, cfg).close()
+  close = run_folder.os.close
+
+  def probe_again(descriptor):
+    monkeypatch.setattr(run_folder.os, "close", close)
+    assert choose_run_folder(cfg) == run  # while the first one's lock is held
+    close(descriptor)
+
+  monkeypatch.setattr(run_folder.os, "close", probe_again)
+  assert choose_run_folder(cfg) == run
+
+
+def test_unwritable_logdir_names_the_field(cfg, tmp_path):
+  (tmp_path / "file").write_text("")
+  bad = dataclasses.replace(cfg, logdir=str(tmp_path / "file"))
+  with pytest.raises(UserError, match="logdir"):
+    claim(choose_run_folder(bad), bad)
+
+
+def test_without_locks_a_run_may_still_be_in_its_first_epoch(cfg, monkeypatch):
+  """As on some network file systems."""
+  monkeypatch.setitem(sys.modules, "fcntl", None)
+  tracking.Tracker(choose_run_folder(cfg), cfg).close()
+  with pytest.raises(UserError, match="already holds a run.*resume_from='auto'"):
+    choose_run_folder(cfg)
+
+
+def test_resuming_without_a_name_goes_on_in_the_same_folder(cfg, tmp_path):
+  for path in ("old", "old/checkpoints", "old/checkpoints/7"):
+    (tmp_path / path).mkdir(parents=True, exist_ok=True)
+    resumed = dataclasses.replace(cfg, run_name="", resume_from=str(tmp_path / path))
+    assert choose_run_folder(resumed) == tmp_path / "old"
+
+
+def test_a_name_is_made_from_the_time(cfg):
+  assert choose_run_folder(dataclasses.replace(cfg, run_name="")).name[:2] == "20"
