@@ -10,7 +10,9 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))  # for `configs`
 
-from ddpo_jax.benchmark import compare  # noqa: E402
+from ddpo_jax import interrupt  # noqa: E402
 
 if __name__ == "__main__":
+  interrupt.end_at_signals()
+  from ddpo_jax.benchmark import compare  # slow: only once a signal is answered
   sys.exit(compare.main(sys.argv))
