@@ -93,8 +93,9 @@ def train(cfg: Config) -> pathlib.Path:
       say(f"Deleting later checkpoints: {', '.join(map(str, dropped))}")
     say(f"Writing to {run}")
     run_epochs(trainer, tracker, checkpointer, first_epoch, stop, started)
-  say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
-      f"scripts/sample.py --run {run} draws from the result")
+  if first_epoch < cfg.num_epochs:
+    say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
+        f"scripts/sample.py --run {run} draws from the result")
   return run
 
 
