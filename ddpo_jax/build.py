@@ -15,7 +15,8 @@ import numpy as np
 import optax
 
 from ddpo_jax import advantages, diagnostics, distributed, lora, memory, update
-from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.batches import BatchPlan
+from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.devices import AXIS, host_memory, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule

@@ -18,8 +18,9 @@ import orbax.checkpoint as ocp
 
 from ddpo_jax import distributed
 from ddpo_jax.console import say
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
-from ddpo_jax.types import TrainState, UserError
+from ddpo_jax.types import TrainState
 
 FORMAT_VERSION = 1
 

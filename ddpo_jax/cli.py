@@ -16,9 +16,9 @@ import ml_collections
 from ddpo_jax.config import Config, fields_of
 from ddpo_jax.config import inspect as inspect_config
 from ddpo_jax.console import write
+from ddpo_jax.errors import Interrupted, UserError
 from ddpo_jax.messages import one_line, place, with_type
 from ddpo_jax.overrides import override, unquoted
-from ddpo_jax.types import Interrupted, UserError
 
 USAGE_ERROR = 2
 _HELP = ("--help", "-h")

@@ -1,4 +1,4 @@
-"""ml_collections config -> frozen, validated dataclasses; and the batch arithmetic.
+"""ml_collections config -> frozen, validated dataclasses.
 
 Imports nothing slow, so that a mistake in a config is answered at once.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import ml_collections
 
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -620,69 +620,3 @@ def _flat_arguments(arguments: Mapping[str, Any], of_several: bool,
     elif name not in _ARGUMENTS_MAY_CHANGE and not _SECRET_NAME.search(name):
       flat[prefix + name] = value
   return flat
-
-
-def largest_part(size: int, limit: int) -> int:
-  """The largest size up to `limit` of which equal parts make up `size`."""
-  return max(n for n in range(1, min(limit, size) + 1) if size % n == 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-  """What the batch sizes come to on the devices there are."""
-
-  num_epochs: int
-  num_devices: int
-  parts: int  # so many devices share one batch of the config
-  sample_batch_size: int  # per device
-  train_batch_size: int  # per device
-  gradient_accumulation_steps: int
-  num_inner_epochs: int
-  samples_per_epoch: int
-  train_batch_size_total: int
-  steps_per_inner_epoch: int
-  num_train_timesteps: int
-  device: str = "device"  # its name
-
-  @classmethod
-  def create(cls, cfg: Config, num_devices: int, parts: int = 1) -> BatchPlan:
-    """Does the arithmetic of a resolved config, whose sizes are known to divide.
-
-    Args:
-      cfg: the config.
-      num_devices: in the mesh.
-      parts: so many devices share one batch of the config; divides both batch sizes.
-    """
-    sample_batch, train_batch = (cfg.sample.batch_size // parts, cfg.train.batch_size // parts)
-    samples = sample_batch * cfg.sample.num_batches_per_epoch * num_devices
-    total = train_batch * cfg.train.gradient_accumulation_steps * num_devices
-    return cls(
-        num_epochs=cfg.num_epochs, num_devices=num_devices, parts=parts,
-        sample_batch_size=sample_batch, train_batch_size=train_batch,
-        gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
-        num_inner_epochs=cfg.train.num_inner_epochs, samples_per_epoch=samples,
-        train_batch_size_total=total, steps_per_inner_epoch=samples // total,
-        num_train_timesteps=int(cfg.sample.num_steps * cfg.train.timestep_fraction))
-
-  @property
-  def optimizer_steps_per_epoch(self) -> int:
-    return self.steps_per_inner_epoch * self.num_inner_epochs
-
-  def describe(self, heading: str = "Running training") -> str:
-    """What is printed before training, as ddpo-pytorch does."""
-    shared = f" ({self.parts} cores share each batch)" if self.parts > 1 else ""
-    lines = {
-        "Number of epochs": self.num_epochs,
-        "Devices": f"{self.num_devices // self.parts} x {self.device}{shared}",
-        "Sample batch size per device": self.sample_batch_size * self.parts,
-        "Train batch size per device": self.train_batch_size * self.parts,
-        "Gradient accumulation steps": self.gradient_accumulation_steps,
-        "Images per epoch": self.samples_per_epoch,
-        "Images per optimizer step (all devices, accumulated)":
-            self.train_batch_size_total,
-        "Timesteps trained per image": self.num_train_timesteps,
-        "Optimizer steps per inner epoch": self.steps_per_inner_epoch,
-        "Inner epochs": self.num_inner_epochs,
-    }
-    return "\n".join([f"***** {heading} *****",
-                      *(f"  {name} = {value}" for name, value in lines.items())])

@@ -11,9 +11,10 @@ import os
 import jax
 import jax.numpy as jnp
 
-from ddpo_jax.config import BatchPlan, Config, largest_part
+from ddpo_jax.batches import BatchPlan, largest_part
+from ddpo_jax.config import Config
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
-from ddpo_jax.types import UserError
 
 AXIS = "data"  # of the mesh, over every device of every process
 # With fewer samples of a microbatch a core does not gain what its copy of the weights takes.

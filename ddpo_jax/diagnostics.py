@@ -13,8 +13,9 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
-from ddpo_jax.config import Config, largest_part
-from ddpo_jax.types import UserError
+from ddpo_jax.batches import largest_part
+from ddpo_jax.config import Config
+from ddpo_jax.errors import UserError
 
 _SIDE = 16  # pixels to which images are shrunk before they are compared
 _MOST_IMAGES = 128  # that are compared, each with each

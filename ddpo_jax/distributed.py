@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from ddpo_jax.config import DistributedConfig
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 
 class OtherProcessFailed(RuntimeError):

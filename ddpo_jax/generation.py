@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ddpo_jax import folding
-from ddpo_jax.config import largest_part
+from ddpo_jax.batches import largest_part
 from ddpo_jax.devices import AXIS, compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context

@@ -31,6 +31,7 @@ from ddpo_jax.devices import compiler_options, host_memory
 from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder
+from ddpo_jax.errors import UserError
 from ddpo_jax.files import nearest_existing
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, TINY, WEIGHT_NAMES, find_weights, resolve
@@ -39,7 +40,6 @@ from ddpo_jax.models.unet import UNet2DConditionModel
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.models.weights import load_module, save_module
 from ddpo_jax.prompts import load_lines
-from ddpo_jax.types import UserError
 
 _PICTURES = (".jpg", ".jpeg", ".png")
 _LORA_FILE = ".safetensors"

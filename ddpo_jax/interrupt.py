@@ -11,6 +11,8 @@ import os
 import signal
 import threading
 
+from ddpo_jax.errors import Interrupted
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STANDARD_ERROR = 2
 
@@ -25,10 +27,10 @@ class Stop:
 
   def check(self) -> None:
     """Raises Interrupted if so, on all processes; called where everything is at rest."""
-    from ddpo_jax import distributed, types  # import JAX, which is there already in a run
+    from ddpo_jax import distributed  # imports JAX, which is there already in a run
     signum = distributed.largest(self.signum or 0)
     if signum:
-      raise types.Interrupted(signum)
+      raise Interrupted(signum)
 
 
 @contextlib.contextmanager

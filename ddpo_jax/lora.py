@@ -19,9 +19,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
 from ddpo_jax.models.weights import save_tensors
-from ddpo_jax.types import UserError
 
 FORMATS = ("diffusers", "kohya")
 

@@ -8,9 +8,9 @@ import json
 import pathlib
 from typing import Any, TypeVar
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.ops.activations import ACTIVATIONS
-from ddpo_jax.types import UserError
 
 T = TypeVar("T")
 

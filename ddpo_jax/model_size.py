@@ -12,10 +12,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ddpo_jax.config import Config
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
 from ddpo_jax.models import hub
-from ddpo_jax.types import UserError
 
 _PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
 

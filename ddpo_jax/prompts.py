@@ -19,8 +19,9 @@ import numpy as np
 
 from ddpo_jax import tiny_scenes, words
 from ddpo_jax.config import masked, shown
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line, place, with_type
-from ddpo_jax.types import PromptFn, UserError
+from ddpo_jax.types import PromptFn
 
 _MODULE = re.compile(r"\w+(\.\w+)*")
 # What is checked of arguments, where a function says that they are nothing else.

@@ -13,7 +13,7 @@ import time
 from ddpo_jax import checkpoint, distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 _LOCK_SECONDS = 30  # for which a run waits for the end of the one that it continues
 

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
+from ddpo_jax.errors import UserError
 from ddpo_jax.files import write_atomically
 from ddpo_jax.loggers import WANDB_ID, Loggers
-from ddpo_jax.types import UserError
 
 _GRID_IMAGES = 32  # most images in one grid
 _GRID_COLUMNS = 8

@@ -30,10 +30,11 @@ from ddpo_jax.build import EVAL_STREAM, SHUFFLE_STREAM, Trainer, build, open_mod
 from ddpo_jax.config import Config, check_continues
 from ddpo_jax.console import hide_bars, say
 from ddpo_jax.devices import AXIS, configure_devices, plan_batches
+from ddpo_jax.errors import UserError
 from ddpo_jax.interrupt import Stop, interruptible
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.shared_program import SharedProgram
-from ddpo_jax.types import Batch, TrainState, UserError
+from ddpo_jax.types import Batch, TrainState
 
 P = jax.sharding.PartitionSpec
 

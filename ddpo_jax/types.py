@@ -1,4 +1,4 @@
-"""The data that passes between the parts of the program, and the errors that end it."""
+"""The data that passes between the parts of the program, and the functions that users give it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ import jax
 from jaxtyping import Array, Float, Float32, Int, UInt8
 import numpy as np
 import optax
-
-
-class UserError(Exception):
-  """An input that the user can correct.
-
-  The message is one line that names the field, the value and what would be right.
-  Scripts print it on standard error and exit with status 2.
-  """
-
-
-class Interrupted(Exception):
-  """A signal asked the run to stop, and what was computed has been saved."""
-
-  def __init__(self, signum: int):
-    super().__init__(f"stopped by signal {signum}")
-    self.signum = signum
 
 
 @runtime_checkable

@@ -19,9 +19,11 @@ from flax import nnx
 import jax
 
 from ddpo_jax import checkpoint, distributed, lora, run_folder
-from ddpo_jax.config import BatchPlan, Config, check_continues, fields_of, masked, shown
+from ddpo_jax.batches import BatchPlan
+from ddpo_jax.config import Config, check_continues, fields_of, masked, shown
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_devices, plan_batches
+from ddpo_jax.errors import UserError
 from ddpo_jax.files import nearest_existing
 from ddpo_jax.messages import place, with_type
 from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
@@ -30,7 +32,7 @@ from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import get_prompt_fn, sample_rng
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
 from ddpo_jax.rewards.metadata import check_metadata
-from ddpo_jax.types import PromptFn, RewardFn, UserError
+from ddpo_jax.types import PromptFn, RewardFn
 
 T = TypeVar("T")
 

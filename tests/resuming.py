@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from configs import demo
 from ddpo_jax import build, checkpoint, diagnostics, distributed, train, update
-from ddpo_jax.config import BatchPlan, resolve
-from ddpo_jax.types import UserError
+from ddpo_jax.batches import BatchPlan
+from ddpo_jax.config import resolve
+from ddpo_jax.errors import UserError
 
 NEWEST = 3
 

@@ -14,9 +14,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.rewards import aesthetic_head
 from ddpo_jax.rewards.aesthetic_head import load_aesthetic_head, read_tensors
-from ddpo_jax.types import UserError
 
 PUBLIC = conftest.SHARED_DATA / "sac+logos+ava1-l14-linearMSE.pth"
 needs_public_file = pytest.mark.skipif(

@@ -18,8 +18,8 @@ from ddpo_jax.benchmark import compare, flops, profile
 from ddpo_jax.benchmark.jax_side import JaxSide
 from ddpo_jax.benchmark.side import _DOING, Side
 from ddpo_jax.config import resolve
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
-from ddpo_jax.types import UserError
 
 
 @pytest.mark.slow  # a minute
@@ -172,7 +172,7 @@ def test_a_reference_that_is_not_installed_is_refused(monkeypatch, capsys):
 
 FAILING = """
 from ddpo_jax.benchmark import side
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 class Failing:
   def decode(self):

@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ddpo_jax import checkpoint, lora, update
+from ddpo_jax.errors import UserError
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
-from ddpo_jax.types import UserError
 
 SD15 = UNetConfig(cross_attention_dim=768)
 

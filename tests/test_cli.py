@@ -10,7 +10,7 @@ import pytest
 
 from ddpo_jax import cli
 from ddpo_jax.config import PerPromptStatTrackingConfig
-from ddpo_jax.types import Interrupted, UserError
+from ddpo_jax.errors import Interrupted, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = str(ROOT / "configs" / "demo.py")
@@ -252,3 +252,13 @@ def test_process_says_one_line_and_exits_2(tmp_path):
   assert done.returncode == 2
   assert "cannot be imported" in done.stderr and len(done.stderr.splitlines()) == 1
   assert not (tmp_path / "logs").exists()
+
+
+def test_jax_is_imported_only_once_it_is_needed():
+  """Help, and what is wrong with a config, are there at once."""
+  modules = ("cli", "benchmark.compare", "benchmark.side", "diagnostics", "interrupt", "report")
+  imports = "; ".join(f"import ddpo_jax.{module}" for module in modules)
+  done = subprocess.run(
+      [sys.executable, "-c", f"import sys; {imports}; print(sorted(sys.modules))"], cwd=ROOT,
+      capture_output=True, text=True, check=True)
+  assert not {"'jax'", "'flax'", "'torch'"} & set(done.stdout.strip("[]\n").split(", "))

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_clip
 from ddpo_jax.rewards import check_rewards
 from ddpo_jax.rewards import clip as clip_rewards
 from ddpo_jax.rewards.clip import make_aesthetic_score, make_clip_score, make_pick_score
-from ddpo_jax.types import UserError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,9 @@ import re
 import pytest
 
 from configs import base, demo, dgx, single_gpu
-from ddpo_jax.config import BatchPlan, check_continues, field_type, resolve
-from ddpo_jax.types import UserError
+from ddpo_jax.batches import BatchPlan
+from ddpo_jax.config import check_continues, field_type, resolve
+from ddpo_jax.errors import UserError
 
 EXPERIMENTS = [base.get_config,
                *(functools.partial(dgx.get_config, name) for name in dgx.EXPERIMENTS),

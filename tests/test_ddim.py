@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpo_jax.diffusion import DDIMSchedule, NoiseSchedule, ddim_step
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ from small_model import small_model
 
 from configs import base
 from ddpo_jax import build, devices, train
-from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.batches import BatchPlan
+from ddpo_jax.config import resolve
 from ddpo_jax.devices import compiler_options, usable_cores
+from ddpo_jax.errors import UserError
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
-from ddpo_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = 16

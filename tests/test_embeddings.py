@@ -10,7 +10,8 @@ import pytest
 from small_model import small_config
 
 from ddpo_jax import embeddings, train
-from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.batches import BatchPlan
+from ddpo_jax.config import resolve
 from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards

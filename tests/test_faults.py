@@ -22,9 +22,9 @@ from small_model import small_config
 from ddpo_jax import checkpoint, cli, diagnostics, tracking, train
 from ddpo_jax.advantages import PerPromptStatTracker
 from ddpo_jax.config import resolve
+from ddpo_jax.errors import Interrupted, UserError
 from ddpo_jax.rewards.llava import make_llava_bertscore
 from ddpo_jax.rewards.remote import RewardError
-from ddpo_jax.types import Interrupted, UserError
 
 EPOCHS = 3
 

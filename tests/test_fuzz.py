@@ -21,9 +21,9 @@ from safetensors.numpy import save
 from configs import base
 from ddpo_jax import cli, lora, model_size, prompts, validation
 from ddpo_jax.config import inspect, resolve
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import hub
 from ddpo_jax.rewards import aesthetic_head, llava, remote
-from ddpo_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -16,8 +16,8 @@ from small_model import small_config, small_model
 
 from ddpo_jax import checkpoint, inference, lora, train
 from ddpo_jax.config import resolve
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_pretrained
-from ddpo_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["a cat", "a dog", "a cow"]

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from ddpo_jax import cli, interrupt
-from ddpo_jax.types import Interrupted
+from ddpo_jax.errors import Interrupted
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECONDS = 60  # for what takes one, on a busy machine

@@ -12,8 +12,8 @@ from PIL import Image
 import pytest
 import servers
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.rewards import llava, remote
-from ddpo_jax.types import UserError
 
 QUESTIONS = ["How many cats are there in this image?", "What animal is in this image?"]
 FAST = {"timeout": 10.0, "time_limit": 20.0, "backoff": 0.01}

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ddpo_jax import lora
+from ddpo_jax.errors import UserError
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
-from ddpo_jax.types import UserError
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from small_model import small_model, with_weights
 
 from configs import base
 from ddpo_jax import folding, lora, train, update
-from ddpo_jax.config import BatchPlan, resolve
+from ddpo_jax.batches import BatchPlan
+from ddpo_jax.config import resolve
 from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.schedule import NoiseSchedule

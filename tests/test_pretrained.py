@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import hub as model_hub
 from ddpo_jax.models import load_pretrained, pretrained, weights
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
-from ddpo_jax.types import UserError
 
 TINY = pathlib.Path(__file__).parent / "golden" / "tiny-sd"
 UNET = "unet/diffusion_pytorch_model"

@@ -22,7 +22,7 @@ from runs import (
 from small_model import small_model
 
 from ddpo_jax import checkpoint, distributed
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 EPOCHS = 2
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.prompts import PROMPT_FUNCTIONS, draw_prompts, get_prompt_fn, load_lines
-from ddpo_jax.types import UserError
 
 
 def two_words(rng, words=("red", "blue")):

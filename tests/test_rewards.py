@@ -11,6 +11,7 @@ import PIL
 import pytest
 
 from ddpo_jax import tiny_scenes
+from ddpo_jax.errors import UserError
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.rewards import (
   REWARD_FACTORIES,
@@ -21,7 +22,6 @@ from ddpo_jax.rewards import (
 )
 from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rewards.info import InfoCollector
-from ddpo_jax.types import UserError
 
 PROMPTS = ["a cat", "a dog", "a cow"]
 

@@ -6,7 +6,7 @@ import pytest
 from tqdm import tqdm
 
 from ddpo_jax import rollout
-from ddpo_jax.types import Interrupted
+from ddpo_jax.errors import Interrupted
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from configs import demo
 from ddpo_jax import run_folder, tracking
 from ddpo_jax.config import resolve
+from ddpo_jax.errors import UserError
 from ddpo_jax.run_folder import choose_run_folder, claim
-from ddpo_jax.types import UserError
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from tensorboardX.proto import event_pb2
 from configs import demo
 from ddpo_jax import tracking
 from ddpo_jax.config import resolve
+from ddpo_jax.errors import UserError
 from ddpo_jax.run_folder import choose_run_folder
-from ddpo_jax.types import UserError
 
 METRICS = {"reward_mean": -2.5, "reward_std": 0.5, "images_per_second": 3.0,
            "loss": float("nan"), "peak_memory_bytes": None}

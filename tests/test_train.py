@@ -16,10 +16,10 @@ from small_model import small_config, small_model
 from ddpo_jax import build, checkpoint, lora, train
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import plan_batches
+from ddpo_jax.errors import UserError
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.report import write_report
 from ddpo_jax.rewards import get_rewards
-from ddpo_jax.types import UserError
 
 
 def brightness(images, prompts, metadata):

@@ -17,7 +17,7 @@ import servers
 from configs import base
 from ddpo_jax import cli, model_size, validation
 from ddpo_jax.config import resolve
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = str(ROOT / "configs" / "demo.py")

@@ -14,9 +14,9 @@ from PIL import Image
 import pytest
 import servers
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.vlm import has_answer, make_vlm_score, yes_probability
-from ddpo_jax.types import UserError
 
 FAST = {"timeout": 10.0, "time_limit": 20.0, "backoff": 0.01}
 COUNTS = [2, 5, 1, 0, 3, 4, 2, 5, 1, 3]

@@ -16,11 +16,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ddpo_jax.batches import BatchPlan
 from ddpo_jax.benchmark.side import Side, serve
 from ddpo_jax.cli import exit_status, read_config
-from ddpo_jax.config import BatchPlan, Config
+from ddpo_jax.config import Config
+from ddpo_jax.errors import UserError
 from ddpo_jax.files import nearest_existing
-from ddpo_jax.types import UserError
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DEFAULT = str(_ROOT / "configs" / "single_gpu.py") + ":compressibility"

@@ -15,8 +15,8 @@ import sys
 import time
 from typing import Any
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line, with_type
-from ddpo_jax.types import UserError
 
 # What a method of a side does, as it is shown while it does it.
 _DOING = {

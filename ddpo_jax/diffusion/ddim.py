@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from ddpo_jax.diffusion.schedule import DDIMSchedule
-from ddpo_jax.types import BranchingDenoiser, Denoiser, UserError
+from ddpo_jax.errors import UserError
+from ddpo_jax.types import BranchingDenoiser, Denoiser
 
 
 def uses_guidance(guidance_scale: float) -> bool:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int
 import numpy as np
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.model_config import read_fields
-from ddpo_jax.types import UserError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")

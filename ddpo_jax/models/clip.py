@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ddpo_jax import model_config
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
 from ddpo_jax.ops import attention
 from ddpo_jax.ops.activations import ACTIVATIONS
-from ddpo_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ import re
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
-from ddpo_jax.types import UserError
 
 # The model in this package, for machines without any other.
 TINY = "tiny"

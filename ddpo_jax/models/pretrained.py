@@ -15,19 +15,19 @@ import numpy as np
 
 from ddpo_jax import model_config
 from ddpo_jax.diffusion.schedule import NoiseSchedule
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.models import hub, weights
 from ddpo_jax.models.clip import (
-    CLIPConfig,
-    CLIPImageConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
+  CLIPConfig,
+  CLIPImageConfig,
+  CLIPModel,
+  CLIPTextConfig,
+  CLIPTextModel,
 )
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 from ddpo_jax.models.weights import Unread
-from ddpo_jax.types import UserError
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 # A pipeline's networks, by their folders: the module and its config.

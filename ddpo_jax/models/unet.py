@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ddpo_jax import model_config
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
 from ddpo_jax.ops.activations import ACTIVATIONS, geglu
-from ddpo_jax.types import UserError
 
 GRADIENT_CHECKPOINTING = ("none", "blocks", "full")
 

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from ddpo_jax import model_config
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
 from ddpo_jax.ops import attention
-from ddpo_jax.types import UserError
 
 _EPSILON = 1e-6
 

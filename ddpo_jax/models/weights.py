@@ -21,8 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
-from ddpo_jax.types import UserError
 
 # Names found in files, and what they are called here. First match of each, in order.
 _RENAMES = (

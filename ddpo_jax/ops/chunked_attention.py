@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float
 
-from ddpo_jax.config import largest_part
+from ddpo_jax.batches import largest_part
 
 
 def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],

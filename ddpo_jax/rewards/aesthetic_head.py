@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
-from ddpo_jax.types import UserError
 
 HEAD_REPOSITORY = "trl-lib/ddpo-aesthetic-predictor"
 HEAD_FILE = "aesthetic-model.pth"

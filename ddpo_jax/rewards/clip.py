@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import CLIP, load_clip, load_clip_tokenizer
 from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig
 from ddpo_jax.models.pretrained import tokenize
 from ddpo_jax.rewards.aesthetic_head import HEAD_SHA256, AestheticHead, load_aesthetic_head
-from ddpo_jax.types import RewardFn, UserError
+from ddpo_jax.types import RewardFn
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
 PICKSCORE = "yuvalkirstain/PickScore_v1"

@@ -8,8 +8,8 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax import tiny_scenes
+from ddpo_jax.errors import UserError
 from ddpo_jax.rewards.metadata import checks_metadata
-from ddpo_jax.types import UserError
 
 _NAMES = list(tiny_scenes.COLORS)
 _PALETTE = np.array(list(tiny_scenes.COLORS.values()), np.float32)

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.files import encode_image
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.metadata import checks_metadata
-from ddpo_jax.types import RewardFn, UserError
+from ddpo_jax.types import RewardFn
 
 _QUERY = "Answer concisely: what is going on in this image?"
 _JPEG_QUALITY = 80

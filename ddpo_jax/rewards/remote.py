@@ -18,7 +18,7 @@ import requests
 import urllib3.exceptions
 
 from ddpo_jax.config import masked
-from ddpo_jax.types import UserError
+from ddpo_jax.errors import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")

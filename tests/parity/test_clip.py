@@ -12,17 +12,17 @@ import PIL
 from PIL import Image, ImageDraw
 import pytest
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_clip
 from ddpo_jax.models.clip import (
-    CLIPConfig,
-    CLIPImageConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModel,
+  CLIPConfig,
+  CLIPImageConfig,
+  CLIPModel,
+  CLIPTextConfig,
+  CLIPTextModel,
 )
 from ddpo_jax.models.weights import save_module
 from ddpo_jax.rewards.clip import preprocess
-from ddpo_jax.types import UserError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

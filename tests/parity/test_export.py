@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from ddpo_jax import lora
 from ddpo_jax.diffusion import DDIMSchedule, sample
+from ddpo_jax.errors import UserError
 from ddpo_jax.models.vae import to_uint8
-from ddpo_jax.types import UserError
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")

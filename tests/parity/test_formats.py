@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.models.weights import save_module
-from ddpo_jax.types import UserError
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

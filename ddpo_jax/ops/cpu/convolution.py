@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpo_jax.config import largest_part
+from ddpo_jax.batches import largest_part
 from ddpo_jax.ops.cpu import winograd
 from ddpo_jax.ops.cpu.matmul import dot, einsum_f32
 

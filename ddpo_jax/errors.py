@@ -1,0 +1,19 @@
+"""The errors that end a run as users see it. Imports nothing, so that anything can raise them."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+  """An input that the user can correct.
+
+  The message is one line that names the field, the value and what would be right.
+  Scripts print it on standard error and exit with status 2.
+  """
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop, and what was computed has been saved."""
+
+  def __init__(self, signum: int):
+    super().__init__(f"stopped by signal {signum}")
+    self.signum = signum
