@@ -13,8 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from ddpo_jax.config import Config, fields_of
-from ddpo_jax.config import inspect as inspect_config
+from ddpo_jax.config import Config, fields_of, inspect_config
 from ddpo_jax.console import write
 from ddpo_jax.errors import Interrupted, UserError
 from ddpo_jax.messages import one_line, place, with_type

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import difflib
-import json
 import math
 import os
 import pathlib
@@ -19,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.messages import MAX_SHOWN, masked, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,21 +158,11 @@ def _within(low: float, high: float, low_included: bool = False,
 
 _MAX_TEXT = 4095  # bytes of a text, as long as a path may be
 _MAX_NAME = 255  # and a name in it
-_MAX_SHOWN = 120  # characters of a value in a message
 _NEAR = 0.7  # how alike names are, of 1, where one may have been meant for the other
 _SHORTENED = 0.9  # how alike "clip" is to "clip_range"
 _MOST_NEAR = 3  # such names in a message
 
 _FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")  # what users fill with their own
-_MASK = "***"
-# "api_key" and "token", not "api_key_env", which names a variable, nor "tokenizer".
-_SECRET_NAME = re.compile(
-    r"(^|[_-])(api_?key|key|token|secret|password|passwd|passphrase|credentials?|"
-    r"authorization|bearer)$", re.IGNORECASE)
-_SECRETS_IN_URLS = (
-    re.compile(r"(\w://[^/@:\s]*:)[^/@\s]+(?=@)"),
-    re.compile(r"([?&](?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+",
-               re.IGNORECASE))
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "run_name": (lambda x: x not in (".", "..") and not re.search(r"[/\\\0]", x),
@@ -227,14 +217,14 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
   Raises:
     UserError: one line for every problem, naming field, value and what would be right.
   """
-  resolved, problems = inspect(config)
+  resolved, problems = inspect_config(config)
   if problems:
     raise UserError("\n".join(problems))
   assert resolved is not None  # it is None only with a problem
   return resolved
 
 
-def inspect(config: ml_collections.ConfigDict | Mapping[str, Any]
+def inspect_config(config: ml_collections.ConfigDict | Mapping[str, Any]
             ) -> tuple[Config | None, list[str]]:
   """As `resolve`, for a caller that has more to check before it says what is wrong.
 
@@ -323,7 +313,7 @@ def _all_fields(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _name(path: str) -> str:
-  return " ".join(path.split())[:_MAX_SHOWN]
+  return " ".join(path.split())[:MAX_SHOWN]
 
 
 def _group_of(kind: Any) -> type | None:
@@ -395,28 +385,6 @@ def _is_usable(text: str) -> bool:
   encoded = text.encode("utf-8", "surrogatepass")
   return (b"\0" not in encoded and len(encoded) <= _MAX_TEXT
           and all(len(name) <= _MAX_NAME for name in encoded.split(b"/")))
-
-
-def masked(value: Any) -> Any:
-  """A value as it may be written down: keys, tokens and passwords in it become "***"."""
-  if isinstance(value, Mapping):
-    return {name: _MASK if item and _SECRET_NAME.search(str(name)) else masked(item)
-            for name, item in value.items()}
-  if isinstance(value, (list, tuple)):
-    return type(value)(map(masked, value))
-  if isinstance(value, str):
-    for pattern in _SECRETS_IN_URLS:
-      value = pattern.sub(rf"\g<1>{_MASK}", value)
-  return value
-
-
-def shown(value: Any) -> str:
-  """A value as part of a line, whatever it is."""
-  try:
-    text = " ".join(repr(value).split())
-  except (ValueError, RecursionError):  # an integer of thousands of digits, a dict in itself
-    text = f"<{type(value).__name__}>"
-  return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
 def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
@@ -557,66 +525,3 @@ _RELATIONS: Sequence[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = (
     (("compilation_cache",),
      lambda cfg: _check_home("compilation_cache", cfg.compilation_cache)),
 )
-
-
-# What a resumed run may have otherwise than before.
-_MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
-               "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
-               "tensorboard", "distributed", "sample.decode_batch_size",
-               "train.max_skipped_steps")
-# Of a reward's arguments: where and how it is computed, not what it is. Nor are its secrets.
-_ARGUMENTS_MAY_CHANGE = ("url", "timeout", "time_limit", "backoff", "max_parallel",
-                         "batch_size", "api_key_env")
-
-
-def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
-  """Refuses to continue a run as another one.
-
-  Args:
-    cfg: of the run to be.
-    saved: the config that a checkpoint holds, as read from JSON.
-    where: the checkpoint, for the message.
-
-  Raises:
-    UserError: one line for every field that contradicts.
-  """
-  before, now = _flat(saved), _flat(json.loads(json.dumps(cfg.to_dict())))
-  value = lambda values, name: repr(values[name]) if name in values else "nothing"
-  problems = [
-      f"{name}={value(now, name)} contradicts {where}, which has {value(before, name)}; set it "
-      "back, or start a new run (lora.init_from takes exported weights)"
-      for name in {**now, **before} if value(now, name) != value(before, name)
-      # A field that only one of them has is another version's; an argument is the user's.
-      and (name in now and name in before or name.startswith("reward_kwargs."))
-      and not (name == "lora.rank" and cfg.lora.init_from)  # the file's rank is taken
-      and not any(name == free or name.startswith(free + ".") for free in _MAY_CHANGE)]
-  if problems:
-    raise UserError("\n".join(problems))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """The fields by their full names, of a reward's arguments those that may not change."""
-  flat: dict[str, Any] = {}
-  for name, value in values.items():
-    if name == "reward_kwargs":
-      flat.update(_flat_arguments(value, isinstance(values.get("reward_fn"), Mapping)))
-    elif name == "per_prompt_stat_tracking" and value is None:
-      # None and a group of fields have no name in common, by which they could contradict.
-      flat.update({f"{name}.{field.name}": None
-                   for field in dataclasses.fields(PerPromptStatTrackingConfig)})
-    elif isinstance(value, Mapping) and not name.endswith(("_kwargs", "reward_fn")):
-      flat.update(_flat(value, f"{prefix}{name}."))
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-def _flat_arguments(arguments: Mapping[str, Any], of_several: bool,
-                    prefix: str = "reward_kwargs.") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for name, value in arguments.items():
-    if of_several and isinstance(value, Mapping):
-      flat.update(_flat_arguments(value, False, f"{prefix}{name}."))
-    elif name not in _ARGUMENTS_MAY_CHANGE and not _SECRET_NAME.search(name):
-      flat[prefix + name] = value
-  return flat

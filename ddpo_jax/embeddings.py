@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax.config import shown
 from ddpo_jax.console import hide_bars, say
+from ddpo_jax.messages import shown
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.clip import CLIPTextModel
 from ddpo_jax.models.pretrained import tokenize

@@ -10,8 +10,9 @@ from typing import Any
 
 import ml_collections
 
-from ddpo_jax.config import field_type, shown
+from ddpo_jax.config import field_type
 from ddpo_jax.errors import UserError
+from ddpo_jax.messages import shown
 
 _FUNCTIONS = {"prompt_fn": "prompt_fn_kwargs", "reward_fn": "reward_kwargs"}
 _CONSTANTS = {"true": True, "false": False, "none": None}

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from ddpo_jax import tiny_scenes, words
-from ddpo_jax.config import masked, shown
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import one_line, place, with_type
+from ddpo_jax.messages import masked, one_line, place, shown, with_type
 from ddpo_jax.types import PromptFn
 
 _MODULE = re.compile(r"\w+(\.\w+)*")

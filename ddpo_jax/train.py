@@ -27,8 +27,9 @@ from ddpo_jax import (
   validation,
 )
 from ddpo_jax.build import EVAL_STREAM, SHUFFLE_STREAM, Trainer, build, open_model
-from ddpo_jax.config import Config, check_continues
+from ddpo_jax.config import Config
 from ddpo_jax.console import hide_bars, say
+from ddpo_jax.continuing import check_continues
 from ddpo_jax.devices import AXIS, configure_devices, plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.interrupt import Stop, interruptible

@@ -20,12 +20,13 @@ import jax
 
 from ddpo_jax import checkpoint, distributed, lora, run_folder
 from ddpo_jax.batches import BatchPlan
-from ddpo_jax.config import Config, check_continues, fields_of, masked, shown
+from ddpo_jax.config import Config, fields_of
 from ddpo_jax.console import say
+from ddpo_jax.continuing import check_continues
 from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import nearest_existing
-from ddpo_jax.messages import place, with_type
+from ddpo_jax.messages import masked, place, shown, with_type
 from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
 from ddpo_jax.models import open_pretrained
 from ddpo_jax.models.hub import retries_in_one_line

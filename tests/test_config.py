@@ -9,7 +9,8 @@ import pytest
 
 from configs import base, demo, dgx, single_gpu
 from ddpo_jax.batches import BatchPlan
-from ddpo_jax.config import check_continues, field_type, resolve
+from ddpo_jax.config import field_type, resolve
+from ddpo_jax.continuing import check_continues
 from ddpo_jax.errors import UserError
 
 EXPERIMENTS = [base.get_config,

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from configs import base
 from ddpo_jax import cli, lora, model_size, prompts, validation
-from ddpo_jax.config import inspect, resolve
+from ddpo_jax.config import inspect_config, resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import hub
 from ddpo_jax.rewards import aesthetic_head, llava, remote
@@ -231,7 +231,7 @@ def test_config_values(changes):
     resolve(values)
   except UserError as error:
     assert all(len(line) < 1000 for line in str(error).splitlines())
-  inspect(values)
+  inspect_config(values)
 
 
 @given(arguments=st.lists(st.builds(

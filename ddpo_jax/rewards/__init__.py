@@ -12,9 +12,8 @@ from typing import Any
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from ddpo_jax.config import masked
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import one_line
+from ddpo_jax.messages import masked, one_line
 from ddpo_jax.prompts import check_kwargs, resolve_function
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility

@@ -11,8 +11,8 @@ from jaxtyping import Float32
 import numpy as np
 
 from ddpo_jax import distributed
-from ddpo_jax.config import shown
 from ddpo_jax.console import say
+from ddpo_jax.messages import shown
 
 _MAX_AGREED = 4096  # bytes, in `distributed.agreed`
 

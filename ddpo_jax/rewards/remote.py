@@ -17,8 +17,8 @@ import urllib.parse
 import requests
 import urllib3.exceptions
 
-from ddpo_jax.config import masked
 from ddpo_jax.errors import UserError
+from ddpo_jax.messages import masked
 
 T = TypeVar("T")
 R = TypeVar("R")

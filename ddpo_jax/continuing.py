@@ -1,0 +1,74 @@
+"""Whether a config continues a run, or describes another one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+from typing import Any
+
+from ddpo_jax.config import Config, PerPromptStatTrackingConfig
+from ddpo_jax.errors import UserError
+from ddpo_jax.messages import is_secret
+
+# What a resumed run may have otherwise than before.
+_MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
+               "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
+               "tensorboard", "distributed", "sample.decode_batch_size",
+               "train.max_skipped_steps")
+# Of a reward's arguments: where and how it is computed, not what it is. Nor are its secrets.
+_ARGUMENTS_MAY_CHANGE = ("url", "timeout", "time_limit", "backoff", "max_parallel",
+                         "batch_size", "api_key_env")
+
+
+def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
+  """Refuses to continue a run as another one.
+
+  Args:
+    cfg: of the run to be.
+    saved: the config that a checkpoint holds, as read from JSON.
+    where: the checkpoint, for the message.
+
+  Raises:
+    UserError: one line for every field that contradicts.
+  """
+  before, now = _flat(saved), _flat(json.loads(json.dumps(cfg.to_dict())))
+  value = lambda values, name: repr(values[name]) if name in values else "nothing"
+  problems = [
+      f"{name}={value(now, name)} contradicts {where}, which has {value(before, name)}; set it "
+      "back, or start a new run (lora.init_from takes exported weights)"
+      for name in {**now, **before} if value(now, name) != value(before, name)
+      # A field that only one of them has is another version's; an argument is the user's.
+      and (name in now and name in before or name.startswith("reward_kwargs."))
+      and not (name == "lora.rank" and cfg.lora.init_from)  # the file's rank is taken
+      and not any(name == free or name.startswith(free + ".") for free in _MAY_CHANGE)]
+  if problems:
+    raise UserError("\n".join(problems))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The fields by their full names, of a reward's arguments those that may not change."""
+  flat: dict[str, Any] = {}
+  for name, value in values.items():
+    if name == "reward_kwargs":
+      flat.update(_flat_arguments(value, isinstance(values.get("reward_fn"), Mapping)))
+    elif name == "per_prompt_stat_tracking" and value is None:
+      # None and a group of fields have no name in common, by which they could contradict.
+      flat.update({f"{name}.{field.name}": None
+                   for field in dataclasses.fields(PerPromptStatTrackingConfig)})
+    elif isinstance(value, Mapping) and not name.endswith(("_kwargs", "reward_fn")):
+      flat.update(_flat(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _flat_arguments(arguments: Mapping[str, Any], of_several: bool,
+                    prefix: str = "reward_kwargs.") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for name, value in arguments.items():
+    if of_several and isinstance(value, Mapping):
+      flat.update(_flat_arguments(value, False, f"{prefix}{name}."))
+    elif name not in _ARGUMENTS_MAY_CHANGE and not is_secret(name):
+      flat[prefix + name] = value
+  return flat
