@@ -99,7 +99,15 @@ def test_after_the_run_a_signal_ends_the_process_again():
       """)
 
 
-def test_without_a_script_all_is_as_before():
+@pytest.fixture
+def python_handles_sigint():
+  """As usual, but where a shell started the tests in the background: it is ignored there."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_without_a_script_all_is_as_before(python_handles_sigint):
   """In a notebook, say."""
   before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
   with interrupt.interruptible() as stop:
