@@ -107,7 +107,7 @@ class Checkpointer:
         meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta})))
 
   def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """As `save`, for a run's last checkpoint: it is tried twice, and written on return."""
+    """As `save`, for a run's last checkpoint: waits until it is written, else tries once more."""
     self.save(epoch, state, meta)
     if self.has_failed():
       self.save(epoch, state, meta)

@@ -275,8 +275,8 @@ def _not_a_field(path: str, unknown: str, types: Mapping[str, Any]) -> str:
     types: what is there in the place of `unknown`.
   """
   near = _nearest(_name(path)) or _nearest(_name(unknown))
-  help = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(types)}"
-  return f"{_name(path)} is not a field; {help}"
+  advice = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(types)}"
+  return f"{_name(path)} is not a field; {advice}"
 
 
 def _nearest(path: str) -> list[str]:

@@ -135,7 +135,7 @@ class SharedProgram:
     mapped = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs)
     return jax.jit(mapped, compiler_options=compiler_options(), **options)
 
-  def compile(self, params: Any, frozen: Any, embedding: jax.ShapeDtypeStruct) -> None:
+  def compile(self, params: Any, frozen: Any, embedding: Any) -> None:
     """Compiles the program for arrays like these.
 
     Args:
@@ -159,8 +159,7 @@ class SharedProgram:
     work, trajectory, sums, scale, number = jax.tree.map(
         placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
         (work, trajectory, sums, scale, number))
-    prompt: Any = embedding
-    constants = Constants(params, frozen, prompt, scale)
+    constants = Constants(params, frozen, embedding, scale)
     self._visit = self._visit.lower(constants, work, key, number, number, sums,
                                     trajectory).compile()
 

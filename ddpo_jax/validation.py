@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from flax import nnx
 import jax
 
-from ddpo_jax import checkpoint, distributed, lora, run_folder
+from ddpo_jax import build, checkpoint, distributed, run_folder
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, fields_of
 from ddpo_jax.console import say
@@ -28,7 +29,6 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.files import nearest_existing
 from ddpo_jax.messages import masked, place, shown, with_type
 from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
-from ddpo_jax.models import open_pretrained
 from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import get_prompt_fn, sample_rng
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
@@ -244,17 +244,11 @@ def dry_run(cfg: Config) -> None:
 
 
 def _check_model(cfg: Config) -> None:
-  """Opens a model that is here, as the run will, without reading its weights."""
+  """Opens a model that is here and attaches LoRA, as the run will, without reading its weights."""
   if not is_local(cfg.pretrained.model):
     return
-  unet: Any = open_pretrained(cfg.pretrained.model).shapes.unet
-
-  def import_lora(unet: nnx.Module) -> nnx.Module:
-    lora.import_lora(unet, cfg.lora.init_from)
-    return unet
-
-  if cfg.use_lora and cfg.lora.init_from:
-    nnx.eval_shape(import_lora, unet)
+  unet = build.open_model(cfg).shapes.unet
+  nnx.eval_shape(functools.partial(build.prepare_unet, cfg), unet)
 
 
 def describe_memory(cfg: Config, plan: BatchPlan) -> str:

@@ -25,7 +25,7 @@ def _add_bias(layer: nnx.Conv | nnx.Linear, y: jax.Array) -> jax.Array:
   return y if layer.bias is None else y + layer.bias[...].astype(y.dtype)
 
 
-def repeat(x: jax.Array, times: int) -> jax.Array:
+def tile(x: jax.Array, times: int) -> jax.Array:
   """The whole batch, and again: what branches of guidance share, for each of them."""
   return x if times == 1 else jnp.concatenate([x] * times)
 
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
       query, key, value = (layer(x, low=low) for layer in (self.to_q, self.to_k, self.to_v))
     else:
       context = x if context is None else context
-      query, key, value = repeat(self.to_q(x), branches), self.to_k(context), self.to_v(context)
+      query, key, value = tile(self.to_q(x), branches), self.to_k(context), self.to_v(context)
     return self.to_out[0](attention.multi_head_attention(query, key, value, self.num_heads))
 
 

@@ -168,7 +168,7 @@ class BasicTransformerBlock(nnx.Module):
   def __call__(self, x: Float[Array, "n*B S F"], context: Float[Array, "branches*B L D"],
                branches: int) -> Float[Array, "branches*n*B S F"]:
     x = x + self.attn1(self.norm1(x))
-    x = layers.repeat(x, branches) + self.attn2(self.norm2(x), context, branches)
+    x = layers.tile(x, branches) + self.attn2(self.norm2(x), context, branches)
     return x + self.ff(self.norm3(x))
 
 
@@ -191,7 +191,7 @@ class Transformer2D(nnx.Module):
     h = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
     (block,) = self.transformer_blocks
     h = block(h, context, branches)
-    return layers.repeat(x, branches) + self.proj_out(h.reshape(-1, height, width, channels))
+    return layers.tile(x, branches) + self.proj_out(h.reshape(-1, height, width, channels))
 
 
 def _resnet(config: UNetConfig, in_channels: int, out_channels: int, *,
@@ -377,7 +377,7 @@ class UNet2DConditionModel(nnx.Module):
   def _forward(self, latents: jax.Array, timesteps: jax.Array, context: jax.Array,
                branches: int) -> jax.Array:
     remat = self.gradient_checkpointing == "blocks"
-    embedding = layers.repeat(self._embed_time(timesteps), branches)
+    embedding = layers.tile(self._embed_time(timesteps), branches)
     if self.context_projection is not None:
       context = self.context_projection(context)
     x = self.conv_in(latents)
@@ -386,7 +386,7 @@ class UNet2DConditionModel(nnx.Module):
       x, states = block(x, embedding, context, remat)
       skips += states
     # Of those from before any attention to the prompt, there is one for all branches.
-    x, *skips = (layers.repeat(state, len(embedding) // len(state)) for state in [x, *skips])
+    x, *skips = (layers.tile(state, len(embedding) // len(state)) for state in [x, *skips])
     if self.mid_block is not None:
       x = self.mid_block(x, embedding, context, remat)
     for up_block in self.up_blocks:
