@@ -1,17 +1,10 @@
-"""How a batch is split, and what the batch sizes of a config come to."""
+"""What the batch sizes of a config come to on the devices there are."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
 
-if typing.TYPE_CHECKING:  # arrays are split without it
-  from ddpo_jax.config import Config
-
-
-def largest_part(size: int, limit: int) -> int:
-  """The largest size up to `limit` of which equal parts make up `size`."""
-  return max(n for n in range(1, min(limit, size) + 1) if size % n == 0)
+from ddpo_jax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)

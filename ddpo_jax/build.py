@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpo_jax import advantages, diagnostics, distributed, lora, memory, update
+from ddpo_jax import advantages, diagnostics, distributed, lora, memory, streams, update
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
@@ -41,8 +41,6 @@ from ddpo_jax.types import Batch, PromptFn, RewardFn, TrainState, Trajectory
 P = jax.sharding.PartitionSpec
 
 DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
-# Keys are folded from the seed by purpose, then by epoch: sampling takes the plain seed.
-LORA_STREAM, SHUFFLE_STREAM, EVAL_STREAM = 1_000_001, 1_000_002, 1_000_003
 
 
 @dataclasses.dataclass
@@ -72,7 +70,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
       cfg.train.learning_rate, beta1=cfg.train.adam_beta1, beta2=cfg.train.adam_beta2,
       weight_decay=cfg.train.adam_weight_decay, epsilon=cfg.train.adam_epsilon,
       max_grad_norm=cfg.train.max_grad_norm)
-  with distributed.failing_together():
+  with distributed.raising_together():
     with futures.ThreadPoolExecutor(1) as pool:
       # Into host memory alone, so that kernels are timed on a device that is at rest.
       reading = pool.submit(_read_into_host_memory, model)
@@ -144,7 +142,7 @@ def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionMode
   elif cfg.lora.init_from:
     lora.import_lora(unet, cfg.lora.init_from)
   else:
-    key = jax.random.fold_in(jax.random.key(cfg.seed), LORA_STREAM)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), streams.LORA)
     lora.inject_lora(unet, cfg.lora.rank, key)
   return unet
 
@@ -218,9 +216,9 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   state = jax.eval_shape(
       lambda params: update.init_state(params, optimizer, config.loss_scaling), params)
   replicated = jax.sharding.NamedSharding(mesh, P())
-  everywhere: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
-  state, frozen = jax.tree.map(everywhere, state), placed_shapes(frozen, replicated)
-  embedding = everywhere(embedding_shape(shapes.text_encoder))
+  on_all: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
+  state, frozen = jax.tree.map(on_all, state), placed_shapes(frozen, replicated)
+  embedding = on_all(embedding_shape(shapes.text_encoder))
   latent_shape = (*native_size(unet), unet.config.in_channels)
   compiled: update.Update
   if _must_round_alike(cfg):
@@ -240,10 +238,10 @@ def _batch_shapes(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   """Of an epoch's samples."""
   sharded = jax.sharding.NamedSharding(mesh, P(None, AXIS))
   samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
-  of_each: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
+  per_sample: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
       (*samples, *shape), dtype, sharding=sharded)
   return Batch(
-      trajectory=Trajectory(latents=of_each(cfg.sample.num_steps + 1, *latent_shape),
-                            log_probs=of_each(cfg.sample.num_steps)),
-      text_embeddings=of_each(*embedding.shape[1:], dtype=embedding.dtype),
-      negative_embedding=embedding, advantages=of_each())
+      trajectory=Trajectory(latents=per_sample(cfg.sample.num_steps + 1, *latent_shape),
+                            log_probs=per_sample(cfg.sample.num_steps)),
+      text_embeddings=per_sample(*embedding.shape[1:], dtype=embedding.dtype),
+      negative_embedding=embedding, advantages=per_sample())

@@ -22,7 +22,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.types import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # a file is not there, or not a file
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in the messages of tensorstore
@@ -124,7 +124,7 @@ class Checkpointer:
       failed = True
       say(f"Warning: a checkpoint could not be written ({one_line(error)}); it will be tried "
           "again")
-    if not distributed.largest(int(failed)):
+    if not distributed.max_over_processes(int(failed)):
       return False
     self._manager.reload()
     return True

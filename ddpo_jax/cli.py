@@ -60,9 +60,9 @@ def exit_status(run: Callable[[], None]) -> int:
 
 
 def train(config: Config) -> None:
-  from ddpo_jax import diagnostics  # imports JAX: only once the config is right
+  from ddpo_jax import resource_errors  # imports JAX: only once the config is right
   from ddpo_jax import train as training
-  with diagnostics.explained(config):
+  with resource_errors.with_advice(config):
     training.train(config)
 
 

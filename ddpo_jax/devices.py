@@ -11,10 +11,11 @@ import os
 import jax
 import jax.numpy as jnp
 
-from ddpo_jax.batches import BatchPlan, largest_part
+from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
+from ddpo_jax.parts import largest_divisor
 
 AXIS = "data"  # of the mesh, over every device of every process
 # With fewer samples of a microbatch a core does not gain what its copy of the weights takes.
@@ -53,7 +54,7 @@ def plan_batches(cfg: Config) -> BatchPlan:
     raise UserError(f"JAX finds no device of JAX_PLATFORMS={platforms!r}{reason}; must be "
                     "unset, 'cpu', or the platform of a device that this machine has") from error
   smallest = math.gcd(cfg.sample.batch_size, cfg.train.batch_size)
-  parts = largest_part(smallest, max(1, min(cores, smallest // _LEAST_SAMPLES)))
+  parts = largest_divisor(smallest, max(1, min(cores, smallest // _LEAST_SAMPLES)))
   plan = BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
   return dataclasses.replace(plan, device=_name(device))
 
@@ -79,7 +80,7 @@ def host_memory() -> contextlib.AbstractContextManager:
 def samples_at_once(batch_size: int) -> int:
   """How many samples of a batch a device of the default backend had best compute at a time."""
   on_cpu = jax.default_backend() == "cpu"
-  return largest_part(batch_size, _MOST_SAMPLES_AT_ONCE) if on_cpu else batch_size
+  return largest_divisor(batch_size, _MOST_SAMPLES_AT_ONCE) if on_cpu else batch_size
 
 
 def compiler_options() -> dict[str, int]:

@@ -73,10 +73,10 @@ def check_devices() -> None:
   Raises:
     UserError: on all processes.
   """
-  of_each = collections.Counter(device.process_index for device in jax.devices())
-  if len(set(of_each.values())) > 1:
-    counts = ", ".join(str(of_each[process]) for process in sorted(of_each))
-    raise UserError(f"the {len(of_each)} processes have {counts} devices; all must have the same "
+  counts = collections.Counter(device.process_index for device in jax.devices())
+  if len(set(counts.values())) > 1:
+    listed = ", ".join(str(counts[process]) for process in sorted(counts))
+    raise UserError(f"the {len(counts)} processes have {listed} devices; all must have the same "
                     "number (CUDA_VISIBLE_DEVICES chooses a process's GPUs)")
 
 
@@ -85,26 +85,28 @@ def is_main() -> bool:
   return jax.process_index() == 0
 
 
-def largest(value: int) -> int:
-  """The largest of all processes' values; each of them must call this."""
+def max_over_processes(value: int) -> int:
+  """The largest of all processes' values. Collective: each process must call it."""
   if jax.process_count() == 1:
     return value
   return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
-def agreed(text: str) -> str:
-  """Process 0's text, for all of them."""
+def broadcast_from_main(text: str) -> str:
+  """Process 0's text, on every process. Collective: each process must call it."""
   if jax.process_count() == 1:
     return text
   encoded = np.frombuffer(text.encode(), np.uint8)
-  buffer = np.zeros(largest(len(encoded)), np.uint8)
+  buffer = np.zeros(max_over_processes(len(encoded)), np.uint8)
   buffer[:len(encoded)] = encoded
   return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode()
 
 
 @contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-  """Raises on every process if the block raises on any; no collective may be in it.
+def raising_together() -> Iterator[None]:
+  """Raises on every process if the block raises on any. Collective.
+
+  The block itself must not call a collective: a process that raised would miss it.
 
   Raises:
     OtherProcessFailed: where the block itself went well.
@@ -114,7 +116,7 @@ def failing_together() -> Iterator[None]:
     yield
   except Exception as error:
     failure = error
-  failed = largest(int(failure is not None))
+  failed = max_over_processes(int(failure is not None))
   if failure is not None:
     raise failure
   if failed:

@@ -1,14 +1,12 @@
-"""Writing files whole, finding where a new one would lie, and images as the bytes of a file."""
+"""Reading and writing small files: whole or not at all, and line by line."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Mapping
+import json
 import os
 import pathlib
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -19,6 +17,28 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
   partial = path.with_name(path.name + ".partial")
   partial.write_text(text, encoding="utf-8")
   os.replace(partial, path)
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The objects of a file with one JSON object on each line; none if it is absent.
+
+  A line that was cut off while it was written is left out.
+  """
+  if not path.exists():
+    return []
+  objects = []
+  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+      objects.append(json.loads(line))
+    except ValueError:
+      continue
+  return objects
+
+
+def append_jsonl(path: pathlib.Path, line: Mapping[str, Any]) -> None:
+  """Adds one JSON object to such a file."""
+  with open(path, "a", encoding="utf-8") as file:
+    file.write(json.dumps(line) + "\n")
 
 
 def nearest_existing(path: pathlib.Path) -> pathlib.Path:
@@ -42,10 +62,3 @@ def _exists(path: pathlib.Path) -> bool:
   except (FileNotFoundError, NotADirectoryError):
     return False
   return True
-
-
-def encode_image(image: np.ndarray, file_format: str, **options: Any) -> bytes:
-  """[H, W, 3] uint8 -> the bytes of a file such as "JPEG" or "PNG"; `options` are Pillow's."""
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, format=file_format, **options)
-  return buffer.getvalue()

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ddpo_jax import folding
-from ddpo_jax.batches import largest_part
 from ddpo_jax.devices import AXIS, compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.models.vae import AutoencoderKL, to_uint8
-from ddpo_jax.shared_program import SharedProgram
+from ddpo_jax.parts import map_in_parts
+from ddpo_jax.shared_program import SharedProgram, join_parts
 from ddpo_jax.types import Trajectory
 
 P = jax.sharding.PartitionSpec
@@ -90,8 +89,8 @@ def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx
       return sample(policy, schedule, embeddings, negative_embedding,
                     guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
 
-    trajectory = _map_in_parts(draw, config.samples_at_once, text_embeddings, keys)
-    return Generation(trajectory, decode(frozen.vae, trajectory.images_latents))
+    trajectory = map_in_parts(draw, config.samples_at_once, text_embeddings, keys)
+    return Generation(trajectory, decode(frozen.vae, trajectory.final_latents))
 
   mapped = jax.shard_map(generate, mesh=mesh,
                          in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
@@ -105,9 +104,8 @@ def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: Sh
   decode = _make_decode(config, vae)
 
   def finish(vae: nnx.State, parts: list[Trajectory]) -> Generation:
-    trajectory = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts)[:config.batch_size], *parts)
-    return Generation(trajectory, decode(vae, trajectory.images_latents))
+    trajectory = join_parts(parts, config.batch_size)
+    return Generation(trajectory, decode(vae, trajectory.final_latents))
 
   finished = jax.jit(jax.shard_map(finish, mesh=mesh, in_specs=(P(), P(AXIS)),
                                    out_specs=P(AXIS)), compiler_options=compiler_options())
@@ -130,21 +128,7 @@ def _make_decode(config: SamplingConfig, vae: AutoencoderKL
 
   def decode(weights: nnx.State, latents: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
     vae = nnx.merge(graphdef, weights)
-    return _map_in_parts(lambda latents: to_uint8(vae.decode(latents / scaling_factor)),
-                         config.decode_batch_size, latents)
+    return map_in_parts(lambda latents: to_uint8(vae.decode(latents / scaling_factor)),
+                        config.decode_batch_size, latents)
 
   return decode
-
-
-def _map_in_parts(function: Callable[..., Any], largest: int, *arguments: jax.Array) -> Any:
-  """function(*arguments) for equal parts of their first axis, the largest of up to `largest`.
-
-  `jax.lax.map` with a batch_size would use `vmap`, which adds an axis to every matmul.
-  """
-  size = len(arguments[0])
-  part = largest_part(size, largest)
-  if part == size:
-    return function(*arguments)
-  parts = [x.reshape(-1, part, *x.shape[1:]) for x in arguments]
-  out = jax.lax.map(lambda part: function(*part), parts)
-  return jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), out)

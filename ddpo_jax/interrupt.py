@@ -28,7 +28,7 @@ class Stop:
   def check(self) -> None:
     """Raises Interrupted if so, on all processes; called where everything is at rest."""
     from ddpo_jax import distributed  # imports JAX, which is there already in a run
-    signum = distributed.largest(self.signum or 0)
+    signum = distributed.max_over_processes(self.signum or 0)
     if signum:
       raise Interrupted(signum)
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 import functools
-import importlib
 import importlib.resources
 from importlib.resources.abc import Traversable
-import inspect
 import os
 import pathlib
-import re
-import types
-import typing
 from typing import Any
 
 import numpy as np
 
 from ddpo_jax import tiny_scenes, words
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import masked, one_line, place, shown, with_type
+from ddpo_jax.messages import one_line
 from ddpo_jax.types import PromptFn
-
-_MODULE = re.compile(r"\w+(\.\w+)*")
-# What is checked of arguments, where a function says that they are nothing else.
-_TYPES: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str",
-                          type(None): "None"}
+from ddpo_jax.user_functions import check_kwargs, resolve_function
 
 _ASSETS = importlib.resources.files("ddpo_jax") / "assets"
 
@@ -166,119 +157,3 @@ def load_lines(path: str, field: str = "") -> list[str]:
   if not lines:
     raise UserError(f"{named} is empty; {must_be}")
   return lines
-
-
-def resolve_function(field: str, name: str, known: dict[str, Callable],
-                     also: Sequence[str] = ()) -> Callable:
-  """A function by its name here, or imported from "package.module:function".
-
-  `also` are names that the caller knows besides; for the message.
-  """
-  if name in known:
-    return known[name]
-  module_name, colon, function_name = name.partition(":")
-  if not colon:
-    raise UserError(f"{field}={name!r} is not known; must be one of "
-                    f"{', '.join([*known, *also])}, "
-                    "or your own as 'package.module:function'")
-  is_module = _MODULE.fullmatch(module_name) is not None and not module_name.endswith(".py")
-  if not is_module or not function_name.isidentifier():
-    meant = module_name.removesuffix(".py").replace("/", ".").strip(".")
-    example = (f"{meant if _MODULE.fullmatch(meant) else 'package.module'}:"
-               f"{function_name if function_name.isidentifier() else 'function'}")
-    wrong = (f"{function_name!r} is not a function's name" if is_module else
-             f"{module_name!r} is not a module's name")
-    raise UserError(f"{field}={name!r} cannot be imported: {wrong}; must be such as {example!r}")
-  try:
-    function = getattr(importlib.import_module(module_name), function_name)
-  except Exception as error:  # the module is the user's own code
-    raise UserError(f"{field}={name!r} cannot be imported: "
-                    f"{_import_problem(module_name, error)}") from error
-  if not callable(function):
-    raise UserError(f"{field}={name!r} is a {type(function).__name__}; must be a function")
-  return function
-
-
-def _import_problem(module_name: str, error: Exception) -> str:
-  if isinstance(error, ModuleNotFoundError) and error.name in (
-      module_name, module_name.partition(".")[0]):
-    return f"{one_line(error)} (PYTHONPATH=. finds modules in this folder)"
-  where = place(error)
-  return f"{with_type(error) if where else one_line(error)}{where}"
-
-
-def check_kwargs(field: str, name: str, function: Callable, positional: Sequence[str],
-                 kwargs: dict[str, Any]) -> None:
-  """Refuses keyword arguments that the function does not take, or lacks, or of another type."""
-  arguments = "reward_kwargs" if field == "reward_fn" else f"{field}_kwargs"
-  signature = _signature(function)
-  if signature is None:
-    return
-  if not _takes_first(signature, positional, kwargs):
-    raise UserError(f"{field}={name!r} takes {_parameters(signature)}; must take "
-                    f"({', '.join(positional)}) first")
-  try:
-    signature.bind(*positional, **kwargs)
-  except TypeError as error:
-    taken = [p.name for p in list(signature.parameters.values())[len(positional):]
-             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    raise UserError(f"{field}={name!r} with {arguments}={shown(masked(kwargs))}: {error}; it "
-                    f"takes: {', '.join(taken) or 'none'}") from None
-  for key, value in kwargs.items():
-    wanted = _wanted(signature.parameters.get(key), value)
-    if wanted:
-      raise UserError(f"{arguments}.{key}={shown(masked({key: value})[key])} must be of type "
-                      f"{wanted} ({field}={name!r})")
-
-
-def _signature(function: Callable) -> inspect.Signature | None:
-  """Of a function; None for some of those that are written in C."""
-  for eval_str in (True, False):
-    try:
-      return inspect.signature(function, eval_str=eval_str)
-    except Exception:  # annotations are any code, and may name what is not there
-      continue
-  return None
-
-
-def _takes_first(signature: inspect.Signature, positional: Sequence[str],
-                 kwargs: dict[str, Any]) -> bool:
-  """Whether there is a place for what a function is always given, by whatever names."""
-  try:
-    bound = signature.bind_partial(*positional)
-  except TypeError:
-    return False
-  # One that is given by name as well is not in its place: f(images, prompts, factor).
-  twice = {key for key in bound.arguments if key in kwargs and key not in positional}
-  return all(signature.parameters[key].kind != inspect.Parameter.POSITIONAL_OR_KEYWORD
-             for key in twice)
-
-
-def _parameters(signature: inspect.Signature) -> str:
-  """Such as "(images, *, factor)"."""
-  bare = [parameter.replace(annotation=parameter.empty, default=parameter.empty)
-          for parameter in signature.parameters.values()]
-  return str(inspect.Signature(bare))
-
-
-def _wanted(parameter: inspect.Parameter | None, value: Any) -> str:
-  """The type that an argument should have had, by annotation or default; "" if it may do."""
-  if parameter is None:  # of **kwargs
-    return ""
-  annotation, default = parameter.annotation, parameter.default
-  if annotation is parameter.empty:  # then a default says no more than that it is no text
-    is_wrong = isinstance(value, str) and isinstance(default, (bool, int, float))
-    return _TYPES[type(default)] if is_wrong else ""
-  is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-  kinds = typing.get_args(annotation) if is_union else (annotation,)
-  if (value is None and default is None) or not all(kind in _TYPES for kind in kinds):
-    return ""
-  if any(_is_of(value, kind) for kind in kinds):
-    return ""
-  return " or ".join(_TYPES[kind] for kind in kinds)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-  """As for a config's fields: an integer is a float, and a bool is neither."""
-  kinds = (int, float) if kind is float else kind
-  return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))

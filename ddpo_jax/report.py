@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 from PIL import Image
 
-from ddpo_jax.files import encode_image, write_atomically
+from ddpo_jax.files import read_jsonl, write_atomically
+from ddpo_jax.images import encode_image
 
 _INK = "#010203"  # becomes the page's text colour, whichever that is
 _ACCENT, _SECOND, _THIRD = "#3b82f6", "#f59e0b", "#10b981"  # readable on white and black
@@ -48,8 +49,8 @@ pre { overflow-x: auto; font-size: .8rem; }
 def write_report(run: pathlib.Path) -> pathlib.Path:
   """Makes `run`/report.html from what the run has written so far; returns its path."""
   config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-  metrics = read_lines(run / "metrics.jsonl")
-  rewards = read_lines(run / "rewards.jsonl")
+  metrics = read_jsonl(run / "metrics.jsonl")
+  rewards = read_jsonl(run / "rewards.jsonl")
   sections = [_facts(run, config, metrics)]
   if metrics:
     sections += [
@@ -68,22 +69,6 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
   path = run / "report.html"
   write_atomically(path, page)
   return path
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects of a file with one JSON object on each line; none if it is absent.
-
-  A line that was cut off while it was written is left out.
-  """
-  if not path.exists():
-    return []
-  objects = []
-  for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-    try:
-      objects.append(json.loads(line))
-    except ValueError:
-      continue
-  return objects
 
 
 # ---- sections ----

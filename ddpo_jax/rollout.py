@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import distributed
+from ddpo_jax import distributed, streams
 from ddpo_jax.console import hide_bars
 from ddpo_jax.devices import AXIS
 from ddpo_jax.embeddings import PromptEncoder
@@ -140,21 +140,21 @@ class RolloutWorker:
         reward_info=self._info.collect(info, indices, self.samples_per_epoch, self._gather),
         **seconds)
 
-  def draw(self, params: nnx.State, epoch: int
-           ) -> tuple[UInt8[np.ndarray, "B H W 3"], list[str]]:
-    """One batch without rewards: this process's images, and prompts.
+  def sample_fixed_batch(self, params: nnx.State
+                         ) -> tuple[UInt8[np.ndarray, "B H W 3"], list[str]]:
+    """Samples one batch without rewards: always the same prompts, from the same noise.
 
-    With the same `epoch` (any number that is none of the run's) always the same prompts
-    from the same noise.
+    Returns:
+      This process's images and prompts.
     """
-    key = jax.random.fold_in(jax.random.key(self._seed), epoch)
-    (((prompts, _), encoded),) = self._draw_prompts(epoch, [0])
+    key = jax.random.fold_in(jax.random.key(self._seed), streams.EVALUATION)
+    (((prompts, _), encoded),) = self._draw_prompts(streams.EVALUATION, [0])
     generation = self._launch(params, self._put(encoded), 0, key)
     return _to_host(generation.images), prompts
 
   def _draw_prompts(self, epoch: int, batches: Iterable[int]) -> list[tuple[Any, np.ndarray]]:
     """This process's prompts of each batch, with their metadata, and their embeddings."""
-    with distributed.failing_together():
+    with distributed.raising_together():
       drawn = [draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(batch))
                for batch in batches]
       return [(each, self._encode(each[0])) for each in drawn]
@@ -212,7 +212,7 @@ def _reward_threads() -> Iterator[futures.Executor]:
 
 def _raise_failures(pending: Sequence[futures.Future]) -> None:
   """Raises what any of the finished calls raised, on all processes."""
-  with distributed.failing_together():
+  with distributed.raising_together():
     for future in pending:
       if future.done():
         future.result()
@@ -225,7 +225,7 @@ def _wait_for_all(pending: Sequence[futures.Future], progress: tqdm,
     done, waiting = futures.wait(pending, _SECONDS_BETWEEN_CHECKS, futures.FIRST_EXCEPTION)
     progress.update(len(done) - progress.n)
     _raise_failures(pending)
-    if not distributed.largest(len(waiting)):
+    if not distributed.max_over_processes(len(waiting)):
       return
     check()
 

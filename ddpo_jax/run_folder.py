@@ -10,10 +10,11 @@ import os
 import pathlib
 import time
 
-from ddpo_jax import checkpoint, distributed, report
+from ddpo_jax import checkpoint, distributed
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
+from ddpo_jax.files import read_jsonl
 
 _LOCK_SECONDS = 30  # for which a run waits for the end of the one that it continues
 
@@ -57,7 +58,7 @@ def _check_nothing_is_lost(run: pathlib.Path, name: str) -> None:
   if checkpoint.saved_epochs(run):
     raise UserError(f"{taken} continue it with resume_from={str(run)!r}")
   begin_again = f"{taken} start it again from its first epoch with resume_from='auto'"
-  if report.read_lines(run / "metrics.jsonl"):
+  if read_jsonl(run / "metrics.jsonl"):
     raise UserError(begin_again)
   try:
     lock = _lock(run, shared=True)  # processes of one run ask at the same time

@@ -12,6 +12,7 @@ deterministic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import dataclasses
 import enum
 import functools
@@ -76,18 +77,17 @@ class Work:
   """
 
   text_embeddings: Float[Array, "rows L D"]
-  advantages: Float32[Array, " rows"]
-  # When sampling, the sample's index in the epoch, which decides its noise; when training, its
-  # index in the flat batch.
-  sample_index: Int[Array, " rows"]
+  advantages: Float32[Array, " rows"]  # read by training only
+  noise_key: Key[Array, " rows"]  # read by sampling only
+  batch_index: Int[Array, " rows"]  # of the sample, in the flat batch
   row: Int[Array, "microbatches pairs"]
   step: Int[Array, "microbatches pairs"]
 
 
 _BY_ROW: Any = P(AXIS)
 _BY_PAIR: Any = P(None, AXIS)
-_WORK_SPECS = Work(text_embeddings=_BY_ROW, advantages=_BY_ROW, sample_index=_BY_ROW,
-                   row=_BY_PAIR, step=_BY_PAIR)
+_WORK_SPECS = Work(text_embeddings=_BY_ROW, advantages=_BY_ROW, noise_key=_BY_ROW,
+                   batch_index=_BY_ROW, row=_BY_PAIR, step=_BY_PAIR)
 
 
 class SharedProgram:
@@ -117,18 +117,18 @@ class SharedProgram:
     self._pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
     self._rows = -(-config.batch_size // self._pairs) * self._pairs
     self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
-    by_batch, by_row, everywhere = P(None, AXIS), P(AXIS), P()
+    by_batch, by_row, replicated = P(None, AXIS), P(AXIS), P()
     self._visit = self._jit(
-        self._visit_all,
-        (everywhere, _WORK_SPECS, everywhere, everywhere, everywhere, by_row, by_row),
-        by_row, donate_argnums=(5, 6))
-    self._zero_sums = self._jit(self._make_zero_sums, (everywhere, everywhere), by_row)
-    self._start = self._jit(self._start_denoising, (by_row, by_row, everywhere, everywhere),
+        self._visit_all, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
+        by_row, donate_argnums=(4, 5))
+    self._zero_sums = self._jit(self._make_zero_sums, (replicated, replicated), by_row)
+    self._start = self._jit(self._start_denoising, (by_row, by_row, replicated, replicated),
                             (_WORK_SPECS, by_row))
-    self._lay_out = self._jit(self._lay_out_group, (BATCH_SPECS, *[everywhere] * 3),
+    self._lay_out = self._jit(self._lay_out_group, (BATCH_SPECS, *[replicated] * 3),
                               (_WORK_SPECS, by_row))
     self._keep = self._jit(self._keep_log_probs, (by_batch, by_row, by_row), by_batch)
-    self._finish = self._jit(self._finish_step, (everywhere, everywhere, by_row), everywhere,
+    self._largest = jax.jit(jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, P()))
+    self._finish = self._jit(self._finish_step, (replicated, replicated, by_row), replicated,
                              donate_argnums=0)
 
   def _jit(self, function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
@@ -160,7 +160,7 @@ class SharedProgram:
         placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
         (work, trajectory, sums, scale, number))
     constants = Constants(params, frozen, embedding, scale)
-    self._visit = self._visit.lower(constants, work, key, number, number, sums,
+    self._visit = self._visit.lower(constants, work, number, number, sums,
                                     trajectory).compile()
 
   def wasted_samples(self, batch_size: int) -> int:
@@ -182,40 +182,49 @@ class SharedProgram:
       key: the epoch's.
 
     Returns:
-      The trajectories in parts. On each device the samples of a part follow those of the part
-      before it; those beyond the end of the batch are padding.
+      The trajectories in parts, for `join_parts`.
     """
     constants = Constants(params, frozen, negative_embedding, jnp.float32(1))
     sums, parts = self._zero_sums(params, frozen), []
     samples = len(sample_indices) // self._mesh.size
-    for first in range(0, samples, self._rows):
-      work, trajectory = self._start(text_embeddings, sample_indices, key, jnp.int32(first))
-      microbatches = -(-min(self._rows, samples - first) // self._pairs)
+    count = self._num_parts(samples)
+    for part in range(count):
+      work, trajectory = self._start(text_embeddings, sample_indices, key, jnp.int32(part))
+      rows = -(-(samples - part) // count)  # those after them are padding
+      microbatches = -(-rows // self._pairs)
       sums, trajectory = self._visit(
-          constants, work, key, jnp.int32(microbatches * self._schedule.num_steps),
+          constants, work, jnp.int32(microbatches * self._schedule.num_steps),
           jnp.int32(Mode.SAMPLE), sums, trajectory)
       parts.append(trajectory)
     return parts
+
+  def _num_parts(self, samples: int) -> int:
+    """In how many parts a device's samples of a batch are denoised."""
+    return -(-samples // self._rows)
 
   def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
                key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, UpdateMetrics]:
     sums, _ = self._visit_step(Mode.STEP, state, frozen, batch, key, index)
     return self._finish(state, frozen, sums)
 
-  def first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
-                 key: Key[Array, ""], index: Int[Array, ""]
-                 ) -> tuple[TrainState, Batch, UpdateMetrics]:
-    """Takes an epoch's first optimizer step: the policy is still the sampler's, the ratio 1.
+  def begin_first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
+                       key: Key[Array, ""], index: Int[Array, ""]
+                       ) -> tuple[Sums, Batch, Float32[Array, ""]]:
+    """Adds up an epoch's first gradient: the policy is still the sampler's, the ratio 1.
 
     It computes the samples' log-probabilities anew and uses these as the old ones.
 
     Returns:
-      The state; the batch with these log-probabilities; the metrics, whose `ratio_drift` is
-      the largest distance of the ratio to the given log-probabilities from 1.
+      What `finish_first_step` is to be given; the batch with these log-probabilities; and the
+      largest distance from 1 of the ratio to the log-probabilities given.
     """
     sums, batch = self._visit_step(Mode.FIRST_STEP, state, frozen, batch, key, index)
-    state, metrics = self._finish(state, frozen, sums)
-    return state, batch, metrics
+    return sums, batch, self._largest(sums.ratio_drift)
+
+  def finish_first_step(self, state: TrainState, frozen: nnx.State, sums: Sums
+                        ) -> tuple[TrainState, UpdateMetrics]:
+    """Takes the step that `begin_first_step` began; the state is donated."""
+    return self._finish(state, frozen, sums)
 
   def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
               key: Key[Array, ""], index: Int[Array, ""]) -> Batch:
@@ -230,18 +239,18 @@ class SharedProgram:
     sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
     for group in map(jnp.int32, range(self._config.accumulation_steps)):
       work, trajectory = self._lay_out(batch, key, index, group)
-      sums, trajectory = self._visit(constants, work, key, jnp.int32(self._group_size),
+      sums, trajectory = self._visit(constants, work, jnp.int32(self._group_size),
                                      jnp.int32(mode), sums, trajectory)
       if mode != Mode.STEP:
-        log_probs = self._keep(log_probs, trajectory.log_probs, work.sample_index)
+        log_probs = self._keep(log_probs, trajectory.log_probs, work.batch_index)
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
     return sums, dataclasses.replace(batch, trajectory=trajectory)
 
   # What follows runs on each device: arrays are one device's.
 
-  def _visit_all(self, constants: Constants, work: Work, key: Key[Array, ""],
-                 count: Int[Array, ""], mode: Int[Array, ""], sums: Sums,
-                 trajectory: Trajectory) -> tuple[Sums, Trajectory]:
+  def _visit_all(self, constants: Constants, work: Work, count: Int[Array, ""],
+                 mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
+                 ) -> tuple[Sums, Trajectory]:
     """Visits the first `count` microbatches."""
     folded, _ = self._fold(constants.params, constants.frozen)
     graphdef, weights, rest = folding.round_lora(*folded)
@@ -254,7 +263,7 @@ class SharedProgram:
       def loss_fn(weights: nnx.State) -> tuple[jax.Array, Any]:
         unet = nnx.merge(graphdef, weights, rest)
         loss, *others = self._visit_pairs(unet, constants.negative_embedding, work,
-                                          trajectory, row, step, key, mode)
+                                          trajectory, row, step, mode)
         return loss * constants.loss_scale, (loss, *others)
 
       scaled, backward, (loss, info, trajectory) = jax.vjp(loss_fn, weights, has_aux=True)
@@ -271,7 +280,7 @@ class SharedProgram:
 
   def _visit_pairs(self, unet: nnx.Module, negative_embedding: Float[Array, "1 L D"],
                    work: Work, trajectory: Trajectory, row: Int[Array, " pairs"],
-                   step: Int[Array, " pairs"], key: Key[Array, ""], mode: Int[Array, ""]
+                   step: Int[Array, " pairs"], mode: Int[Array, ""]
                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Trajectory]:
     """Visits one microbatch.
 
@@ -286,8 +295,7 @@ class SharedProgram:
         unet, latents, self._schedule.timesteps[step], work.text_embeddings[row],
         negative_embedding, config.guidance_scale)
     take = functools.partial(ddim_step, self._schedule, prediction, step, latents, config.eta)
-    drawn, _ = take(noise=draw_noise(sample_keys(key, work.sample_index[row]), step + 1,
-                                     latents.shape[1:]))
+    drawn, _ = take(noise=draw_noise(work.noise_key[row], step + 1, latents.shape[1:]))
     visited = put(trajectory.latents, step + 1, jnp.where(mode == Mode.SAMPLE, drawn, after))
     # Even steps just taken are read back and scored, so that all modes do the same arithmetic.
     _, log_prob = take(prev_latents=get(visited, step + 1))
@@ -325,22 +333,24 @@ class SharedProgram:
 
   def _start_denoising(self, text_embeddings: Float[Array, "B L D"],
                        sample_indices: Int[Array, " B"], key: Key[Array, ""],
-                       first: Int[Array, ""]) -> tuple[Work, Trajectory]:
-    """Lays out the batch's samples from number `first` on for sampling, with their noise.
+                       part: Int[Array, ""]) -> tuple[Work, Trajectory]:
+    """Lays out a part of the batch's samples for sampling, with their noise; see `denoise`.
 
-    Where the batch ends, its first samples fill the rows that are left.
+    In a row of its own a sample is computed as in training (`update.choose_microbatches`),
+    lest a kernel rounds by place. Where the batch ends, its first samples fill the rows left.
     """
-    chosen = (first + jnp.arange(self._rows)) % len(sample_indices)
-    sample_index = sample_indices[chosen]
-    noise = draw_noise(sample_keys(key, sample_index), jnp.int32(0), self._latent_shape)
+    samples = len(sample_indices)
+    chosen = (jnp.arange(self._rows) * self._num_parts(samples) + part) % samples
+    noise_key = sample_keys(key, sample_indices[chosen])
+    noise = draw_noise(noise_key, jnp.int32(0), self._latent_shape)
     steps = self._schedule.num_steps
     shape = (self._rows, steps + 1, *self._latent_shape)
     latents = jnp.zeros_like(noise, shape=shape).at[:, 0].set(noise)
-    zeros = jnp.zeros_like(sample_index)
+    zeros = jnp.zeros_like(chosen)
     grid = self._grid(zeros)
     visit = jnp.arange(len(grid))[:, None]
     work = Work(text_embeddings=text_embeddings[chosen],
-                advantages=zeros.astype(jnp.float32), sample_index=sample_index,
+                advantages=zeros.astype(jnp.float32), noise_key=noise_key, batch_index=zeros,
                 row=grid + visit // steps * self._pairs + jnp.arange(self._pairs),
                 step=grid + visit % steps)
     return work, Trajectory(latents, jnp.zeros_like(noise, shape=(self._rows, steps)))
@@ -359,7 +369,8 @@ class SharedProgram:
     grid = self._grid(sample)
     fill = lambda values: grid.at[:len(values)].set(values)
     work = Work(text_embeddings=flat.text_embeddings[rows], advantages=flat.advantages[rows],
-                sample_index=rows, row=fill(row), step=fill(step.reshape(pairs)))
+                noise_key=sample_keys(key, rows), batch_index=rows, row=fill(row),
+                step=fill(step.reshape(pairs)))
     return work, jax.tree.map(lambda x: x[rows], flat.trajectory)
 
   def _grid(self, like: Int[Array, " B"]) -> Int[Array, "microbatches pairs"]:
@@ -369,12 +380,26 @@ class SharedProgram:
     return jnp.zeros_like(like, shape=(most, self._pairs))
 
   def _keep_log_probs(self, log_probs: Float32[Array, "batches samples T"],
-                      new: Float32[Array, "rows T"], sample_index: Int[Array, " rows"]
+                      new: Float32[Array, "rows T"], batch_index: Int[Array, " rows"]
                       ) -> Float32[Array, "batches samples T"]:
     """Writes the log-probabilities of a group's rows back into the batch's."""
     own = self._config.batch_size  # rows after these are padding
     flat = log_probs.reshape(-1, log_probs.shape[-1])
-    return flat.at[sample_index[:own]].set(new[:own]).reshape(log_probs.shape)
+    return flat.at[batch_index[:own]].set(new[:own]).reshape(log_probs.shape)
+
+
+def join_parts(parts: Sequence[Trajectory], samples: int) -> Trajectory:
+  """Puts together the parts that `SharedProgram.denoise` returned, on each device.
+
+  Args:
+    parts: N of them; row r of part n is sample r·N + n of the device, or padding.
+    samples: that the device has in the batch.
+  """
+  def join(*parts: jax.Array) -> jax.Array:
+    in_order = jnp.stack(parts, axis=1)
+    return in_order.reshape(-1, *in_order.shape[2:])[:samples]
+
+  return jax.tree.map(join, *parts)
 
 
 def _by_device(sums: Sums) -> Sums:

@@ -7,28 +7,22 @@ import datetime
 import json
 import math
 import pathlib
-import textwrap
 import time
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import write_atomically
+from ddpo_jax.files import append_jsonl, read_jsonl, write_atomically
+from ddpo_jax.images import image_grid
 from ddpo_jax.loggers import WANDB_ID, Loggers
 
 _GRID_IMAGES = 32  # most images in one grid
-_GRID_COLUMNS = 8
-_TILE = 192  # pixels; smaller images are enlarged to it
-_CAPTION_LINES = 3
 _REPORT_SHARE = 0.02  # of the run's time that may go into writing the report
-
-
-_METRICS, _REWARDS = _LINES = ("metrics.jsonl", "rewards.jsonl")
+_METRICS, _REWARDS = "metrics.jsonl", "rewards.jsonl"
 
 
 class Tracker:
@@ -60,9 +54,9 @@ class Tracker:
       self._loggers = Loggers(run, cfg, first_epoch)
 
   def _drop_lines(self, first_epoch: int) -> None:
-    for name in _LINES:
+    for name in (_METRICS, _REWARDS):
       path = self._run / name
-      kept = [line for line in report.read_lines(path) if line["epoch"] < first_epoch]
+      kept = [line for line in read_jsonl(path) if line["epoch"] < first_epoch]
       if path.exists():
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
       if kept and name == _METRICS:
@@ -96,10 +90,10 @@ class Tracker:
       return
     self._epochs_here += 1
     line = {"epoch": epoch, **{name: _finite(value) for name, value in metrics.items()}}
-    self._append(_REWARDS, {"epoch": epoch, "prompts": list(prompts),
-                            "rewards": [float(f"{r:.6g}") for r in rewards],
-                            **({"info": info} if info else {})})
-    self._append(_METRICS, line)
+    append_jsonl(self._run / _REWARDS, {
+        "epoch": epoch, "prompts": list(prompts),
+        "rewards": [float(f"{r:.6g}") for r in rewards], **({"info": info} if info else {})})
+    append_jsonl(self._run / _METRICS, line)
     captions = [f"{rewards[i]:.3f} {prompts[i]}" for i in shown[:_GRID_IMAGES]]
     path = self._run / "images" / f"epoch_{epoch:04d}.jpg"
     image_grid(images[:_GRID_IMAGES], captions).save(path, quality=92)
@@ -120,10 +114,6 @@ class Tracker:
     if self._writes:
       self._write_report(final=True)
       self._loggers.each(lambda logger: logger.close())
-
-  def _append(self, name: str, line: Mapping[str, Any]) -> None:
-    with open(self._run / name, "a", encoding="utf-8") as file:
-      file.write(json.dumps(line) + "\n")
 
   def _write_report(self, final: bool) -> None:
     """Writes the report, unless the last one was too short a time ago."""
@@ -147,35 +137,6 @@ class Tracker:
             f"{metrics['reward_std']:.3f} ({mean - self._first_reward:+.3f} since the "
             f"start)  {metrics['images_per_second']:.2f} images/s  "
             f"{datetime.timedelta(seconds=round(left))} left")
-
-
-def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
-  """Lays out images with a caption under each.
-
-  Args:
-    images: [N, H, W, 3] uint8, N at least 1.
-    captions: N lines of text, wrapped to the image's width.
-  """
-  zoom = max(1, math.ceil(_TILE / images.shape[2]))
-  width, height = images.shape[2] * zoom, images.shape[1] * zoom
-  font_size = max(12, width // 16)
-  font = ImageFont.load_default(size=font_size)
-  letters = int(width / font.getlength("n")) - 1
-  line_height = math.ceil(font_size * 1.25)
-  tile_height = height + _CAPTION_LINES * line_height + 8
-  columns = min(_GRID_COLUMNS, len(images))
-  rows = math.ceil(len(images) / columns)
-  grid = Image.new("RGB", (columns * (width + 4), rows * tile_height), "white")
-  pen = ImageDraw.Draw(grid)
-  for i, (image, caption) in enumerate(zip(images, captions)):
-    left, top = i % columns * (width + 4), i // columns * tile_height
-    tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-    grid.paste(tile, (left, top))
-    lines = textwrap.wrap(caption, letters, max_lines=_CAPTION_LINES, placeholder="…")
-    for row, text in enumerate(lines):
-      pen.text((left + 2, top + height + 2 + row * line_height), text, fill="black",
-               font=font)
-  return grid
 
 
 def _number_of(picture: pathlib.Path) -> int:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 import contextlib
-import dataclasses
 import json
 import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
 import numpy as np
-from tqdm import tqdm
 
 from ddpo_jax import (
   advantages,
@@ -26,28 +23,20 @@ from ddpo_jax import (
   update,
   validation,
 )
-from ddpo_jax.build import EVAL_STREAM, SHUFFLE_STREAM, Trainer, build, open_model
+from ddpo_jax.build import Trainer, build, open_model
 from ddpo_jax.config import Config
-from ddpo_jax.console import hide_bars, say
+from ddpo_jax.console import say
 from ddpo_jax.continuing import check_continues
 from ddpo_jax.devices import AXIS, configure_devices, plan_batches
 from ddpo_jax.errors import UserError
+from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, interruptible
 from ddpo_jax.rollout import Rollout
-from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Batch, TrainState
 
 P = jax.sharding.PartitionSpec
 
 _EVAL_IMAGES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-  """Which optimizer step of an epoch: the last two arguments of an update."""
-
-  key: Key[Array, ""]  # of the inner epoch's shuffle
-  index: Int[Array, ""]  # within the inner epoch
 
 
 def train(cfg: Config) -> pathlib.Path:
@@ -68,23 +57,23 @@ def train(cfg: Config) -> pathlib.Path:
   configure_devices()
   distributed.check_devices()
   plan = plan_batches(cfg)
-  run_name = distributed.agreed(run_folder.choose_run_name(cfg))
-  with distributed.failing_together():
+  run_name = distributed.broadcast_from_main(run_folder.choose_run_name(cfg))
+  with distributed.raising_together():
     prepared = validation.prepare(cfg, run_name)
     configure_jax(cfg)
   say(plan.describe())
-  with distributed.failing_together():
+  with distributed.raising_together():
     model = open_model(cfg)
   with interruptible() as stop, contextlib.ExitStack() as closing:
-    with distributed.failing_together():
+    with distributed.raising_together():
       claim = run_folder.claim(prepared.run, cfg)
       closing.callback(claim.release)
-    run = pathlib.Path(distributed.agreed(str(claim.path)))
+    run = pathlib.Path(distributed.broadcast_from_main(str(claim.path)))
     say("Compiling, and reading the model")
     trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
     cfg = trainer.cfg
     first_epoch, damaged = resume(trainer, run) if cfg.resume_from else (0, [])
-    with distributed.failing_together():
+    with distributed.raising_together():
       tracker = tracking.Tracker(run, cfg, first_epoch)
     closing.callback(tracker.close)
     set_aside_damaged(run, damaged)
@@ -119,9 +108,9 @@ def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
   Returns:
     The epoch to go on with, and the epochs of this run's checkpoints that are damaged.
   """
-  with distributed.failing_together():
+  with distributed.raising_together():
     source, epochs = _checkpoints(trainer.cfg, run)
-  epochs = json.loads(distributed.agreed(json.dumps(epochs)))
+  epochs = json.loads(distributed.broadcast_from_main(json.dumps(epochs)))
   if not epochs:
     return 0, []
   damaged: list[int] = []
@@ -137,9 +126,8 @@ def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
   if trainer.combiner is not None:
     trainer.combiner.load_state_dict(restored.meta["reward_stats"])
-  if "watch" in restored.meta:  # not so in earlier checkpoints
-    trainer.watch.load_state_dict(restored.meta["watch"])
-    trainer.skipped_in_a_row = restored.meta["skipped_in_a_row"]
+  trainer.watch.load_state_dict(restored.meta["watch"])
+  trainer.skipped_in_a_row = restored.meta["skipped_in_a_row"]
   return restored.epoch + 1, damaged if source == run.resolve() else []
 
 
@@ -154,14 +142,14 @@ def _restore(trainer: Trainer, run: pathlib.Path, epoch: int
              ) -> checkpoint.Restored | checkpoint.DamagedError:
   """What a checkpoint holds; on every process the error if it is damaged for any of them."""
   damage = None
-  with distributed.failing_together():
+  with distributed.raising_together():
     try:
       saved = checkpoint.restore_meta(run, epoch)["config"]
       check_continues(trainer.cfg, saved, checkpoint.describe(run, epoch))
       restored = checkpoint.restore(run, epoch, trainer.state)
     except checkpoint.DamagedError as error:
       damage = error
-  if not distributed.largest(int(damage is not None)):
+  if not distributed.max_over_processes(int(damage is not None)):
     return restored
   return damage or checkpoint.DamagedError(
       f"{checkpoint.describe(run, epoch)} is damaged for another process")
@@ -169,16 +157,16 @@ def _restore(trainer: Trainer, run: pathlib.Path, epoch: int
 
 def set_aside_damaged(run: pathlib.Path, epochs: Iterable[int]) -> None:
   """Makes room for these epochs' new checkpoints; nothing is deleted."""
-  with distributed.failing_together():
+  with distributed.raising_together():
     for epoch in epochs if distributed.is_main() else ():
       say(f"Keeping the damaged checkpoint as {checkpoint.set_aside(run, epoch)}")
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
   """The state as it is now, safe from the update's donation, and the rest as JSON."""
-  of = lambda part: None if part is None else part.state_dict()
-  meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": of(trainer.stat_tracker),
-          "reward_stats": of(trainer.combiner), "watch": of(trainer.watch),
+  state_of = lambda part: None if part is None else part.state_dict()
+  meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": state_of(trainer.stat_tracker),
+          "reward_stats": state_of(trainer.combiner), "watch": trainer.watch.state_dict(),
           "skipped_in_a_row": trainer.skipped_in_a_row}
   return jax.tree.map(jnp.copy, trainer.state), meta
 
@@ -230,7 +218,7 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
       say(f"First optimizer step after {time.perf_counter() - started:.1f} s")
   training_seconds = time.perf_counter() - training_started
   metrics = epoch_metrics(trainer, rollout, rewards, step_metrics, training_seconds)
-  with distributed.failing_together():
+  with distributed.raising_together():
     tracker.log_epoch(epoch, metrics, rollout.prompts, rewards, rollout.images,
                       rollout.local_indices, rollout.reward_info.per_image())
   for warning in trainer.watch.new_warnings(metrics):
@@ -241,8 +229,8 @@ def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
   """Draws the same prompts from the same noise as ever, every `eval_freq` epochs."""
   cfg = trainer.cfg
   if cfg.eval_freq and (epochs % cfg.eval_freq == 0 or epochs == cfg.num_epochs):
-    images, prompts = trainer.worker.draw(trainer.state.params, EVAL_STREAM)
-    with distributed.failing_together():
+    images, prompts = trainer.worker.sample_fixed_batch(trainer.state.params)
+    with distributed.raising_together():
       tracker.log_eval(epochs, images[:_EVAL_IMAGES], prompts[:_EVAL_IMAGES])
 
 
@@ -284,79 +272,11 @@ def make_batch(trainer: Trainer, rollout: Rollout, rewards: np.ndarray) -> Batch
     values = trainer.stat_tracker.update(rollout.prompts, rewards)
   shape = rollout.trajectory.log_probs.shape[:2]
   sharding = jax.sharding.NamedSharding(trainer.mesh, P(None, AXIS))
-  everywhere = values.reshape(shape)
+  global_advantages = values.reshape(shape)
   return Batch(trajectory=rollout.trajectory, text_embeddings=rollout.text_embeddings,
                negative_embedding=trainer.worker.negative_embedding,
                advantages=jax.make_array_from_callback(
-                   shape, sharding, lambda index: everywhere[index]))
-
-
-def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
-                    ) -> Iterator[update.UpdateMetrics]:
-  """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
-  memory.return_freed_memory()  # sampling's, and its compiler's
-  shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), SHUFFLE_STREAM)
-  shuffle = jax.random.fold_in(shuffle, epoch)
-  steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index))
-           for inner in range(trainer.cfg.train.num_inner_epochs)
-           for index in range(trainer.plan.steps_per_inner_epoch)]
-  for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
-    stop.check()
-    if number == 0 and isinstance(trainer.update, SharedProgram):
-      batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
-    else:
-      trainer.state, metrics = trainer.update(trainer.state, trainer.frozen_unet, batch,
-                                              step.key, step.index)
-    yield metrics
-
-
-def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
-                steps: Sequence[_Step], epoch: int, stop: Stop
-                ) -> tuple[Batch, update.UpdateMetrics]:
-  """Takes an epoch's first optimizer step.
-
-  If it shows that the sampler's log-probabilities are too far from the update's, those that the
-  other steps will read are recomputed.
-
-  Returns:
-    The batch for the other steps, and the metrics.
-  """
-  params = jax.tree.map(jnp.copy, trainer.state.params)  # the sampler's; the step donates them
-  trainer.state, batch, metrics = program.first_step(
-      trainer.state, trainer.frozen_unet, batch, steps[0].key, steps[0].index)
-  count = num_rescored(trainer, float(jax.device_get(metrics.ratio_drift)))
-  if count:
-    sampler = dataclasses.replace(trainer.state, params=params)
-    for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
-      stop.check()
-      batch = program.rescore(sampler, trainer.frozen_unet, batch, step.key, step.index)
-  return batch, metrics
-
-
-def needs_rescoring(trainer: Trainer, drift: float) -> bool:
-  """Whether an epoch's log-probabilities are recomputed: drift is too large, and they can be.
-
-  Args:
-    trainer: its update is able to where it is a `SharedProgram`.
-    drift: the `ratio_drift` of the epoch's first optimizer step.
-  """
-  acceptable = drift <= diagnostics.largest_drift(trainer.cfg)  # False where it is not finite
-  return not acceptable and isinstance(trainer.update, SharedProgram)
-
-
-def num_rescored(trainer: Trainer, drift: float) -> int:
-  """For how many of an epoch's optimizer steps they are recomputed; the first has its own."""
-  if not needs_rescoring(trainer, drift):
-    return 0
-  every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps
-  # Where every timestep is trained, one inner epoch reads all that the others do.
-  inner_epochs = 1 if every_timestep else trainer.cfg.train.num_inner_epochs
-  return trainer.plan.steps_per_inner_epoch * inner_epochs - 1
-
-
-def _progress(steps: Sequence[_Step], description: str) -> Iterable[_Step]:
-  return tqdm(steps, desc=description, leave=False, dynamic_ncols=True,
-              disable=hide_bars(), unit="step")
+                   shape, sharding, lambda index: global_advantages[index]))
 
 
 def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,

@@ -90,7 +90,7 @@ class Trajectory:
                        f"shape {log_probs}, [*batch, T]")
 
   @property
-  def images_latents(self) -> Float32[Array, "*batch h w C"]:
+  def final_latents(self) -> Float32[Array, "*batch h w C"]:
     """The last, clean latents."""
     return self.latents[..., -1, :, :, :]
 

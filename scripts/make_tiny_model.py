@@ -358,7 +358,7 @@ def draw_prompts(folder: pathlib.Path, path: pathlib.Path, seed: int) -> None:
       encode(model.text_encoder, model.tokenize([""])), guidance_scale=3.0,
       key=jax.random.key(seed))
   decode = jax.jit(lambda vae, x: to_uint8(vae.decode(x)))
-  latents = trajectory.images_latents / model.scaling_factor
+  latents = trajectory.final_latents / model.scaling_factor
   save_grid(np.asarray(decode(model.vae, latents)), path)
 
 

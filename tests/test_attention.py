@@ -95,7 +95,7 @@ def on_a_gpu(monkeypatch):
   device = mock.Mock(platform="gpu", compute_capability="8.6")
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
-  caches = attention._cudnn_serves, attention._say_once
+  caches = attention._cudnn_serves, attention._warn_once
   for cached in caches:
     cached.cache_clear()
   yield device

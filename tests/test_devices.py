@@ -14,7 +14,7 @@ import pytest
 from small_model import small_model
 
 from configs import base
-from ddpo_jax import build, devices, train
+from ddpo_jax import build, devices, inner_loop, train
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import compiler_options, usable_cores
@@ -55,7 +55,7 @@ def run_epoch(devices):
   # JPEG sizes jump by bytes where a pixel rounds the other way; these do not.
   smooth = np.random.default_rng(0).normal(size=IMAGES).astype(np.float32)
   batch = train.make_batch(trainer, rollout, smooth)
-  steps = train.optimizer_steps(trainer, batch, 0, Stop())
+  steps = inner_loop.optimizer_steps(trainer, batch, 0, Stop())
   next(steps)
   # After one step Adam's first moment is (1 − beta1) times the clipped gradient.
   gradient = flat(trainer.state.opt_state[1][0].mu)

@@ -13,16 +13,17 @@ import pytest
 from small_model import small_model, with_weights
 
 from configs import base
-from ddpo_jax import folding, lora, train, update
+from ddpo_jax import folding, inner_loop, lora, train, update
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.schedule import NoiseSchedule
+from ddpo_jax.interrupt import Stop
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
-from ddpo_jax.shared_program import SharedProgram
+from ddpo_jax.shared_program import SharedProgram, join_parts
 from ddpo_jax.types import Batch, LossScale, Trajectory
 
 UNET = dict(sample_size=16, block_out_channels=(32,), layers_per_block=1,
@@ -85,7 +86,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
                        devices=jax.devices()[:1])
   # Where the trainer has them, and where the update leaves them: one program is enough.
-  everywhere = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, P()))
+  replicate = functools.partial(jax.device_put, device=jax.sharding.NamedSharding(mesh, P()))
   by_sample = functools.partial(
       jax.device_put, device=jax.sharding.NamedSharding(mesh, P(None, "data")))
   if shared:
@@ -98,18 +99,17 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
     for i, embeddings in enumerate(text):
       key = jax.random.key(10 + i)
       if shared_sampler:
-        parts = program.denoise(everywhere(params), everywhere(frozen), everywhere(negative),
+        parts = program.denoise(replicate(params), replicate(frozen), replicate(negative),
                                 place(embeddings), place(jnp.arange(sample_batch)), key)
-        trajectories.append(jax.tree.map(
-            lambda *parts: jnp.concatenate(parts)[:sample_batch], *parts))
+        trajectories.append(join_parts(parts, sample_batch))
       else:
         trajectories.append(draw(params, embeddings, key))
     batch = Batch(
         trajectory=by_sample(jax.tree.map(lambda *x: jnp.stack(x), *trajectories)),
-        text_embeddings=by_sample(text), negative_embedding=everywhere(negative),
+        text_embeddings=by_sample(text), negative_embedding=replicate(negative),
         advantages=by_sample(jax.random.normal(jax.random.key(4), text.shape[:2])))
-  return Setup(config, program, everywhere(update.init_state(params, optimizer, loss_scaling)),
-               everywhere(frozen), batch)
+  return Setup(config, program, replicate(update.init_state(params, optimizer, loss_scaling)),
+               replicate(frozen), batch)
 
 
 def rescored(setup, key):
@@ -225,13 +225,14 @@ def test_recomputed_log_probs_cure_the_drift(half):
 def test_first_step_needs_no_rescoring(half):
   """It does, to the last bit, what it would do after that, and keeps what it computed."""
   key, index = jax.random.key(0), jnp.int32(0)
-  state, batch, metrics = half.program.first_step(
-      copy(half.state), half.frozen, half.batch, key, index)
+  sums, batch, drift = half.program.begin_first_step(
+      half.state, half.frozen, half.batch, key, index)
+  state, metrics = half.program.finish_first_step(copy(half.state), half.frozen, sums)
   cured = rescored(dataclasses.replace(half, state=copy(half.state)), key)
   expected, expected_metrics = first_step(dataclasses.replace(cured, state=copy(half.state)),
                                           key)
   jax.tree.map(np.testing.assert_array_equal, state, expected)
-  assert float(metrics.ratio_drift) > 1e-5  # of what was given
+  assert float(drift) == float(metrics.ratio_drift) > 1e-5  # of what was given
   metrics = dataclasses.replace(metrics, ratio_drift=jnp.float32(0))
   jax.tree.map(np.testing.assert_array_equal, metrics, expected_metrics)
   new, old = batch.trajectory.log_probs, half.batch.trajectory.log_probs
@@ -264,7 +265,7 @@ def test_training_recomputes_where_needed(monkeypatch, noise, expected):
   batch = dataclasses.replace(
       batch, trajectory=dataclasses.replace(batch.trajectory, log_probs=log_probs))
   params = copy(trainer.state.params)
-  steps = jax.device_get(list(train.optimizer_steps(trainer, batch, 0, train.Stop())))
+  steps = jax.device_get(list(inner_loop.optimizer_steps(trainer, batch, 0, Stop())))
   largest = cfg.train.clip_range / 10
   assert (steps[0].ratio_drift > largest) == (expected > 0)
   assert steps[1].ratio_drift <= (0.0 if expected else largest)
@@ -277,7 +278,7 @@ def test_training_recomputes_where_needed(monkeypatch, noise, expected):
   metrics = train.epoch_metrics(trainer, rollout, np.arange(4.0), steps, 1.0)
   assert metrics["sampler_drift"] == steps[0].ratio_drift
   assert metrics["ratio_drift"] == (0.0 if expected else metrics["sampler_drift"])
-  again = train.optimizer_steps(trainer, batch, 0, train.Stop())
+  again = inner_loop.optimizer_steps(trainer, batch, 0, Stop())
   next(again)
   changed = jax.tree.map(lambda weights: weights + 0.01, trainer.state.params)
   trainer.state = dataclasses.replace(trainer.state, params=changed)
@@ -294,14 +295,14 @@ def test_what_is_rescored(timesteps, inner_epochs, expected):
       plan=space(num_train_timesteps=timesteps, steps_per_inner_epoch=4),
       cfg=space(sample=space(num_steps=10),
                 train=space(num_inner_epochs=inner_epochs, clip_range=1e-4)))
-  assert train.num_rescored(trainer, drift=1.1e-5) == expected
-  assert train.num_rescored(trainer, drift=float("nan")) == expected
-  assert train.num_rescored(trainer, drift=0.9e-5) == 0
+  assert inner_loop.num_rescored(trainer, drift=1.1e-5) == expected
+  assert inner_loop.num_rescored(trainer, drift=float("nan")) == expected
+  assert inner_loop.num_rescored(trainer, drift=0.9e-5) == 0
   trainer.plan.steps_per_inner_epoch = 1
-  assert train.num_rescored(trainer, drift=1.1e-5) == expected // 4
-  assert train.needs_rescoring(trainer, drift=1.1e-5)  # even if the first step is the only one
+  assert inner_loop.num_rescored(trainer, drift=1.1e-5) == expected // 4
+  assert inner_loop.needs_rescoring(trainer, drift=1.1e-5)  # with a single step as well
   trainer.update = lambda *_: None
-  assert train.num_rescored(trainer, drift=1.1e-5) == 0
+  assert inner_loop.num_rescored(trainer, drift=1.1e-5) == 0
 
 
 def test_rescoring_changes_nothing_else(half):

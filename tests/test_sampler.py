@@ -51,7 +51,7 @@ def test_whole_trajectory_and_images(tiny_sd, schedule, pipeline, nhwc):
   trajectory = replay(tiny_sd.unet, schedule, pipeline, nhwc)
   assert relative(trajectory.latents, nhwc(pipeline["base_latents"])) < 1e-4
   np.testing.assert_allclose(trajectory.log_probs, pipeline["base_log_probs"], rtol=1e-4)
-  images = tiny_sd.vae.decode(trajectory.images_latents / tiny_sd.scaling_factor)
+  images = tiny_sd.vae.decode(trajectory.final_latents / tiny_sd.scaling_factor)
   np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1),
                              nhwc(pipeline["base_images"]), atol=1e-4)
 

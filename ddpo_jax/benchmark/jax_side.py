@@ -18,7 +18,7 @@ import jaxlib
 import numpy as np
 from PIL import Image
 
-from ddpo_jax import build, memory, train
+from ddpo_jax import build, inner_loop, memory, train
 from ddpo_jax.benchmark import flops, profile
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
@@ -71,7 +71,7 @@ class JaxSide:
     rollout = trainer.worker.run(trainer.state.params, self._epoch)
     sampled = time.perf_counter()
     batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))
-    steps = train.optimizer_steps(trainer, batch, self._epoch, Stop())
+    steps = inner_loop.optimizer_steps(trainer, batch, self._epoch, Stop())
     drift = float(jax.device_get(next(steps)).ratio_drift)
     for metrics in () if first_step_only else steps:
       jax.device_get(metrics)
@@ -81,7 +81,7 @@ class JaxSide:
         "reward_seconds": rollout.reward_seconds,
         "training_seconds": time.perf_counter() - sampled,
         "images": self._plan.samples_per_epoch, "sampler_drift": drift,
-        "rescored": (train.num_rescored(trainer, drift)
+        "rescored": (inner_loop.num_rescored(trainer, drift)
                      / self._plan.optimizer_steps_per_epoch)}
     return self._last
 
@@ -95,7 +95,7 @@ class JaxSide:
     batch = train.make_batch(trainer, rollouts[0], train.total_rewards(trainer, rollouts[0]))
     training = profile.during(
         lambda: jax.device_get(list(
-            train.optimizer_steps(trainer, batch, self._epoch, Stop()))),
+            inner_loop.optimizer_steps(trainer, batch, self._epoch, Stop()))),
         self._last["training_seconds"])
     self._epoch += 1
     return {"sampling": sampling, "training": training}

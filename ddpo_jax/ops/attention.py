@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpo_jax.console import say
 from ddpo_jax.ops.chunked_attention import attend_in_chunks
 from ddpo_jax.ops.cpu import attention as cpu
 
 # Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
 MAX_SCORES = 2**21
+
+_logger = logging.getLogger(__name__)
 
 _xla_attention = functools.partial(jax.nn.dot_product_attention, implementation="xla")
 _flash_attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -65,15 +67,15 @@ def _cudnn_serves(device: jax.Device, query: jax.ShapeDtypeStruct, key: jax.Shap
   try:
     jax.jit(there_and_back).lower(query, key, key).compile()
   except (RuntimeError, ValueError) as error:
-    _say_once(str(error).strip().partition("\n")[0][:200])
+    _warn_once(str(error).strip().partition("\n")[0][:200])
     return False
   return True
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-  say(f"cuDNN's flash attention cannot be used here ({reason}): XLA's takes its place, which is "
-      "slower and needs more memory")
+def _warn_once(reason: str) -> None:
+  _logger.warning("cuDNN's flash attention cannot be used here (%s): XLA's takes its place, "
+                  "which is slower and needs more memory", reason)
 
 
 def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B S N*H"],

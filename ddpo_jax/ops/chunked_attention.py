@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float
 
-from ddpo_jax.batches import largest_part
+from ddpo_jax.parts import largest_divisor
 
 
 def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
@@ -19,7 +19,7 @@ def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T 
   have at most `max_scores` scores for each sample and head.
   """
   batch, length, heads, features = query.shape
-  chunk = largest_part(length, max(1, max_scores // key.shape[1]))
+  chunk = largest_divisor(length, max(1, max_scores // key.shape[1]))
   queries = query.reshape(batch, -1, chunk, heads, features).swapaxes(0, 1)
   out = jax.lax.map(jax.checkpoint(lambda q: attend(q, key, value)), queries)
   return out.swapaxes(0, 1).reshape(query.shape)

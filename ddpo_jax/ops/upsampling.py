@@ -91,14 +91,14 @@ def _as_products(x: jax.Array, subpixel: tuple[jax.Array, ...]) -> jax.Array:
   batch, height, width, channels = x.shape
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
-  def of(a: int, b: int) -> jax.Array:
+  def subpixel_at(a: int, b: int) -> jax.Array:
     around = jnp.concatenate([padded[:, a + i:a + i + height, b + j:b + j + width]
                               for i in (0, 1) for j in (0, 1)], axis=-1)
     rows = jax.lax.optimization_barrier(around).reshape(-1, 4 * channels)
     y = matmul(rows, subpixel[2 * a + b].reshape(4 * channels, -1))
     return jax.lax.optimization_barrier(y).reshape(batch, height, width, -1)
 
-  return _depth_to_space([[of(a, b) for b in (0, 1)] for a in (0, 1)])
+  return _depth_to_space([[subpixel_at(a, b) for b in (0, 1)] for a in (0, 1)])
 
 
 def _depth_to_space(subpixels: list[list[jax.Array]]) -> jax.Array:
@@ -122,9 +122,9 @@ def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.A
   else:
     grad_x = jax.lax.conv_general_dilated(grad, _transposed_kernel(kernel), (2, 2),
                                           ((1, 1), (1, 1)), dimension_numbers=_LAYOUT)
-  of_kernel = jax.linear_transpose(
+  kernel_pullback = jax.linear_transpose(
       lambda kernel: _as_convolution(x, subpixel_kernels(kernel)), kernel)
-  return grad_x, of_kernel(grad)[0], None
+  return grad_x, kernel_pullback(grad)[0], None
 
 
 upsample_and_convolve.defvjp(_forward, _backward)

@@ -14,10 +14,10 @@ import numpy as np
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import masked, one_line
-from ddpo_jax.prompts import check_kwargs, resolve_function
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from ddpo_jax.types import RewardFn
+from ddpo_jax.user_functions import check_kwargs, resolve_function
 
 REWARD_FUNCTIONS = {f.__name__: f for f in (jpeg_compressibility, jpeg_incompressibility,
                                             color_alignment)}

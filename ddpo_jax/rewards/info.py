@@ -14,7 +14,7 @@ from ddpo_jax import distributed
 from ddpo_jax.console import say
 from ddpo_jax.messages import shown
 
-_MAX_AGREED = 4096  # bytes, in `distributed.agreed`
+_MAX_AGREED = 4096  # bytes, in `distributed.broadcast_from_main`
 
 _Key = tuple[str, str]  # the reward function, and the name in its dict
 
@@ -134,7 +134,8 @@ def _agreed(keys: Sequence[_Key]) -> list[_Key]:
   distinct = list(dict.fromkeys(keys))
   while len(json.dumps(distinct)) > _MAX_AGREED:
     distinct.pop()
-  return [(name, key) for name, key in json.loads(distributed.agreed(json.dumps(distinct)))]
+  shared = json.loads(distributed.broadcast_from_main(json.dumps(distinct)))
+  return [(name, key) for name, key in shared]
 
 
 def _finite_mean(values: np.ndarray) -> float:

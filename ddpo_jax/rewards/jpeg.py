@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from ddpo_jax.files import encode_image
+from ddpo_jax.images import encode_image
 
 _QUALITY = 95
 

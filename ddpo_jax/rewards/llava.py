@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import encode_image
+from ddpo_jax.images import encode_image
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.metadata import checks_metadata
 from ddpo_jax.types import RewardFn

@@ -45,7 +45,7 @@ def ours(models, latents):
       encode(models.text_encoder, models.tokenize([""])), guidance_scale=GUIDANCE,
       initial_latents=nhwc(latents), step_noise=nhwc(noise))
   decode = jax.jit(lambda vae, latents: to_uint8(vae.decode(latents)))
-  return np.asarray(decode(models.vae, trajectory.images_latents / models.scaling_factor),
+  return np.asarray(decode(models.vae, trajectory.final_latents / models.scaling_factor),
                     int)
 
 

@@ -50,7 +50,7 @@ def draw(model, prompts, *, steps, guidance_scale, **draw_kwargs):
       encode(model.text_encoder, model.tokenize([""])),
       guidance_scale=guidance_scale, eta=ETA, **draw_kwargs)
   decode = jax.jit(lambda vae, latents: to_uint8(vae.decode(latents)))
-  return np.asarray(decode(model.vae, trajectory.images_latents / model.scaling_factor))
+  return np.asarray(decode(model.vae, trajectory.final_latents / model.scaling_factor))
 
 
 def test_folder_is_small_and_holds_no_code():

@@ -77,9 +77,9 @@ def _backward(saved: tuple[Any, ...], grad: jax.Array
   grad = grad.swapaxes(1, 2)
   mean = jnp.sum(grad * out, axis=-1, dtype=jnp.float32)
   backward = _backward_columns if _in_columns(query) else _backward_rows
-  of_query, of_key, of_value = backward(query, key, value, weights, mean, grad)
-  return (of_query.swapaxes(1, 2), of_key.swapaxes(1, 2) * _scale(query),
-          of_value.swapaxes(1, 2))
+  grad_query, grad_key, grad_value = backward(query, key, value, weights, mean, grad)
+  return (grad_query.swapaxes(1, 2), grad_key.swapaxes(1, 2) * _scale(query),
+          grad_value.swapaxes(1, 2))
 
 
 attend_at_once.defvjp(_forward, _backward)
@@ -107,10 +107,10 @@ def _forward_rows(query: jax.Array, key: jax.Array, value: jax.Array
 def _backward_rows(query: jax.Array, key: jax.Array, value: jax.Array, weights: jax.Array,
                    mean: jax.Array, grad: jax.Array
                    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  of_weights = einsum_f32("bnth,bnsh->bnts", grad, value)
-  of_scores = (weights * (of_weights - mean[..., None])).astype(query.dtype)
-  of_scores = jax.lax.optimization_barrier(of_scores)
-  return (dot(of_scores, key), dot(transpose(of_scores), query),
+  grad_weights = einsum_f32("bnth,bnsh->bnts", grad, value)
+  grad_scores = (weights * (grad_weights - mean[..., None])).astype(query.dtype)
+  grad_scores = jax.lax.optimization_barrier(grad_scores)
+  return (dot(grad_scores, key), dot(transpose(grad_scores), query),
           dot(transpose(weights), grad))
 
 
@@ -129,7 +129,7 @@ def _backward_columns(query: jax.Array, key: jax.Array, value: jax.Array,
                       ) -> tuple[jax.Array, jax.Array, jax.Array]:
   apart = jax.lax.optimization_barrier
   grad = apart(grad)
-  of_weights = apart(einsum_f32("bnsh,bnth->bnst", value, grad))
-  of_scores = apart((weights * (of_weights - mean[..., None, :])).astype(query.dtype))
-  of_query = apart(dot(transpose(key), of_scores))
-  return of_query.swapaxes(-1, -2), dot(of_scores, query), dot(weights, grad)
+  grad_weights = apart(einsum_f32("bnsh,bnth->bnst", value, grad))
+  grad_scores = apart((weights * (grad_weights - mean[..., None, :])).astype(query.dtype))
+  grad_query = apart(dot(transpose(key), grad_scores))
+  return grad_query.swapaxes(-1, -2), dot(grad_scores, query), dot(weights, grad)

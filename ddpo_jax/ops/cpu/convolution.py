@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ddpo_jax.batches import largest_part
 from ddpo_jax.ops.cpu import winograd
 from ddpo_jax.ops.cpu.matmul import dot, einsum_f32
+from ddpo_jax.parts import largest_divisor
 
 # All of these were measured. "Pixels" are height times width of one image; a bound on "channels"
 # is one on those of the input and on those of the output.
@@ -127,21 +127,21 @@ def _im2col(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _im2col_in_parts(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """The same for some rows of an image after the other, by a matmul for each row of windows."""
   batch, height, width, channels = x.shape
-  rows = largest_part(height, max(1, _MAX_PIXELS_OF_PART // width))
+  rows = largest_divisor(height, max(1, _MAX_PIXELS_OF_PART // width))
   padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  of_windows = kernel.reshape(3, 3 * channels, -1)
+  window_kernels = kernel.reshape(3, 3 * channels, -1)
 
-  def of_part(part: jax.Array) -> jax.Array:
+  def convolve_part(part: jax.Array) -> jax.Array:
     image, first = part // (height // rows), part % (height // rows) * rows
     taken = jax.lax.dynamic_index_in_dim(padded, image, keepdims=False)
     taken = jax.lax.dynamic_slice_in_dim(taken, first, rows + 2)
     beside = jnp.concatenate([taken[:, j:j + width] for j in range(3)], axis=-1)
     beside = jax.lax.optimization_barrier(beside)
-    y = sum((einsum_f32("rwi,io->rwo", beside[i:i + rows], of_windows[i]) for i in range(3)),
+    y = sum((einsum_f32("rwi,io->rwo", beside[i:i + rows], window_kernels[i]) for i in range(3)),
             jnp.float32(0))
     return y.astype(x.dtype)
 
-  parts = jax.lax.map(of_part, jnp.arange(batch * height // rows))
+  parts = jax.lax.map(convolve_part, jnp.arange(batch * height // rows))
   return parts.reshape(batch, height, width, -1)
 
 
@@ -174,9 +174,9 @@ def _sum_of_shifted(products: Float[Array, "B h w 9 C"], order: Sequence[int]
 def _two_at_once(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """The same with windows of 3×4, each of which gives two pixels of a row."""
   nowhere = jnp.zeros_like(kernel[:, :1])
-  of_both = jnp.concatenate([jnp.concatenate([kernel, nowhere], axis=1),
-                             jnp.concatenate([nowhere, kernel], axis=1)], axis=3)
-  y = _convolve_directly(x, of_both, strides=(1, 2))
+  both = jnp.concatenate([jnp.concatenate([kernel, nowhere], axis=1),
+                          jnp.concatenate([nowhere, kernel], axis=1)], axis=3)
+  y = _convolve_directly(x, both, strides=(1, 2))
   return y.reshape(*x.shape[:3], kernel.shape[3])
 
 
@@ -200,8 +200,8 @@ def _convolve_backward(saved: tuple[Any, ...], grad: jax.Array
     grad_x = _gradient_of_im2col(grad, kernel)
   else:
     grad_x = _convolve_otherwise(grad, _turn(kernel) if prepared is None else prepared.turned)
-  of_kernel = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
-  return grad_x, of_kernel(grad)[0], None
+  kernel_pullback = jax.linear_transpose(functools.partial(_convolve_directly, x), kernel)
+  return grad_x, kernel_pullback(grad)[0], None
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)

@@ -46,8 +46,8 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
   x, kernel = saved
-  of_x = einsum_f32("ro,io->ri", grad, kernel).astype(grad.dtype)  # kernel.T takes twice as long
-  return of_x, dot(transpose(x), grad)
+  grad_x = einsum_f32("ro,io->ri", grad, kernel).astype(grad.dtype)  # kernel.T takes twice as long
+  return grad_x, dot(transpose(x), grad)
 
 
 _matmul.defvjp(_forward, _backward)

@@ -1,0 +1,93 @@
+"""An epoch's optimizer steps, with log-probabilities anew where rounding moved them too far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+from tqdm import tqdm
+
+from ddpo_jax import diagnostics, memory, streams, update
+from ddpo_jax.build import Trainer
+from ddpo_jax.console import hide_bars
+from ddpo_jax.interrupt import Stop
+from ddpo_jax.shared_program import SharedProgram
+from ddpo_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """Which optimizer step of an epoch: the last two arguments of an update."""
+
+  key: Key[Array, ""]  # of the inner epoch's shuffle
+  index: Int[Array, ""]  # within the inner epoch
+
+
+def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
+                    ) -> Iterator[update.UpdateMetrics]:
+  """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
+  memory.return_freed_memory()  # sampling's, and its compiler's
+  shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), streams.SHUFFLE)
+  shuffle = jax.random.fold_in(shuffle, epoch)
+  steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index))
+           for inner in range(trainer.cfg.train.num_inner_epochs)
+           for index in range(trainer.plan.steps_per_inner_epoch)]
+  for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
+    stop.check()
+    if number == 0 and isinstance(trainer.update, SharedProgram):
+      batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
+    else:
+      trainer.state, metrics = trainer.update(trainer.state, trainer.frozen_unet, batch,
+                                              step.key, step.index)
+    yield metrics
+
+
+def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
+                steps: Sequence[_Step], epoch: int, stop: Stop
+                ) -> tuple[Batch, update.UpdateMetrics]:
+  """Takes an epoch's first optimizer step.
+
+  If it shows that the sampler's log-probabilities are too far from the update's, those that the
+  other steps will read are recomputed.
+
+  Returns:
+    The batch for the other steps, and the metrics.
+  """
+  sums, batch, drift = program.begin_first_step(
+      trainer.state, trainer.frozen_unet, batch, steps[0].key, steps[0].index)
+  count = num_rescored(trainer, float(jax.device_get(drift)))
+  if count:  # before the policy changes
+    for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
+      stop.check()
+      batch = program.rescore(trainer.state, trainer.frozen_unet, batch, step.key, step.index)
+  trainer.state, metrics = program.finish_first_step(trainer.state, trainer.frozen_unet, sums)
+  return batch, metrics
+
+
+def needs_rescoring(trainer: Trainer, drift: float) -> bool:
+  """Whether an epoch's log-probabilities are recomputed: drift is too large, and they can be.
+
+  Args:
+    trainer: its update is able to where it is a `SharedProgram`.
+    drift: the `ratio_drift` of the epoch's first optimizer step.
+  """
+  acceptable = drift <= diagnostics.largest_drift(trainer.cfg)  # False where it is not finite
+  return not acceptable and isinstance(trainer.update, SharedProgram)
+
+
+def num_rescored(trainer: Trainer, drift: float) -> int:
+  """For how many of an epoch's optimizer steps they are recomputed; the first has its own."""
+  if not needs_rescoring(trainer, drift):
+    return 0
+  every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps
+  # Where every timestep is trained, one inner epoch reads all that the others do.
+  inner_epochs = 1 if every_timestep else trainer.cfg.train.num_inner_epochs
+  return trainer.plan.steps_per_inner_epoch * inner_epochs - 1
+
+
+def _progress(steps: Sequence[_Step], description: str) -> Iterable[_Step]:
+  return tqdm(steps, desc=description, leave=False, dynamic_ncols=True,
+              disable=hide_bars(), unit="step")

@@ -1,0 +1,112 @@
+"""What to change where memory or disk space runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import os
+
+from ddpo_jax.config import Config
+from ddpo_jax.errors import UserError
+from ddpo_jax.parts import largest_divisor
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new, old
+
+
+@contextlib.contextmanager
+def with_advice(cfg: Config) -> Iterator[None]:
+  """Turns running out of memory or of disk space into one line that says what to change.
+
+  Raises:
+    UserError: in the place of either; whatever else is raised passes.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:  # of JAX, NumPy, orbax, the system: each has its own
+    causes = list(_causes(error))
+    if any(map(_is_full_disk, causes)):
+      raise UserError(full_disk(cfg)) from error
+    if any(map(_is_out_of_memory, causes)):
+      raise UserError(out_of_memory(cfg)) from error
+    raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+  """The error, and those that it came from or in the handling of."""
+  pending, seen = [error], set()
+  while pending:
+    each = pending.pop()
+    if id(each) not in seen:
+      seen.add(id(each))
+      yield each
+      pending += [cause for cause in (each.__cause__, each.__context__) if cause]
+
+
+def _is_full_disk(error: BaseException) -> bool:
+  if isinstance(error, OSError) and error.errno in _FULL:
+    return True
+  # Checkpoints are written by a library of C++, whose errors have no number.
+  return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+  return isinstance(error, MemoryError) or (
+      type(error).__module__.partition(".")[0] in ("jax", "jaxlib")
+      and "RESOURCE_EXHAUSTED" in str(error))
+
+
+def full_disk(cfg: Config) -> str:
+  """One line: what the user can do."""
+  return (f"logdir={cfg.logdir!r}: the disk is full; all epochs that were saved before are "
+          "kept. Free some space, or lower num_checkpoint_limit="
+          f"{cfg.num_checkpoint_limit}, and go on with resume_from")
+
+
+def out_of_memory(cfg: Config) -> str:
+  """One line: which settings to change, and to what.
+
+  Only the last two, mixed_precision and use_lora, change what is learnt.
+  """
+  advice = [*_more_of_the_gpu(), *_smaller(cfg)]
+  if not advice:
+    advice = ["no setting is left to lower; use a device with more memory"]
+  return f"out of memory; try, in this order: {'; '.join(advice)}"
+
+
+def _more_of_the_gpu() -> Iterator[str]:
+  import jax  # there already, where memory ran out
+  if jax.default_backend() == "gpu" and not any(name in os.environ for name in _MEMORY_FRACTIONS):
+    yield (f"{_MEMORY_FRACTIONS[0]}=0.9 in the environment, because JAX takes 0.75 of a GPU's "
+           "memory by default")
+
+
+def _smaller(cfg: Config) -> Iterator[str]:
+  sample, train = cfg.sample, cfg.train
+  if train.timesteps_per_batch > 1:
+    yield f"train.timesteps_per_batch={_part(train.timesteps_per_batch)}"
+  if train.gradient_checkpointing != "full":
+    following = {"none": "blocks", "blocks": "full"}[train.gradient_checkpointing]
+    yield f"train.gradient_checkpointing='{following}'"
+  if train.batch_size > 1:
+    smaller = _part(train.batch_size)
+    steps = train.gradient_accumulation_steps * train.batch_size // smaller
+    yield f"train.batch_size={smaller} with train.gradient_accumulation_steps={steps}"
+  if sample.decode_batch_size > 1:
+    yield f"sample.decode_batch_size={min(sample.decode_batch_size, sample.batch_size) // 2 or 1}"
+  if sample.batch_size > train.batch_size:
+    smaller = train.batch_size * _part(sample.batch_size // train.batch_size)
+    batches = sample.num_batches_per_epoch * sample.batch_size // smaller
+    yield f"sample.batch_size={smaller} with sample.num_batches_per_epoch={batches}"
+  if cfg.mixed_precision == "no":
+    yield "mixed_precision='fp16'"
+  if not cfg.use_lora:
+    yield "use_lora=True"
+
+
+def _part(count: int) -> int:
+  """The largest proper divisor: what the other sizes divided, they still divide."""
+  return largest_divisor(count, count // 2)

@@ -1,0 +1,45 @@
+"""Warnings about metrics that show that a run does not learn."""
+
+
+import numpy as np
+import pytest
+from runs import HEALTHY
+from small_model import small_config
+
+from ddpo_jax import diagnostics
+from ddpo_jax.config import resolve
+
+
+@pytest.mark.parametrize("trouble,words", [
+    ({"ratio_drift": 2e-5}, ("ratio_drift", "train.clip_range=0.0001", "sample.batch_size")),
+    ({"diversity": 0.05}, ("diversity=0.05 is down from 0.3", "train.learning_rate")),
+    ({"reward_std": 0.0}, ("reward_std=0", "reward_fn=")),
+    ({"skipped_steps": 4, "loss": float("nan")}, ("skipped_steps=4", "nothing was learned")),
+    ({"clipfrac": 0.97}, ("clipfrac=0.97", "train.learning_rate=0.01")),
+])
+def test_trouble_is_said_once(trouble, words):
+  watch = diagnostics.Watch(resolve(small_config()))
+  assert watch.new_warnings(HEALTHY) == []
+  (line,) = watch.new_warnings(HEALTHY | trouble)
+  assert all(word in line for word in words), line
+  assert "\n" not in line
+  assert watch.new_warnings(HEALTHY | trouble) == []
+
+
+def test_drift_that_was_not_to_be_cured():
+  cfg = resolve(small_config(**{"train.recompute_log_probs": False}))
+  (line,) = diagnostics.Watch(cfg).new_warnings(HEALTHY | {"ratio_drift": 2e-5})
+  assert "set train.recompute_log_probs=True" in line
+
+
+def test_diversity():
+  black, white = np.zeros((2, 32, 32, 3), np.uint8), np.full((2, 32, 32, 3), 255, np.uint8)
+  assert diagnostics.diversity(black) == 0
+  # Of the 12 ordered pairs of 4 images, 8 are of a black and a white one.
+  np.testing.assert_allclose(diagnostics.diversity(np.concatenate([black, white])), 8 / 12)
+  assert diagnostics.diversity(black[:1]) == 0
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (5, 48, 48, 3), np.uint8)
+  small = images.reshape(5, 16, 3, 16, 3, 3).mean(axis=(2, 4)) / 255
+  pairs = [np.sqrt(((a - b)**2).mean()) for i, a in enumerate(small) for b in small[:i]]
+  np.testing.assert_allclose(diagnostics.diversity(images), np.mean(pairs), rtol=1e-2)

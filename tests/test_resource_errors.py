@@ -1,0 +1,84 @@
+"""What is said where memory or disk space runs out."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from small_model import small_config
+
+from ddpo_jax import cli, resource_errors, train
+from ddpo_jax.config import resolve
+
+
+def allocate_too_much():
+  jnp.zeros((2**46,), jnp.float32).block_until_ready()
+
+
+def test_out_of_memory_says_what_to_lower(capsys, monkeypatch):
+  config = resolve(small_config())
+  monkeypatch.setattr(train, "train", lambda cfg: allocate_too_much())
+  assert cli.exit_status(lambda: cli.train(config)) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == (
+      "out of memory; try, in this order: train.gradient_checkpointing='blocks'; "
+      "train.batch_size=1 with train.gradient_accumulation_steps=2; "
+      "sample.decode_batch_size=2; sample.batch_size=2 with sample.num_batches_per_epoch=2; "
+      "mixed_precision='fp16'")
+
+
+@pytest.mark.parametrize("variable", (None, *resource_errors._MEMORY_FRACTIONS))
+def test_out_of_memory_of_a_gpu(monkeypatch, variable):
+  """JAX leaves a quarter of it alone, if nobody has said how much it may take."""
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  if variable is not None:
+    monkeypatch.setenv(variable, "0.9")
+  line = resource_errors.out_of_memory(resolve(small_config()))
+  assert ("XLA_CLIENT_MEM_FRACTION=0.9 " in line) == (variable is None)
+
+
+def test_what_is_to_be_lowered_is_a_valid_config():
+  """Until nothing is left: each piece of advice, taken, resolves."""
+  cfg = resolve(small_config())
+  values = cfg.to_dict()
+  values["sample"]["batch_size"], values["train"]["batch_size"] = 12, 6
+  values["train"]["timestep_fraction"], values["use_lora"] = 1.0, False
+  values["train"]["timesteps_per_batch"] = 2
+  for _ in range(20):
+    advice = list(resource_errors._smaller(resolve(values)))
+    if not advice:
+      break
+    for setting in advice[0].split(" with "):
+      field, _, text = setting.partition("=")
+      group = values
+      *groups, name = field.split(".")
+      for each in groups:
+        group = group[each]
+      group[name] = type(group[name])(text.strip("'") if text != "True" else 1)
+  assert not advice
+  plan = resolve(values)
+  assert plan.sample.batch_size * plan.sample.num_batches_per_epoch == 12
+  assert plan.train.batch_size * plan.train.gradient_accumulation_steps == 6
+
+
+def test_full_disk_is_one_line(capsys, monkeypatch):
+  def full(cfg):
+    with open("/dev/full", "w") as file:
+      file.write("x")
+
+  monkeypatch.setattr(train, "train", full)
+  assert cli.exit_status(lambda: cli.train(resolve(small_config()))) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "the disk is full" in line and "resume_from" in line
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+  def wrong(cfg):
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(train, "train", wrong)
+  with pytest.raises(ZeroDivisionError):
+    cli.train(resolve(small_config()))
+
+
+def test_real_out_of_memory_of_jax():
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    allocate_too_much()
