@@ -95,7 +95,10 @@ class Checkpointer:
                        "meta": ocp.JsonCheckpointHandler()})
 
   def save(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """Starts writing; returns once the arrays are copied. `meta` must be JSON-able.
+    """Starts writing. `meta` must be JSON-able.
+
+    The arrays are NumPy's: those of devices orbax would cut up, a part for each device to write,
+    which takes longer than to write these few megabytes. They must not change any more.
 
     A checkpoint before it that could not be written does not keep this one from being tried.
     """

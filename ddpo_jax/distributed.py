@@ -12,6 +12,9 @@ from collections.abc import Iterator
 import contextlib
 import importlib.util
 import os
+import pathlib
+import re
+import secrets
 from typing import Any
 
 import jax
@@ -20,6 +23,8 @@ import numpy as np
 
 from ddpo_jax.config import DistributedConfig
 from ddpo_jax.errors import UserError
+
+_VISIBLE_DEVICES = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
 
 class OtherProcessFailed(RuntimeError):
@@ -37,6 +42,7 @@ def initialize(cfg: DistributedConfig) -> None:
   """
   # It would hold back SIGTERM from the start; the loop has its own way to stop.
   jax.config.update("jax_enable_preemption_service", False)
+  visible = {name: jax.config.values[name] for name in _VISIBLE_DEVICES}
   explicit: dict[str, Any] = {}
   if cfg.coordinator_address:
     explicit = {"coordinator_address": cfg.coordinator_address,
@@ -56,6 +62,10 @@ def initialize(cfg: DistributedConfig) -> None:
         f"distributed.coordinator_address={cfg.coordinator_address!r}: the processes did not "
         f"find each other in {cfg.timeout} s; all of them must be running, and reach that "
         f"address ({reason})") from error
+  if alone_on_its_machine(os.environ):
+    # To each process of these launchers JAX has given one GPU.
+    for name, devices in visible.items():
+      jax.config.update(name, devices)
 
 
 def started_by_cluster(environment: os._Environ[str] | dict[str, str]) -> bool:
@@ -65,6 +75,14 @@ def started_by_cluster(environment: os._Environ[str] | dict[str, str]) -> bool:
   several = lambda count: environment.get(count, "").isdigit() and int(environment[count]) > 1
   in_step = all(name in environment for name in ("SLURM_STEP_NODELIST", "SLURM_PROCID"))
   return (in_step and several("SLURM_NTASKS")) or several("OMPI_COMM_WORLD_SIZE")
+
+
+def alone_on_its_machine(environment: os._Environ[str] | dict[str, str]) -> bool:
+  """Whether SLURM or Open MPI has started one process on each machine."""
+  if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+    return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+  tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "8(x2),4"
+  return all(re.fullmatch(r"1(\(x\d+\))?", count) for count in tasks.split(","))
 
 
 def check_devices() -> None:
@@ -100,6 +118,23 @@ def broadcast_from_main(text: str) -> str:
   buffer = np.zeros(max_over_processes(len(encoded)), np.uint8)
   buffer[:len(encoded)] = encoded
   return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode()
+
+
+def is_shared(folder: pathlib.Path) -> bool:
+  """Whether all processes see the same folder, which process 0 makes. Collective."""
+  if jax.process_count() == 1:
+    return True
+  token = folder / f".shared-{broadcast_from_main(secrets.token_hex(8))}"
+  with contextlib.suppress(OSError):
+    if is_main():
+      folder.mkdir(parents=True, exist_ok=True)
+      token.touch()
+  max_over_processes(0)  # wait for it
+  is_there = os.path.exists(token)
+  shared = not max_over_processes(int(not is_there))
+  if is_main():
+    token.unlink(missing_ok=True)
+  return shared
 
 
 @contextlib.contextmanager

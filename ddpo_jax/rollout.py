@@ -103,7 +103,7 @@ class RolloutWorker:
           _raise_failures(pending)
           generation = self._launch(params, embeddings[batch], batch, key)
           pending.append(pool.submit(self._score, generation.images, *drawn[batch]))
-          # One batch ahead of the device at most.
+          # One batch ahead of its decoding at most.
           if generations:
             jax.block_until_ready(generations[-1].images)
             progress.update()
@@ -167,7 +167,7 @@ class RolloutWorker:
 
   def _launch(self, params: nnx.State, embeddings: Float[Array, "B L D"], batch: int,
               key: Key[Array, ""]) -> Generation:
-    """Starts sampling a batch; returns without waiting for it."""
+    """Starts sampling a batch, and may return before it is done."""
     indices = self._local_indices(batch).astype(np.int32)
     return self._generate(params, self._frozen, self.negative_embedding, embeddings,
                           self._put(indices), key)

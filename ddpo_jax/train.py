@@ -60,7 +60,7 @@ def train(cfg: Config) -> pathlib.Path:
   run_name = distributed.broadcast_from_main(run_folder.choose_run_name(cfg))
   with distributed.raising_together():
     prepared = validation.prepare(cfg, run_name)
-    configure_jax(cfg)
+  configure_jax(cfg)
   say(plan.describe())
   with distributed.raising_together():
     model = open_model(cfg)
@@ -91,11 +91,18 @@ def train(cfg: Config) -> pathlib.Path:
 
 
 def configure_jax(cfg: Config) -> None:
-  """Settings of JAX itself: the compilation cache, and TF32 where it is allowed."""
+  """Settings of JAX itself: the compilation cache, and TF32 where it is allowed. Collective."""
   folder = cfg.compilation_cache_folder()
+  if folder is not None and not distributed.is_shared(folder):
+    # On GPUs XLA tunes a program in all processes together, or waits for those that have it.
+    say(f"Not using compilation_cache={cfg.compilation_cache!r}, because {folder} is not the same "
+        "folder for all processes; one that is would make the next start quicker")
+    folder = None
   if folder is not None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  if jax.process_count() > 1:
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # for the same reason
   precision = "tensorfloat32" if cfg.allow_tf32 else "highest"
   jax.config.update("jax_default_matmul_precision", precision)
 
@@ -163,12 +170,15 @@ def set_aside_damaged(run: pathlib.Path, epochs: Iterable[int]) -> None:
 
 
 def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
-  """The state as it is now, safe from the update's donation, and the rest as JSON."""
+  """The state as it is now, in host memory, and the rest as JSON.
+
+  A copy, because the update overwrites the state, and on a CPU that would be the same memory.
+  """
   state_of = lambda part: None if part is None else part.state_dict()
   meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": state_of(trainer.stat_tracker),
           "reward_stats": state_of(trainer.combiner), "watch": trainer.watch.state_dict(),
           "skipped_in_a_row": trainer.skipped_in_a_row}
-  return jax.tree.map(jnp.copy, trainer.state), meta
+  return jax.tree.map(np.array, trainer.state), meta
 
 
 def run_epochs(trainer: Trainer, tracker: tracking.Tracker,

@@ -36,7 +36,7 @@ BATCH_SPECS = Batch(trajectory=_BY_SAMPLE, text_embeddings=_BY_SAMPLE,
 
 _INITIAL_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 1000  # finite steps before the scale doubles
-_LARGEST_PACKED = 2**18  # elements of a weight, see `packing`
+_LARGEST_PACKED = 2**22  # elements of a weight, see `packing`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,7 @@ T = TypeVar("T")
 
 # In checkpoints and on the device: the trained weights and two moments of each, float32.
 _STATE_BYTES = 3 * 4
-# While training: the same, the gradient, and the state before the epoch, kept to be saved.
-_TRAINING_BYTES = 2 * _STATE_BYTES + 4
+_TRAINING_BYTES = _STATE_BYTES + 4  # and the gradient
 _GIB = 2**30
 _LARGE_LATENT = 64 * 64 * 4  # numbers in a latent of 512 × 512 pixels
 
@@ -261,7 +260,7 @@ def describe_memory(cfg: Config, plan: BatchPlan) -> str:
   samples = plan.samples_per_epoch // plan.num_devices
   parts = {
       "the model's weights": size.weights * bytes_each,
-      "trained weights, gradient, optimizer, copy": trained * _TRAINING_BYTES,
+      "trained weights, gradient, optimizer": trained * _TRAINING_BYTES,
       # Batch by batch, and put together.
       "trajectories of an epoch": 2 * samples * (cfg.sample.num_steps + 1) * (
           4 * size.latent_size),

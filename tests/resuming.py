@@ -88,7 +88,8 @@ def main(folder, coordinator, index):
   plan = BatchPlan.create(trainer.cfg, jax.device_count())
   built = outcome(lambda: build.build(trainer.cfg, plan, lambda rng: ("", {}), {}, model))
   assert distributed.is_main() == (index == 0)
-  print(json.dumps([unreadable, epoch, steps, built]))
+  shared = [distributed.is_shared(run / "cache"), distributed.is_shared(run / f"cache_{index}")]
+  print(json.dumps([unreadable, epoch, steps, built, *shared]))
 
 
 if __name__ == "__main__":

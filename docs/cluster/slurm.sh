@@ -13,7 +13,8 @@
 
 # SIGTERM arrives two minutes before the time limit, and the run saves. When it is requeued, or
 # submitted again with the same RUN_NAME, it resumes. The folders named by logdir and
-# pretrained.model must be visible to all nodes.
+# pretrained.model must be the same on all nodes. So should that of compilation_cache
+# (~/.cache/ddpo_jax/xla), or programs are compiled anew at each start.
 #
 # Batch sizes are per device, and dgx.py is written for 8 GPUs. On 16, half the batches and half
 # the accumulation keep an epoch at 16 * 8 * 2 = 256 images and (8 * 2) / (4 * 1) = 4 optimizer
