@@ -109,9 +109,9 @@ def get_config() -> ml_collections.ConfigDict:
   train.gradient_checkpointing = "none"
   # (new) In half precision and TF32 two compiled programs round differently, which moves
   # ratios by as much as the clip range (docs/gpu.md). With this sampler and update are one
-  # program. The first optimizer step of each epoch sees whether their ratio is 1; if not by a
-  # tenth of the clip range, the update computes the log-probabilities anew: one more forward
-  # pass. In plain float32 it has no effect.
+  # program. The first optimizer step of each epoch measures the largest |ratio - 1|; above a
+  # tenth of the clip range, the log-probabilities of the other steps are recomputed: one more
+  # forward pass. In plain float32 it has no effect.
   train.recompute_log_probs = True
   # (new) Stop after so many optimizer steps in a row whose loss or gradient was not
   # finite (each of them is skipped).
@@ -128,7 +128,8 @@ def get_config() -> ml_collections.ConfigDict:
   # A function of ddpo_jax/rewards, or your own as "package.module:function". (new) Or
   # several with weights, {"aesthetic_score": 1.0, "jpeg_compressibility": 0.2}: each is
   # standardised by its own mean and deviation over the run before it is weighted.
-  config.reward_fn = config_dict.FieldReference("jpeg_compressibility", field_type=object)
+  config.reward_fn = config_dict.FieldReference(
+      "jpeg_compressibility", field_type=object)  # not str: a dict may take its place
   # (new) Its keyword arguments; with several functions, a dict for each under its name. On
   # the command line reward_kwargs.strength=2, or reward_kwargs.aesthetic_score.model=folder.
   config.reward_kwargs = ml_collections.ConfigDict()

@@ -45,7 +45,7 @@ DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 
 @dataclasses.dataclass
 class Trainer:
-  """What is built once; the loop only calls it."""
+  """What a run consists of: programs and models, built once, and what training changes."""
 
   cfg: Config
   plan: BatchPlan
@@ -53,6 +53,7 @@ class Trainer:
   worker: RolloutWorker
   update: update.Update
   frozen_unet: nnx.State
+  # What changes, and what a checkpoint holds.
   state: TrainState
   stat_tracker: advantages.PerPromptStatTracker | None
   combiner: RewardCombiner | None  # of several reward functions

@@ -1,6 +1,10 @@
 """ml_collections config -> frozen, validated dataclasses.
 
 Imports nothing slow, so that a mistake in a config is answered at once.
+
+A new field goes into configs/base.py, which documents it, a dataclass here, and `_RULES`; into
+`_RELATIONS` if it depends on others, and `continuing._MAY_CHANGE` if a resumed run may have it
+otherwise.
 """
 
 from __future__ import annotations
@@ -225,7 +229,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def inspect_config(config: ml_collections.ConfigDict | Mapping[str, Any]
-            ) -> tuple[Config | None, list[str]]:
+                   ) -> tuple[Config | None, list[str]]:
   """As `resolve`, for a caller that has more to check before it says what is wrong.
 
   Returns:
@@ -506,7 +510,7 @@ def _path(text: str) -> pathlib.Path:
   return pathlib.Path(text) if _check_home("", text) else pathlib.Path(text).expanduser()
 
 
-# What no field can be asked alone: the fields that a check reads, and the check.
+# Checks across fields: those that a check reads, and the check.
 _RELATIONS: Sequence[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = (
     (("sample.num_steps", "train.timestep_fraction", "train.timesteps_per_batch"),
      _check_timesteps),

@@ -37,13 +37,21 @@ def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
   problems = [
       f"{name}={value(now, name)} contradicts {where}, which has {value(before, name)}; set it "
       "back, or start a new run (lora.init_from takes exported weights)"
-      for name in {**now, **before} if value(now, name) != value(before, name)
-      # A field that only one of them has is another version's; an argument is the user's.
-      and (name in now and name in before or name.startswith("reward_kwargs."))
-      and not (name == "lora.rank" and cfg.lora.init_from)  # the file's rank is taken
-      and not any(name == free or name.startswith(free + ".") for free in _MAY_CHANGE)]
+      for name in {**now, **before} if _contradicts(name, now, before, cfg)]
   if problems:
     raise UserError("\n".join(problems))
+
+
+def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], cfg: Config) -> bool:
+  """Whether a field is not as it was, and has to be."""
+  if any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE):
+    return False
+  if name == "lora.rank" and cfg.lora.init_from:  # the rank of that file is taken
+    return False
+  if name in now and name in before:
+    return repr(now[name]) != repr(before[name])
+  # One of them does not have it: a field of another version, or a reward's argument.
+  return name.startswith("reward_kwargs.")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,9 +19,9 @@ _CLIPPED = 0.9  # clip fraction
 _RELATIVE_STD = 1e-5  # of the reward's size
 
 
-def largest_drift(cfg: Config) -> float:
+def drift_tolerance(clip_range: float) -> float:
   """What `ratio_drift` may be: above a tenth of the clip range, clipping acts on noise."""
-  return cfg.train.clip_range / 10
+  return clip_range / 10
 
 
 def diversity(images: UInt8[np.ndarray, "N H W 3"]) -> float:
@@ -86,7 +86,7 @@ class Watch:
 
   def _drift(self, metrics: Mapping[str, Any]) -> str | None:
     drift, clip_range = metrics["ratio_drift"], self._cfg.train.clip_range
-    if not drift > largest_drift(self._cfg):
+    if not drift > drift_tolerance(clip_range):
       return None
     if not self._cfg.train.recompute_log_probs:
       remedy = "set train.recompute_log_probs=True"

@@ -6,13 +6,14 @@ from __future__ import annotations
 class UserError(Exception):
   """An input that the user can correct.
 
-  The message is one line that names the field, the value and what would be right.
+  The message has a line for each problem, which names the field, the value and what would be
+  right.
   Scripts print it on standard error and exit with status 2.
   """
 
 
 class Interrupted(Exception):
-  """A signal asked the run to stop, and what was computed has been saved."""
+  """A signal asked the program to stop; who lets it pass has saved what was computed."""
 
   def __init__(self, signum: int):
     super().__init__(f"stopped by signal {signum}")

@@ -8,6 +8,8 @@ import os
 import pathlib
 from typing import Any
 
+from ddpo_jax.errors import UserError
+
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
   """Replaces a file's text at once: whoever reads it finds all of the old text or of the new.
@@ -54,6 +56,30 @@ def nearest_existing(path: pathlib.Path) -> pathlib.Path:
   while not _exists(path):
     path = path.parent
   return path
+
+
+def check_output(named: str, path: pathlib.Path, *, is_folder: bool) -> None:
+  """Refuses a path where no file, or no folder of files, can be written; makes nothing.
+
+  Args:
+    named: the option or field and its value, for the message.
+    path: where folders that are missing will be made.
+    is_folder: whether it is to be a folder.
+
+  Raises:
+    UserError: if it is of the other kind, or cannot be written to.
+  """
+  must = "must be a folder, or a path where one can be made" if is_folder else (
+      "must be a file's path, in a folder that can be written to")
+  try:
+    there = nearest_existing(path)
+  except (OSError, ValueError) as error:  # a name that is too long, a NUL
+    raise UserError(f"{named} cannot be a path: {error}; {must}") from error
+  if there.is_dir() != (is_folder or there != path.absolute()):
+    kind = "a folder" if there.is_dir() else "not a folder"
+    raise UserError(f"{named}: {there} is {kind}; {must}")
+  if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+    raise UserError(f"{named}: {there} cannot be written to; {must}")
 
 
 def _exists(path: pathlib.Path) -> bool:

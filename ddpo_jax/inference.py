@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ddpo_jax import build, checkpoint, lora, tracking
+from ddpo_jax import build, checkpoint, lora
 from ddpo_jax.config import Config
 from ddpo_jax.config import resolve as resolve_config
 from ddpo_jax.console import say
@@ -32,7 +32,8 @@ from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import nearest_existing
+from ddpo_jax.files import check_output
+from ddpo_jax.images import image_grid
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, TINY, WEIGHT_NAMES, find_weights, resolve
 from ddpo_jax.models.placement import place_weights
@@ -284,7 +285,7 @@ def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]
 
 
 def _generator(models: StableDiffusion, options: SamplingOptions, count: int) -> ImageGenerator:
-  """Made once it is said what takes long from here on."""
+  """Says what takes long from here on, and makes the generator."""
   say(f"Compiling, and sampling {_number(count)} in {options.num_steps} steps")
   return ImageGenerator(models, options)
 
@@ -307,23 +308,7 @@ def _check_picture_output(request: SampleRequest, output: pathlib.Path) -> None:
   if not (is_folder or request.is_grid):
     raise UserError(f"--output={output} must end in {', '.join(_PICTURES)} for one grid, or "
                     "be the name of a folder for single files")
-  _check_writable(output, is_folder=not request.is_grid)
-
-
-def _check_writable(output: pathlib.Path, *, is_folder: bool) -> None:
-  """Looks at the output, or the nearest folder that is there; makes nothing."""
-  must = "a folder, or a path where one can be made" if is_folder else (
-      "a file's path, in a folder that can be written to")
-  try:
-    there = nearest_existing(output)
-  except (OSError, ValueError) as error:  # a name that is too long, a NUL
-    raise UserError(f"--output={output!s:.200} cannot be a path: {error}; must be {must}"
-                    ) from error
-  if there.is_dir() != (is_folder or there != output.absolute()):
-    kind = "a folder" if there.is_dir() else "not a folder"
-    raise UserError(f"--output={output}: {there} is {kind}; must be {must}")
-  if not os.access(there, os.W_OK):
-    raise UserError(f"--output={output}: {there} cannot be written to; must be {must}")
+  check_output(f"--output={output!s:.200}", output, is_folder=not request.is_grid)
 
 
 def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path, *,
@@ -332,7 +317,7 @@ def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path, *,
   try:
     if is_grid:
       output.parent.mkdir(parents=True, exist_ok=True)
-      tracking.image_grid(images, captions).save(output, quality=95)
+      image_grid(images, captions).save(output, quality=95)
       return
     output.mkdir(parents=True, exist_ok=True)
     for i, (image, caption) in enumerate(zip(images, captions)):
@@ -373,7 +358,7 @@ def _check_export(cfg: Config, output: pathlib.Path, file_format: str) -> None:
       raise UserError(f"--format={file_format}: {whole}; must be diffusers")
     if output.suffix.lower() == _LORA_FILE:
       raise UserError(f"--output={output}: {whole}; must be the name of a folder")
-  _check_writable(output, is_folder=not cfg.use_lora)
+  check_output(f"--output={output!s:.200}", output, is_folder=not cfg.use_lora)
   if cfg.use_lora and output.suffix.lower() != _LORA_FILE:
     raise UserError(f"--output={output} must end in {_LORA_FILE}, which is what is written; "
                     f"such as {output.with_suffix(_LORA_FILE)}")

@@ -74,7 +74,8 @@ def needs_rescoring(trainer: Trainer, drift: float) -> bool:
     trainer: its update is able to where it is a `SharedProgram`.
     drift: the `ratio_drift` of the epoch's first optimizer step.
   """
-  acceptable = drift <= diagnostics.largest_drift(trainer.cfg)  # False where it is not finite
+  tolerance = diagnostics.drift_tolerance(trainer.cfg.train.clip_range)
+  acceptable = drift <= tolerance  # False where it is not finite
   return not acceptable and isinstance(trainer.update, SharedProgram)
 
 

@@ -1,4 +1,4 @@
-"""Stopping at a signal: where everything is at rest in a run, at once where nothing is to save.
+"""Signals: a run stops where everything is at rest; what has nothing to save stops at once.
 
 Imports nothing slow, so that scripts can ask for the latter before anything else.
 """

@@ -1,4 +1,4 @@
-"""Memory that the C library has been given back, and keeps from the system."""
+"""Makes the C library (glibc) return freed memory to the operating system."""
 
 from __future__ import annotations
 

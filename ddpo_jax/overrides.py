@@ -34,7 +34,7 @@ def override(config: ml_collections.ConfigDict, arguments: Sequence[tuple[str, s
 
   Returns:
     The config's values as plain dicts, in which a text that is not of its field's type is
-    left for `config.inspect` to refuse; and what it cannot see, a line for each problem.
+    left for `config.inspect_config` to refuse; and what it cannot see, a line for each problem.
   """
   problems: list[str] = []
   functions, kwargs = [], []

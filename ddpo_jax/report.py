@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 from PIL import Image
 
+from ddpo_jax.diagnostics import drift_tolerance
 from ddpo_jax.files import read_jsonl, write_atomically
 from ddpo_jax.images import encode_image
 
@@ -265,7 +266,7 @@ def _policy_charts(config: Mapping[str, Any], metrics: Sequence[Mapping]) -> lis
       _lines(metrics, "Clip fraction: ratios outside the clip range", {"clipfrac": ""}),
       _lines(metrics, "Approximate KL divergence", {"approx_kl": ""}, log=True),
       _lines(metrics, "Gradient norm, before clipping", {"grad_norm": ""}, log=True),
-      _drift_chart(config["train"]["clip_range"] / 10, metrics),
+      _drift_chart(drift_tolerance(config["train"]["clip_range"]), metrics),
       *([_lines(metrics, "Skipped optimizer steps: not finite", {"skipped_steps": ""})]
         if np.nansum(_values(metrics, "skipped_steps")) else [])]
 

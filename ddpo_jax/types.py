@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 
-@runtime_checkable
 class RewardFn(Protocol):
   """Scores images."""
 
@@ -25,7 +24,6 @@ class RewardFn(Protocol):
     ...
 
 
-@runtime_checkable
 class PromptFn(Protocol):
   """Draws one prompt, and what a reward may want to know about it."""
 
@@ -33,16 +31,19 @@ class PromptFn(Protocol):
     ...
 
 
-@runtime_checkable
 class Denoiser(Protocol):
-  """The policy's network: predicts noise (or velocity, or the clean sample)."""
+  """The policy's network: predicts noise (or velocity, or the clean sample).
+
+  n latents in a row have the same prompt. n is 1 in sampling; in training several timesteps of a
+  sample may share a microbatch.
+  """
 
   def __call__(
       self,
-      latents: Float[Array, "B h w C"],
-      timesteps: Int[Array, " B"],  # in the model's own 0..999
+      latents: Float[Array, "n*B h w C"],
+      timesteps: Int[Array, " n*B"],  # in the model's own 0..999
       text_embeddings: Float[Array, "B L D"],
-  ) -> Float[Array, "B h w C"]:
+  ) -> Float[Array, "n*B h w C"]:
     ...
 
 
@@ -52,15 +53,14 @@ class BranchingDenoiser(Denoiser, Protocol):
 
   def predict_branches(
       self,
-      latents: Float[Array, "B h w C"],
-      timesteps: Int[Array, " B"],
+      latents: Float[Array, "n*B h w C"],
+      timesteps: Int[Array, " n*B"],
       text_embeddings: Float[Array, "branches*B L D"],
       branches: int,
-  ) -> Float[Array, "branches*B h w C"]:
+  ) -> Float[Array, "branches*n*B h w C"]:
     ...
 
 
-@runtime_checkable
 class Policy(Denoiser, Protocol):
   """A denoiser that knows the shape of its latents."""
 

@@ -200,18 +200,21 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
   sample_key, time_key = jax.random.split(key)
   del key
 
+  # Of two batches of samples 0 to 3 and 4 to 7, with a batch_size of 2, slot 0 has samples
+  # 0, 1, 4 and 5 in its column, and slot 1 has samples 2, 3, 6 and 7.
   def column(slot: jax.Array) -> jax.Array:  # -> [accumulation_steps] local samples
     order = jax.random.permutation(
         jax.random.fold_in(sample_key, first_column + slot), batches * per_slot)
     rows = jax.lax.dynamic_slice_in_dim(order, index * config.accumulation_steps,
                                         config.accumulation_steps)
-    return rows // per_slot * samples + slot * per_slot + rows % per_slot
+    batch, place = rows // per_slot, rows % per_slot
+    return batch * samples + slot * per_slot + place
 
   def timesteps(sample: jax.Array) -> jax.Array:  # -> [num_train_timesteps]
-    batch, position = sample // samples, sample % samples
-    position += jax.lax.axis_index(AXIS) * samples
-    everywhere = batch * samples * jax.lax.axis_size(AXIS) + position
-    order = jax.random.permutation(jax.random.fold_in(time_key, everywhere), num_steps)
+    batch, place = sample // samples, sample % samples
+    place += jax.lax.axis_index(AXIS) * samples
+    global_index = batch * samples * jax.lax.axis_size(AXIS) + place
+    order = jax.random.permutation(jax.random.fold_in(time_key, global_index), num_steps)
     return order[:config.num_train_timesteps]
 
   chosen = jax.vmap(column, out_axes=1)(jnp.arange(config.batch_size))
@@ -351,7 +354,7 @@ def fold(function: Callable[..., folding.Split], unet: folding.Split
 
 
 def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
-                                        Callable[[Any], nnx.State]]:
+                                         Callable[[Any], nnx.State]]:
   """Chooses the form in which gradients are added up.
 
   On a GPU those of small weights are concatenated into one vector: each addition is a kernel

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib.util
 import math
-import os
 import pathlib
 import shutil
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ from ddpo_jax.console import say
 from ddpo_jax.continuing import check_continues
 from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import nearest_existing
+from ddpo_jax.files import check_output, nearest_existing
 from ddpo_jax.messages import masked, place, shown, with_type
 from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
 from ddpo_jax.models.hub import retries_in_one_line
@@ -41,6 +40,7 @@ T = TypeVar("T")
 _STATE_BYTES = 3 * 4
 _TRAINING_BYTES = _STATE_BYTES + 4  # and the gradient
 _GIB = 2**30
+_check_output_folder = functools.partial(check_output, is_folder=True)
 _LARGE_LATENT = 64 * 64 * 4  # numbers in a latent of 512 × 512 pixels
 
 
@@ -155,11 +155,11 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
   if run is not None:
     named = bool(cfg.run_name) or not cfg.resume_from
     if named or run.is_dir():  # else resume_from is wrong, and said to be below
-      problems.of(_check_writable, "logdir" if named else "resume_from",
-                  cfg.logdir if named else cfg.resume_from, run)
+      field = f"logdir={cfg.logdir!r}" if named else f"resume_from={cfg.resume_from!r}"
+      problems.of(_check_output_folder, field, run)
   cache = None if "compilation_cache" in wrong else cfg.compilation_cache_folder()
   if cache is not None and cfg.compilation_cache != "auto":
-    problems.of(_check_writable, "compilation_cache", cfg.compilation_cache, cache)
+    problems.of(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
   if "lora" not in wrong and "lora.init_from" not in wrong and cfg.lora.init_from:
     problems.of(read_header, "lora.init_from",
                 pathlib.Path(cfg.lora.init_from).expanduser())
@@ -172,17 +172,6 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
     size = problems.of(model_size, cfg)
     if size is not None and run is not None:
       problems.of(_check_room, cfg, run, size)
-
-
-def _check_writable(field: str, value: str, folder: pathlib.Path) -> None:
-  """Looks for the nearest folder that is there; makes nothing."""
-  there = nearest_existing(folder)
-  if not there.is_dir():
-    raise UserError(f"{field}={value!r}: {there} is not a folder; must be one, or a path "
-                    "where one can be made")
-  if not os.access(there, os.W_OK | os.X_OK):
-    raise UserError(f"{field}={value!r}: {there} cannot be written to; must be a folder "
-                    "that can be")
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path) -> None:

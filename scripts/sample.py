@@ -6,8 +6,8 @@
     python scripts/sample.py --model tiny --prompts "a red star on a white background" \\
         --output images/ --eta 0
 
-An output that ends in .jpg or .png is one grid; any other, and one that ends in a slash, is
-a folder of single files.
+An output that ends in .jpg, .jpeg or .png is one grid; one without such an ending, or with a
+slash at the end, is a folder of single files.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ P = jax.sharding.PartitionSpec
 
 @pytest.mark.parametrize("layer", (
     functools.partial(layers.GroupNorm(64, 8, epsilon=1e-5, dtype=jnp.bfloat16,
-                                      rngs=nnx.Rngs(0)), act=jax.nn.silu),
+                                       rngs=nnx.Rngs(0)), act=jax.nn.silu),
     layers.LayerNorm(64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), geglu))
 def test_the_backward_pass_keeps_the_input_alone(layer):
   """Where log-probabilities are recomputed XLA keeps all that it is told to."""
@@ -66,7 +66,7 @@ def test_a_program_compiled_for_shapes_takes_the_weights_as_they_lie(convolution
   """The update is compiled while its weights are still in files."""
   program, weights, x, replicated = convolution
   abstract = placement.placed_shapes(jax.eval_shape(lambda: weights), replicated,
-                                  output_first=True)
+                                     output_first=True)
   compiled = program.lower(abstract, x).compile()
   placed = placement.place_weights(weights, replicated, output_first=True)
   np.testing.assert_array_equal(compiled(placed, x), program(placed, x))

@@ -11,7 +11,7 @@ from ddpo_jax import rewards, tiny_scenes
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 SCENE = tiny_scenes.Scene(count=3, color="red", shape="circle", background="blue",
-                     texture="striped")
+                          texture="striped")
 
 
 def scenes(number, **fixed):

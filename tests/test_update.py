@@ -100,7 +100,7 @@ def results(micro, schedule, batch, golden_lora, request):
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(jax, "default_backend", lambda: backend)
       out[case] = (state, *mapped(jnp.float32(micro[f"{case}_clip_range"]), state, frozen,
-                                 samples, microbatches))
+                                  samples, microbatches))
   return optimizer, out
 
 

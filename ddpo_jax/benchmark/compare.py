@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import importlib.util
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -21,7 +20,7 @@ from ddpo_jax.benchmark.side import Side, serve
 from ddpo_jax.cli import exit_status, read_config
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import nearest_existing
+from ddpo_jax.files import check_output
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DEFAULT = str(_ROOT / "configs" / "single_gpu.py") + ":compressibility"
@@ -87,21 +86,9 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   if missing:
     raise UserError(f"--reference=torch needs {', '.join(missing)}: pip install -e '.[test]'")
   if options.output:
-    _check_output(pathlib.Path(options.output))
+    check_output(f"--output={options.output:.200}", pathlib.Path(options.output),
+                 is_folder=False)
   return options, rest
-
-
-def _check_output(output: pathlib.Path) -> None:
-  """Refuses, before anything is measured, what could not be written; makes nothing."""
-  must = "must be a file's path, in a folder that is there and can be written to"
-  try:
-    there = nearest_existing(output)
-  except (OSError, ValueError) as error:  # a name that is too long, a NUL
-    raise UserError(f"--output={output!s:.200} cannot be a path: {error}; {must}") from error
-  path = output.absolute()
-  is_right = not there.is_dir() if there == path else there == path.parent and there.is_dir()
-  if not is_right or not os.access(there, os.W_OK):
-    raise UserError(f"--output={output} cannot be written; {must}")
 
 
 def _is_installed(module: str) -> bool:

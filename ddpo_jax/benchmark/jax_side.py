@@ -24,6 +24,7 @@ from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
 from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
+from ddpo_jax.diffusion.ddim import uses_guidance
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.models import StableDiffusion, Unread
 from ddpo_jax.models.hub import resolve
@@ -126,7 +127,7 @@ class JaxSide:
     """Of one sample: counted from the shapes, and by the compiler, in FLOP."""
     unet = nnx.eval_shape(functools.partial(build.prepare_unet, self._cfg), self._shapes.unet)
     return flops.of_models(dataclasses.replace(self._shapes, unet=unet),
-                           guided=self._cfg.sample.guidance_scale > 1)
+                           guided=uses_guidance(self._cfg.sample.guidance_scale))
 
   def jpeg(self) -> dict[str, Any]:
     """JPEG rewards of 256 images of 512×512, smooth with some grain, as photographs are."""

@@ -262,7 +262,7 @@ class _EncoderLayer(nnx.Module):
 
   def __init__(self, config: _TowerConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
     norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
-                                   dtype=dtype, rngs=rngs)
+                                    dtype=dtype, rngs=rngs)
     self.self_attn = _SelfAttention(config, dtype=dtype, rngs=rngs)
     self.layer_norm1, self.layer_norm2 = norm(), norm()
     self.mlp = _MLP(config, dtype=dtype, rngs=rngs)
@@ -323,7 +323,7 @@ class CLIPVisionModel(nnx.Module):
   def __init__(self, config: CLIPVisionConfig, *, dtype: DTypeLike = jnp.float32,
                rngs: nnx.Rngs):
     norm = lambda: layers.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps,
-                                   dtype=dtype, rngs=rngs)
+                                    dtype=dtype, rngs=rngs)
     self.config = config
     self.embeddings = _VisionEmbeddings(config, dtype=dtype, rngs=rngs)
     self.pre_layrnorm = norm()  # spelled as in the files

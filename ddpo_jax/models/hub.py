@@ -158,7 +158,7 @@ def _download(repo: str, revision: str | None, kind: Repository) -> pathlib.Path
 
 @contextlib.contextmanager
 def retries_in_one_line() -> Iterator[None]:
-  """A context in which the hub's library says but once that it tries again, and in one line.
+  """Collapses the hub library's warnings that it tries again into one line.
 
   Its logger has a handler of its own and passes on to the root's, which has one as soon as
   orbax is imported: it said everything twice, two lines for each of five tries.

@@ -1,7 +1,7 @@
 """The layers that the UNet, the VAE and CLIP are made of. Channels last throughout.
 
 Module attributes carry the names of diffusers' checkpoints, so that a weight's path in
-the file is its path in the module (see `pretrained.py`).
+the file is its path in the module (see `weights.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _add_bias(layer: nnx.Conv | nnx.Linear, y: jax.Array) -> jax.Array:
 
 
 def tile(x: jax.Array, times: int) -> jax.Array:
-  """The whole batch, and again: what branches of guidance share, for each of them."""
+  """Repeats the whole batch: what branches of guidance share, once for each of them."""
   return x if times == 1 else jnp.concatenate([x] * times)
 
 

@@ -25,11 +25,15 @@ def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
     sharding: where to put them.
     output_first: whether to reorder; on GPUs if None.
   """
-  def place(weight: jax.Array) -> jax.Array:
-    # As it is first: the device puts it in order.
-    return jax.device_put(replicate(weight, sharding), _format(weight, sharding, output_first))
-
-  return jax.tree.map(place, weights)
+  placed, treedef = jax.tree.flatten(replicate(weights, sharding))
+  formats = [_format(weight, sharding, output_first) for weight in placed]
+  kernels = [i for i, each in enumerate(formats) if isinstance(each, Format)]
+  if kernels:
+    # The device puts them in order, in one program: one for each shape would compile for seconds.
+    reorder = jax.jit(lambda kernels: kernels, out_shardings=[formats[i] for i in kernels])
+    for i, kernel in zip(kernels, reorder([placed[i] for i in kernels])):
+      placed[i] = kernel
+  return jax.tree.unflatten(treedef, placed)
 
 
 def replicate(arrays: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -91,7 +91,7 @@ def open_pretrained(path: str | os.PathLike, revision: str | None = None,
   configs = {name: model_config.read(folder / name / "config.json", config_cls.from_dict)
              for name, (_, config_cls) in PARTS.items()}
   noise_schedule = model_config.read(folder / "scheduler" / "scheduler_config.json",
-                                NoiseSchedule.from_config)
+                                     NoiseSchedule.from_config)
   files = {name: hub.find_weights(folder / name, stem)
            for name, stem in hub.WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")
@@ -133,9 +133,9 @@ def load_clip(path: str | os.PathLike, revision: str | None = None,
   config = model_config.read(folder / "config.json", CLIPConfig.from_dict)
   images = _read_image_config(folder, config.vision_config.image_size)
   # The rules for the names of Stable Diffusion's parts would take a prefix away.
-  model: Any = weights.load_module(functools.partial(CLIPModel, config, dtype=dtype),
-                      hub.find_weights(folder, "model", hub.CLIP_REPOSITORY.weights_class),
-                      renames=())
+  file = hub.find_weights(folder, "model", hub.CLIP_REPOSITORY.weights_class)
+  model: Any = weights.load_module(functools.partial(CLIPModel, config, dtype=dtype), file,
+                                   renames=())
   return CLIP(model, images, folder)
 
 
@@ -155,7 +155,7 @@ def _read_image_config(folder: pathlib.Path, image_size: int) -> CLIPImageConfig
     return model_config.read(folder / "preprocessor_config.json", parse)
   if (folder / "processor_config.json").is_file():  # transformers 5
     return model_config.read(folder / "processor_config.json",
-                        lambda values: parse(values.get("image_processor", {})))
+                             lambda values: parse(values.get("image_processor", {})))
   return parse({})
 
 

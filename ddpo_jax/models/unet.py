@@ -186,7 +186,7 @@ class Transformer2D(nnx.Module):
     self.proj_out = projection(channels, channels, **common)
 
   def __call__(self, x: jax.Array, context: jax.Array, branches: int = 1) -> jax.Array:
-    """Likewise, on maps [n*B, H, W, F]."""
+    """Feature maps [n*B, H, W, F] -> [branches*n*B, H, W, F]; context as in the block."""
     batch, height, width, channels = x.shape
     h = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
     (block,) = self.transformer_blocks
@@ -340,7 +340,7 @@ class UNet2DConditionModel(nnx.Module):
     self.up_blocks = nnx.List([UpBlock(config, index, **common)
                                for index in range(len(channels))])
     self.conv_norm_out = layers.GroupNorm(channels[0], config.norm_num_groups,
-                                         epsilon=config.norm_eps, **common)
+                                          epsilon=config.norm_eps, **common)
     self.conv_out = layers.Conv(channels[0], config.out_channels, **common)
     # What the text embeddings go through before all blocks, see `folding.py`.
     self.context_projection: nnx.Module | None = nnx.data(None)

@@ -71,7 +71,7 @@ class _Attention(nnx.Module):
                rngs: nnx.Rngs):
     linear = lambda: layers.Linear(channels, channels, dtype=dtype, rngs=rngs)
     self.group_norm = layers.GroupNorm(channels, num_groups, epsilon=_EPSILON,
-                                      dtype=dtype, rngs=rngs)
+                                       dtype=dtype, rngs=rngs)
     self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
     self.to_out = nnx.List([linear()])
 
@@ -146,7 +146,7 @@ class _Encoder(nnx.Module):
         for i in range(len(channels))])
     self.mid_block = _MidBlock(config, channels[-1], **common)
     self.conv_norm_out = layers.GroupNorm(channels[-1], config.norm_num_groups,
-                                         epsilon=_EPSILON, **common)
+                                          epsilon=_EPSILON, **common)
     self.conv_out = layers.Conv(channels[-1], 2 * config.latent_channels, **common)
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -168,7 +168,7 @@ class _Decoder(nnx.Module):
                  upsample=i < len(channels) - 1, **common)
         for i in range(len(channels))])
     self.conv_norm_out = layers.GroupNorm(channels[-1], config.norm_num_groups,
-                                         epsilon=_EPSILON, **common)
+                                          epsilon=_EPSILON, **common)
     self.conv_out = layers.Conv(channels[-1], config.out_channels, **common)
 
   def __call__(self, x: jax.Array) -> jax.Array:

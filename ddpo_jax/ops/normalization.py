@@ -118,9 +118,9 @@ def _sum_rows(x: Float[Array, "*rows C"]) -> Float[Array, "*rows 1"]:
 
 
 def _sum_pixels(x: Float[Array, "B *pixels C"]) -> Float[Array, "B *ones C"]:
-  """In two steps, of which XLA for a GPU fuses the first with the computation of x.
+  """Sums in two steps, of which XLA for a GPU fuses the first with the computation of x.
 
-  The sum over all pixels at once it does not, and x is written out in float32, and read again.
+  It does not fuse a sum over all pixels at once: x is then written out in float32 and read again.
   """
   rows = jax.lax.optimization_barrier(x.sum(axis=1, keepdims=True))
   return rows.sum(axis=tuple(range(2, x.ndim - 1)), keepdims=True)

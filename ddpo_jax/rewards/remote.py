@@ -52,15 +52,15 @@ class AttemptError(Exception):
 
 
 class TransientError(AttemptError):
-  """In a way that may pass: another attempt is worth it."""
+  """An attempt failed in a way that may pass: another one is worth it."""
 
 
 class AttemptTimeout(TransientError):
-  """By taking longer than it might."""
+  """An attempt took too long."""
 
 
 class ReplyError(AttemptError):
-  """By a reply that cannot be used, and would be the same the next time."""
+  """The reply cannot be used, and would be the same the next time."""
 
 
 @dataclasses.dataclass(frozen=True)

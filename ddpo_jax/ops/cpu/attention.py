@@ -28,8 +28,8 @@ def attend(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
 
 
 def attend_in_blocks(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
-                    key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
-                    max_scores: int, max_scores_of_head: int) -> Float[Array, "B T N H"]:
+                     key: Float[Array, "B S N H"], value: Float[Array, "B S N H"],
+                     max_scores: int, max_scores_of_head: int) -> Float[Array, "B T N H"]:
   """Attention of all samples at a time, of one, or of some queries of one head.
 
   The largest of these that has at most so many scores. Each score is read several times; from
@@ -53,7 +53,7 @@ def attend_in_blocks(attend: Callable[..., jax.Array], query: Float[Array, "B T 
 
 @jax.custom_vjp
 def attend_at_once(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
-           value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
+                   value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
   """Scaled dot-product attention, with flash attention's backward pass (arXiv:2205.14135).
 
   That has the sum in softmax's derivative over a head's features instead of over all keys,
@@ -63,7 +63,7 @@ def attend_at_once(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
 
 
 def _forward(query: jax.Array, key: jax.Array, value: jax.Array
-                    ) -> tuple[jax.Array, tuple[Any, ...]]:
+             ) -> tuple[jax.Array, tuple[Any, ...]]:
   query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
   key = key * _scale(query)  # not the query: a loop's keys may be always the same
   forward = _forward_columns if _in_columns(query) else _forward_rows
@@ -72,7 +72,7 @@ def _forward(query: jax.Array, key: jax.Array, value: jax.Array
 
 
 def _backward(saved: tuple[Any, ...], grad: jax.Array
-                     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+              ) -> tuple[jax.Array, jax.Array, jax.Array]:
   query, key, value, weights, out = saved
   grad = grad.swapaxes(1, 2)
   mean = jnp.sum(grad * out, axis=-1, dtype=jnp.float32)

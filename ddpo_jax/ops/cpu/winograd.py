@@ -66,14 +66,14 @@ def convolve(x: Float[Array, "B h w I"], kernel: Transformed) -> Float[Array, "B
   """A 3×3 convolution, padded by 1, of an image with even height and width."""
   to_positions, from_positions, weights = _choose(x, kernel)
   return _apply(x, to_positions, from_positions,
-                   lambda tiles: jnp.einsum("pti,pio->pto", tiles, weights), weights.shape[0])
+                lambda tiles: jnp.einsum("pti,pio->pto", tiles, weights), weights.shape[0])
 
 
 def gradient(grad: Float[Array, "B h w O"], kernel: Transformed) -> Float[Array, "B h w I"]:
   """The gradient in x of `convolve`: all three linear steps transposed, in reverse."""
   to_positions, from_positions, weights = _choose(grad, kernel)
   return _apply(grad, from_positions.T, to_positions.T,
-                   lambda tiles: jnp.einsum("pto,pio->pti", tiles, weights), weights.shape[0])
+                lambda tiles: jnp.einsum("pto,pio->pti", tiles, weights), weights.shape[0])
 
 
 def _choose(image: jax.Array, kernel: Transformed
@@ -90,7 +90,7 @@ def _choose(image: jax.Array, kernel: Transformed
 
 
 def _apply(image: jax.Array, to_positions: np.ndarray, from_positions: np.ndarray,
-              product: Callable[[jax.Array], jax.Array], positions: int) -> jax.Array:
+           product: Callable[[jax.Array], jax.Array], positions: int) -> jax.Array:
   """For each position there is one matmul, over all tiles of all images."""
   # Each step is to be as it is written: what XLA fuses matmuls with slows them down. The
   # images' own matmuls, one for each, keep what comes before and after in its layout: XLA
