@@ -1,4 +1,4 @@
-"""Shared by all tests: virtual CPU devices, golden files, an embedded model to load."""
+"""Shared by all tests: virtual CPU devices, golden files and their model."""
 
 import functools
 import os
@@ -29,7 +29,9 @@ hypothesis.settings.load_profile("quick")
 FIRST = ("processes", "precision", "experiments", "vlm", "update", "train", "folding", "llava",
          "resume", "inference", "sampler", "faults", "devices")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-SHARED_DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+# Files of others that cannot be in this repository; tests that need one are skipped without it.
+SHARED_DATA = pathlib.Path(os.environ.get(
+    "DDPO_JAX_TEST_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
 
 
 def pytest_collection_modifyitems(items):

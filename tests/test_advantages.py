@@ -9,7 +9,7 @@ from ddpo_jax.advantages import PerPromptStatTracker, normalize
 
 
 @pytest.mark.parametrize("dtype", ("float64", "float32"))
-def test_golden_calls(golden, dtype):
+def test_advantages_equal_the_references(golden, dtype):
   stored = golden("b_stat_tracker")
   tracker = PerPromptStatTracker(int(stored["buffer_size"]), int(stored["min_count"]))
   for call in range(4):

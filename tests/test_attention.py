@@ -110,7 +110,8 @@ def on_a_gpu(monkeypatch):
     ((2, 77, 12, 64), jnp.bfloat16, "xla"),  # an odd number of queries
     ((2, 4096, 8, 40), jnp.float32, "xla")])
 @pytest.mark.parametrize("keys", (77, 4096))
-def test_implementation(on_a_gpu, monkeypatch, shape, dtype, expected, keys):
+def test_cudnn_serves_even_queries_in_half_precision(
+    on_a_gpu, monkeypatch, shape, dtype, expected, keys):
   """Where cuDNN has what is asked of it: here attention of another kind stands for its."""
   def flash_attention(*inputs, **kwargs):  # CPUs have no products in half precision
     return attend(*(x.astype(jnp.float32) for x in inputs), **kwargs).astype(dtype)

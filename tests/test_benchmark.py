@@ -230,7 +230,7 @@ def test_help_names_the_config(capsys):
   assert capsys.readouterr().out.startswith("usage: benchmark.py [--config FILE[:EXPERIMENT]]")
 
 
-@pytest.mark.parametrize("name", ("none/x.json", ".", "file/x.json", "a" * 300, "a\0"))
+@pytest.mark.parametrize("name", (".", "file/x.json", "a" * 300, "a\0"))
 def test_an_output_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path, capsys, name):
   monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("work began"))
   (tmp_path / "file").write_text("")

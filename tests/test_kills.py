@@ -8,8 +8,16 @@ import time
 
 import numpy as np
 import pytest
-from runs import command, finish, metrics_of, start, weights_of, without_times
-from test_processes import arguments, start_two
+from runs import (
+  command,
+  finish,
+  metrics_of,
+  small_command,
+  start,
+  start_two,
+  weights_of,
+  without_times,
+)
 
 KILLS = 20
 EPOCHS = 8
@@ -22,7 +30,7 @@ def start_demo(logdir, name):
 
 
 def start_processes(logdir, name):
-  return start_two(arguments(logdir, name, *OPTIONS))
+  return start_two(small_command(logdir, name, *OPTIONS))
 
 
 def kill(processes):

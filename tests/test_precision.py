@@ -319,7 +319,8 @@ def test_rescoring_changes_nothing_else(half):
 @pytest.mark.parametrize("options", (
     {"shared": True}, {"shared": True, "timesteps_per_batch": 2}, {"checkpointing": "blocks"},
     {"checkpointing": "full"}), ids=str)
-def test_the_same_step(plain_setup, plain, options):
+def test_the_step_is_the_same_with_checkpointing_and_as_shared_program(
+    plain_setup, plain, options):
   """Whatever is kept for the backward pass, and by the program that samples too."""
   state, metrics = first_step(make(jnp.float32, batch=plain_setup.batch, **options),
                               jax.random.key(0))

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import types
 
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from runs import (
-    command,
     finish,
     metrics_of,
     start,
@@ -19,7 +17,7 @@ from runs import (
     weights_of,
     without_times,
 )
-from small_model import small_config, small_model
+from small_model import small_config
 
 from ddpo_jax import checkpoint, distributed
 from ddpo_jax.config import resolve
@@ -28,42 +26,18 @@ from ddpo_jax.errors import UserError
 EPOCHS = 2
 
 
-def arguments(logdir, name, *more):
-  """An epoch of 16 images, 8 at a time on 4 devices, in 2 optimizer steps."""
-  return command(
-      logdir, name, f"--config.pretrained.model={small_model()}", "--config.sample.num_steps=20",
-      "--config.train.timestep_fraction=0.1", "--config.sample.batch_size=2",
-      "--config.train.batch_size=2", "--config.train.learning_rate=3e-4",
-      "--config.sample.guidance_scale=1.0",
-      "--config.reward_fn=tests.runs:brightness",
-      f"--config.num_epochs={EPOCHS}", "--config.save_freq=100", *more)
-
-
-def free_address():
-  with socket.socket() as listener:
-    listener.bind(("localhost", 0))
-    return f"localhost:{listener.getsockname()[1]}"
-
-
-def start_two(arguments):
-  address = free_address()
-  return [start([*arguments, f"--config.distributed.coordinator_address={address}",
-                 "--config.distributed.num_processes=2",
-                 f"--config.distributed.process_id={i}"], devices=2) for i in (0, 1)]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   """A run of two processes that nothing happened to: the folder that holds it."""
   logdir = tmp_path_factory.mktemp("processes")
-  codes, errors = finish(start_two(arguments(logdir, "whole")))
+  codes, errors = finish(start_two(small_command(logdir, "whole")))
   assert codes == [0, 0], errors
   return logdir
 
 
 def test_as_one_process(whole):
   """Two processes of two devices draw and learn what one process of four does."""
-  codes, errors = finish([start(arguments(whole, "one"), 4)])
+  codes, errors = finish([start(small_command(whole, "one"), 4)])
   assert codes == [0], errors
   two, one = (metrics_of(whole / name) for name in ("whole", "one"))
   assert [line["epoch"] for line in two] == list(range(EPOCHS))
@@ -89,9 +63,9 @@ def test_half_precision_as_one_process(whole):
   units (AMX) in the images as well.
   """
   options = "--config.mixed_precision=bf16", "--config.num_epochs=1"
-  codes, errors = finish(start_two(arguments(whole, "half_two", *options)))
+  codes, errors = finish(start_two(small_command(whole, "half_two", *options)))
   assert codes == [0, 0], errors
-  codes, errors = finish([start(arguments(whole, "half_one", *options), 4)])
+  codes, errors = finish([start(small_command(whole, "half_one", *options), 4)])
   assert codes == [0], errors
   (two,), (one,) = (metrics_of(whole / name) for name in ("half_two", "half_one"))
   assert two["sampler_drift"] == one["sampler_drift"] == 0.0
@@ -103,13 +77,13 @@ def test_half_precision_as_one_process(whole):
 def test_a_signal_to_one_stops_both_and_resumes_exactly(whole):
   """SIGTERM reaches one process only, as where one machine of several is taken away."""
   options = "--config.resume_from=auto"
-  processes = start_two(arguments(whole, "stopped", options))
+  processes = start_two(small_command(whole, "stopped", options))
   wait_for_epochs(processes, whole / "stopped", 1)
   processes[1].send_signal(signal.SIGTERM)
   codes, errors = finish(processes)
   assert codes == [143, 143], errors
   assert len(metrics_of(whole / "stopped")) < EPOCHS
-  codes, errors = finish(start_two(arguments(whole, "stopped", options)))
+  codes, errors = finish(start_two(small_command(whole, "stopped", options)))
   assert codes == [0, 0], errors
   stopped, never_stopped = (metrics_of(whole / name) for name in ("stopped", "whole"))
   assert without_times(stopped) == without_times(never_stopped)
@@ -118,10 +92,10 @@ def test_a_signal_to_one_stops_both_and_resumes_exactly(whole):
 
 def test_a_reward_that_fails_on_one_stops_both(whole):
   """The other does not wait for its rewards for ever. Started as SLURM would."""
-  command = arguments(whole, "failed",
-                      "--config.reward_fn=tests.runs:fails_on_process_one")
+  failing = small_command(whole, "failed",
+                          "--config.reward_fn=tests.runs:fails_on_process_one")
   codes, errors = finish([
-      start(command, 2, SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST="localhost",
+      start(failing, 2, SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST="localhost",
             SLURM_NTASKS="2", SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in (0, 1)])
   assert codes == [1, 1]
   assert "OtherProcessFailed" in errors[0]
@@ -131,7 +105,7 @@ def test_a_reward_that_fails_on_one_stops_both(whole):
 def test_a_prompt_that_fails_on_one_stops_both(whole):
   """In the second epoch. The first is saved, by both."""
   prompt_fn = "--config.prompt_fn=tests.runs:no_more_prompts_on_process_one"
-  codes, errors = finish(start_two(arguments(
+  codes, errors = finish(start_two(small_command(
       whole, "no_prompt", prompt_fn, "--config.prompt_fn_kwargs={}", "--config.eval_freq=0")))
   assert codes == [1, 1], errors
   assert "OtherProcessFailed" in errors[0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.prompts import PROMPT_FUNCTIONS, draw_prompts, get_prompt_fn, load_lines
+from ddpo_jax.prompts import draw_prompts, get_prompt_fn, load_lines
 
 
 def two_words(rng, words=("red", "blue")):
@@ -202,10 +202,6 @@ def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, module, source, 
 def test_what_cannot_be_called_is_refused(name, kwargs):
   with pytest.raises(UserError, match="prompt_fn"):
     get_prompt_fn(name, **kwargs)
-
-
-def test_every_function_has_a_docstring():
-  assert all(function.__doc__ for function in PROMPT_FUNCTIONS.values())
 
 
 def test_pool_of_tiny_shapes():

@@ -126,7 +126,7 @@ def test_log_probs(results, micro, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_metrics(results, micro, case):
+def test_loss_kl_and_clipfrac_equal_the_references(results, micro, case):
   _, _, metrics, _ = results[1][case]
   # The loss is a difference of terms as large as the advantages.
   scale = np.abs(micro["advantages"]).max()

@@ -104,7 +104,9 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
   def note(**measured: Any) -> None:
     results.update(measured)
     if options.output:
-      pathlib.Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
+      output = pathlib.Path(options.output)
+      output.parent.mkdir(parents=True, exist_ok=True)
+      output.write_text(json.dumps(results, indent=2) + "\n")
 
   ours = [sys.executable, *command, "--side"]
   with contextlib.ExitStack() as stack:

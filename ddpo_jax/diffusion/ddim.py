@@ -107,7 +107,7 @@ def ddim_mean_and_std(
   return signal * clean + direction * noise, jnp.sqrt(variance)
 
 
-def gaussian_log_prob(x: Float[Array, "B *rest"], mean: Float[Array, "B *rest"],
+def gaussian_log_prob(x: Float[Array, " B *rest"], mean: Float[Array, " B *rest"],
                       std: Float[Array, "B *#rest"]) -> Float[Array, " B"]:
   """log N(x; mean, std²), averaged over all axes but the first."""
   density = (-jnp.square(x - mean) / (2 * jnp.square(std)) - jnp.log(std)
