@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from runs import (
     finish,
+    free_address,
     metrics_of,
+    small_command,
     start,
+    start_two,
     wait_for_epochs,
     weights_of,
     without_times,

@@ -115,7 +115,7 @@ def test_users_own():
 
 
 def typed(rng, count: int = 1, scale: float = 1.0, name: "str | None" = None, flag=False,
-          size=2, other: "NoSuchType" = 3, **rest):
+          size=2, other: "NoSuchType" = 3, **rest):  # noqa: F821
   return f"{count} {scale} {name} {flag} {size} {other} {rest}", {}
 
 
