@@ -13,7 +13,7 @@ class BatchPlan:
 
   num_epochs: int
   num_devices: int
-  parts: int  # so many devices share one batch of the config
+  devices_per_batch: int  # that share one batch of the config
   sample_batch_size: int  # per device
   train_batch_size: int  # per device
   gradient_accumulation_steps: int
@@ -25,19 +25,20 @@ class BatchPlan:
   device: str = "device"  # its name
 
   @classmethod
-  def create(cls, cfg: Config, num_devices: int, parts: int = 1) -> BatchPlan:
+  def create(cls, cfg: Config, num_devices: int, devices_per_batch: int = 1) -> BatchPlan:
     """Does the arithmetic of a resolved config, whose sizes are known to divide.
 
     Args:
       cfg: the config.
       num_devices: in the mesh.
-      parts: so many devices share one batch of the config; divides both batch sizes.
+      devices_per_batch: that share one batch of the config; divides both batch sizes.
     """
-    sample_batch, train_batch = (cfg.sample.batch_size // parts, cfg.train.batch_size // parts)
+    sample_batch = cfg.sample.batch_size // devices_per_batch
+    train_batch = cfg.train.batch_size // devices_per_batch
     samples = sample_batch * cfg.sample.num_batches_per_epoch * num_devices
     total = train_batch * cfg.train.gradient_accumulation_steps * num_devices
     return cls(
-        num_epochs=cfg.num_epochs, num_devices=num_devices, parts=parts,
+        num_epochs=cfg.num_epochs, num_devices=num_devices, devices_per_batch=devices_per_batch,
         sample_batch_size=sample_batch, train_batch_size=train_batch,
         gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
         num_inner_epochs=cfg.train.num_inner_epochs, samples_per_epoch=samples,
@@ -50,12 +51,13 @@ class BatchPlan:
 
   def describe(self, heading: str = "Running training") -> str:
     """What is printed before training, as ddpo-pytorch does."""
-    shared = f" ({self.parts} cores share each batch)" if self.parts > 1 else ""
+    cores = self.devices_per_batch
+    shared = f" ({cores} cores share each batch)" if cores > 1 else ""
     lines = {
         "Number of epochs": self.num_epochs,
-        "Devices": f"{self.num_devices // self.parts} x {self.device}{shared}",
-        "Sample batch size per device": self.sample_batch_size * self.parts,
-        "Train batch size per device": self.train_batch_size * self.parts,
+        "Devices": f"{self.num_devices // self.devices_per_batch} x {self.device}{shared}",
+        "Sample batch size per device": self.sample_batch_size * self.devices_per_batch,
+        "Train batch size per device": self.train_batch_size * self.devices_per_batch,
         "Gradient accumulation steps": self.gradient_accumulation_steps,
         "Images per epoch": self.samples_per_epoch,
         "Images per optimizer step (all devices, accumulated)":

@@ -10,7 +10,7 @@ from flax import nnx
 import jax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from ddpo_jax import folding
+from ddpo_jax import hoisting
 from ddpo_jax.devices import AXIS, compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
@@ -80,12 +80,12 @@ def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx
                key: Key[Array, ""]) -> Generation:
     # Marked as differing between devices, as in the update.
     trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
-    unet = folding.round_lora(*folding.fold_weights(unet_graphdef, trained, rest))
+    unet = hoisting.cast_lora(*hoisting.hoist_weights(unet_graphdef, trained, rest))
     keys = sample_keys(key, sample_indices)
 
     def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
       context = guidance_context(embeddings, negative_embedding, config.guidance_scale)
-      policy = nnx.merge(*folding.fold_prompts(*unet, context))
+      policy = nnx.merge(*hoisting.hoist_prompts(*unet, context))
       return sample(policy, schedule, embeddings, negative_embedding,
                     guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Key
 import optax
 
-from ddpo_jax import folding, ppo
+from ddpo_jax import hoisting, ppo
 from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
@@ -38,7 +38,6 @@ from ddpo_jax.update import (
   average,
   choose_microbatches,
   flatten_samples,
-  fold,
   packing,
   take_step,
 )
@@ -252,9 +251,9 @@ class SharedProgram:
                  mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
                  ) -> tuple[Sums, Trajectory]:
     """Visits the first `count` microbatches."""
-    folded, _ = self._fold(constants.params, constants.frozen)
-    graphdef, weights, rest = folding.round_lora(*folded)
-    pack, _ = packing(folded[1])
+    hoisted, _ = self._hoist(constants.params, constants.frozen)
+    graphdef, weights, rest = hoisting.cast_lora(*hoisted)
+    pack, _ = packing(hoisted[1])
 
     def visit(i: jax.Array, carry: tuple[Sums, Trajectory]) -> tuple[Sums, Trajectory]:
       sums, trajectory = carry
@@ -307,22 +306,22 @@ class SharedProgram:
     log_probs = put(trajectory.log_probs, step, jnp.where(mode == Mode.STEP, stored, new))
     return loss, dataclasses.replace(info, ratio_drift=drift), Trajectory(visited, log_probs)
 
-  def _fold(self, params: nnx.State, frozen: nnx.State) -> Any:
-    """`folding.fold_weights`, and the pullback of the gradient."""
+  def _hoist(self, params: nnx.State, frozen: nnx.State) -> Any:
+    """`hoisting.hoist_weights`, and the pullback of the gradient."""
     # Marked as differing between devices, so that the backward pass does not sum each
     # microbatch's gradient over them: that is done once, at the end of the step.
     params, frozen = jax.lax.pcast((params, frozen), AXIS, to="varying")
-    return fold(folding.fold_weights, (self._graphdef, params, frozen))
+    return hoisting.with_pullback(hoisting.hoist_weights, (self._graphdef, params, frozen))
 
   def _make_zero_sums(self, params: nnx.State, frozen: nnx.State) -> Sums:
-    (_, weights, _), _ = self._fold(params, frozen)
+    (_, weights, _), _ = self._hoist(params, frozen)
     pack, _ = packing(weights)
     return _by_device(Sums.zero(pack(weights)))
 
   def _finish_step(self, state: TrainState, frozen: nnx.State, sums: Sums
                    ) -> tuple[TrainState, UpdateMetrics]:
     """Averages what all devices added up, and takes the optimizer's step."""
-    (_, weights, _), pullback = self._fold(state.params, frozen)
+    (_, weights, _), pullback = self._hoist(state.params, frozen)
     _, unpack = packing(weights)
     sums = _of_device(sums)
     (grads,) = pullback(unpack(sums.grads))

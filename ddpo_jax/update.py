@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, Int, Key
 import optax
 
-from ddpo_jax import folding, ppo
+from ddpo_jax import hoisting, ppo
 from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.diffusion.ddim import guidance_context
@@ -285,22 +285,22 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
   # The network computes with weights that are derived from the trained ones. Gradients are
   # added up for the derived weights, and pulled back to the trained ones once.
-  folded, pullback = fold(folding.fold_weights, (graphdef, params, frozen))
-  unet = folding.round_lora(*folded)
-  pack, unpack = packing(folded[1])
+  hoisted, pullback = hoisting.with_pullback(hoisting.hoist_weights, (graphdef, params, frozen))
+  unet = hoisting.cast_lora(*hoisted)
+  pack, unpack = packing(hoisted[1])
 
   def add_group(sums: Sums, group: Microbatches) -> tuple[Sums, Float32[Array, "M b t"]]:
     samples = take_samples(batch, group.sample)
     return _add_group(config, schedule, unet, scale, pack, samples, group.step, sums)
 
-  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(folded[1])), microbatches)
+  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(hoisted[1])), microbatches)
   (grads,) = pullback(unpack(sums.grads))
   grads, metrics = average(dataclasses.replace(sums, grads=grads),
                            log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
 
 
-def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: folding.Split,
+def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: hoisting.Split,
                scale: Float32[Array, ""], pack: Callable[[nnx.State], Any], samples: Batch,
                steps: Int[Array, "M b t"], sums: Sums
                ) -> tuple[Sums, Float32[Array, "M b t"]]:
@@ -311,8 +311,8 @@ def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: folding.Split
   """
   context = guidance_context(samples.text_embeddings, samples.negative_embedding,
                              config.guidance_scale)
-  (graphdef, weights, rest), pullback = fold(
-      functools.partial(folding.fold_prompts, context=context), unet)
+  (graphdef, weights, rest), pullback = hoisting.with_pullback(
+      functools.partial(hoisting.hoist_prompts, context=context), unet)
 
   def loss_fn(weights: nnx.State, step: Int[Array, "b t"]):
     loss, info, log_prob = microbatch_loss(
@@ -324,7 +324,7 @@ def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: folding.Split
         loss_fn, has_aux=True)(weights, step)
     return sums.add(loss, info, jax.tree.map(jnp.add, sums.grads, pack(grads))), log_prob
 
-  if graphdef == unet[0]:  # nothing was folded
+  if graphdef == unet[0]:  # nothing was hoisted
     return jax.lax.scan(add_microbatch, sums, steps)
   # The gradient of keys and values has another structure: it is summed by itself, and pulled
   # back once.
@@ -333,24 +333,6 @@ def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: folding.Split
   sums, log_probs = jax.lax.scan(add_microbatch, sums, steps)
   grads = jax.tree.map(jnp.add, before, pullback(sums.grads)[0])
   return dataclasses.replace(sums, grads=grads), log_probs
-
-
-def fold(function: Callable[..., folding.Split], unet: folding.Split
-         ) -> tuple[folding.Split, Callable[[nnx.State], tuple[nnx.State]]]:
-  """Applies a function of `folding.py` to a network.
-
-  Returns:
-    The folded network, and the pullback from its weights' gradient to that of the weights
-    given.
-  """
-  graphdef, trained, frozen = unet
-
-  def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
-    folded, weights, rest = function(graphdef, trained, frozen)
-    return weights, (folded, rest)
-
-  weights, pullback, (folded, rest) = jax.vjp(split, trained, has_aux=True)
-  return (folded, weights, rest), pullback
 
 
 def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],

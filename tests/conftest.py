@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("quick")
 
 # The longest files, so that no worker is left alone with one at the end; between them those
 # that sleep more than they compute.
-FIRST = ("processes", "precision", "experiments", "vlm", "update", "train", "folding", "llava",
+FIRST = ("processes", "precision", "experiments", "vlm", "update", "train", "hoisting", "llava",
          "resume", "inference", "sampler", "faults", "devices")
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Files of others that cannot be in this repository; tests that need one are skipped without it.

@@ -44,9 +44,9 @@ def test_one_gpu_does_the_work_of_the_references_eight(name, images, steps):
 
 def test_cores_share_the_batches_of_one_device():
   cfg = resolve(demo.get_config())
-  one, two = BatchPlan.create(cfg, 1), BatchPlan.create(cfg, 2, parts=2)
+  one, two = BatchPlan.create(cfg, 1), BatchPlan.create(cfg, 2, devices_per_batch=2)
   assert (two.sample_batch_size, two.train_batch_size) == (64, 32)
-  same = dict(num_devices=1, parts=1, sample_batch_size=128, train_batch_size=64)
+  same = dict(num_devices=1, devices_per_batch=1, sample_batch_size=128, train_batch_size=64)
   assert dataclasses.replace(two, **same) == one
   assert "1 x cpu (2 cores share each batch)" in dataclasses.replace(
       two, device="cpu").describe()

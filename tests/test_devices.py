@@ -127,7 +127,7 @@ def test_without_a_gpu_each_core_is_a_device(batch_size, forced, expected):
              "for _ in range(2):\n"  # a second run in the same process has the same plan
              "  configure_devices()\n"
              "  plan = plan_batches(resolve(config))\n"
-             "  print(plan.num_devices, plan.parts)")
+             "  print(plan.num_devices, plan.devices_per_batch)")
   environment = {**os.environ, "XLA_FLAGS": forced, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   run = subprocess.run([sys.executable, "-c", program], env=environment, check=True,
                        capture_output=True, text=True)

@@ -13,7 +13,7 @@ import pytest
 from small_model import small_model, with_weights
 
 from configs import base
-from ddpo_jax import folding, inner_loop, lora, train, update
+from ddpo_jax import hoisting, inner_loop, lora, train, update
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import compiler_options
@@ -72,7 +72,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
   text = text.reshape(-1, sample_batch, TOKENS, width)
   # Folded and compiled as the trainer's: in registers of another width fp16 rounds otherwise.
   def draw(params, embeddings, key):
-    split = folding.round_lora(*folding.fold_weights(graphdef, params, frozen))
+    split = hoisting.cast_lora(*hoisting.hoist_weights(graphdef, params, frozen))
     return sample(nnx.merge(*split), schedule, embeddings, negative,
                   guidance_scale=guidance_scale, eta=1.0, key=key)
 

@@ -163,7 +163,7 @@ class Attention(nnx.Module):
     self.to_k = linear(context_dim, features, use_bias=False)
     self.to_v = linear(context_dim, features, use_bias=False)
     self.to_out = nnx.List([linear(features, features)])
-    # Of self-attention's first three together, see `folding.py`.
+    # Of self-attention's first three together, see `hoisting.py`.
     self.lora_down: nnx.LoRAParam | None = nnx.data(None)
 
   def __call__(self, x: Float[Array, "n*B T F"],

@@ -342,7 +342,7 @@ class UNet2DConditionModel(nnx.Module):
     self.conv_norm_out = layers.GroupNorm(channels[0], config.norm_num_groups,
                                           epsilon=config.norm_eps, **common)
     self.conv_out = layers.Conv(channels[0], config.out_channels, **common)
-    # What the text embeddings go through before all blocks, see `folding.py`.
+    # What the text embeddings go through before all blocks, see `hoisting.py`.
     self.context_projection: nnx.Module | None = nnx.data(None)
 
   def __call__(self, latents: Float[Array, "n*B h w C"], timesteps: Int[Array, " n*B"],

@@ -9,7 +9,7 @@ that was summed over many calls back to LoRA's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -76,7 +76,25 @@ class _ContextPart(nnx.Module):
     return parts[self.index]
 
 
-def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
+def with_pullback(function: Callable[..., Split], unet: Split
+                  ) -> tuple[Split, Callable[[nnx.State], tuple[nnx.State]]]:
+  """Applies a function of this module to a network.
+
+  Returns:
+    The hoisted network, and the pullback from its weights' gradient to that of the weights
+    given.
+  """
+  graphdef, trained, frozen = unet
+
+  def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
+    hoisted, weights, rest = function(graphdef, trained, frozen)
+    return weights, (hoisted, rest)
+
+  weights, pullback, (hoisted, rest) = jax.vjp(split, trained, has_aux=True)
+  return (hoisted, weights, rest), pullback
+
+
+def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
   """Brings a network with LoRA in the form that is fastest for many calls.
 
   On CPUs, in float32:
@@ -113,7 +131,7 @@ def fold_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) 
   return lora.partition(unet)
 
 
-def round_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
+def cast_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
   """Casts LoRA's weights to the dtype that their layers compute in, once instead of in each call.
 
   Gradients of the result have that dtype too: add them up in float32, as the gradient of the
@@ -130,23 +148,23 @@ def round_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) ->
   return graphdef, jax.tree.map(rounded, trained, is_leaf=is_leaf), frozen
 
 
-def fold_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
+def hoist_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
                  context: Float[Array, "B L D"]) -> Split:
-  """Specialises a network that `fold_weights` returned to these prompts.
+  """Specialises a network that `hoist_weights` returned to these prompts.
 
   Attention's keys and values of the prompts become trained weights in place of the matrices
   that they are computed with. So their gradients are summed over many calls, and multiplied
   with the prompts once.
 
   Args:
-    graphdef: of the network, as `fold_weights` returns it.
+    graphdef: of the network, as `hoist_weights` returns it.
     trained: likewise.
     frozen: likewise.
     context: the embeddings that it will be called with.
 
   Returns:
     A network that ignores the context it is called with; or the one given, unless
-    `fold_weights` made the key and value matrices trained weights.
+    `hoist_weights` made the key and value matrices trained weights.
   """
   unet = nnx.merge(graphdef, trained, frozen)
   to_prompts = _attentions_to_prompts(unet)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_model import with_weights
 
-from ddpo_jax import folding, lora
+from ddpo_jax import hoisting, lora
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 # Every kind of block once, with channels enough for each form that convolutions have.
@@ -66,11 +66,11 @@ def check_gradient(ours, expected):
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
-def test_folded_weights(monkeypatch, network, direct, backend):
+def test_hoisted_weights(monkeypatch, network, direct, backend):
   graphdef, params, frozen = network
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  fold = lambda params: folding.fold_weights(graphdef, params, frozen)
-  folded, weights, rest = fold(params)
+  hoist = lambda params: hoisting.hoist_weights(graphdef, params, frozen)
+  hoisted, weights, rest = hoist(params)
   kinds = collections.Counter(map(kind, nnx.to_flat_state(weights).paths))
   # On a GPU a layer of self-attention has one `down` for three of its four projections, and
   # all keys and values of prompts have one.
@@ -78,24 +78,24 @@ def test_folded_weights(monkeypatch, network, direct, backend):
   assert kinds == ({"kernel": PROJECTIONS} if backend == "cpu" else
                    {"lora_down": downs, "lora_up": PROJECTIONS})
   assert ("_prepared" in {path[-1] for path, _ in nnx.to_flat_state(rest)}) == (backend == "cpu")
-  ours, gradient = noise_and_gradient(folded, weights, rest)
+  ours, gradient = noise_and_gradient(hoisted, weights, rest)
   np.testing.assert_allclose(ours, direct[0], rtol=1e-4, atol=1e-5)
-  check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct[1])
+  check_gradient(jax.vjp(lambda params: hoist(params)[1], params)[1](gradient)[0], direct[1])
 
 
-def test_folded_prompts(network, direct):
+def test_hoisted_prompts(network, direct):
   """The network knows them: it is called with none."""
   graphdef, params, frozen = network
 
-  def fold(params):
-    return folding.fold_prompts(*folding.fold_weights(graphdef, params, frozen), PROMPTS)
+  def hoist(params):
+    return hoisting.hoist_prompts(*hoisting.hoist_weights(graphdef, params, frozen), PROMPTS)
 
-  folded, weights, rest = fold(params)
+  hoisted, weights, rest = hoist(params)
   known = [leaf[...] for path, leaf in nnx.to_flat_state(weights) if path[-1] == "output"]
   assert known and all(x.shape[0] == 2 and x.shape[2] == 7 for x in known)
-  ours, gradient = noise_and_gradient(folded, weights, rest, context=jnp.zeros(()))
+  ours, gradient = noise_and_gradient(hoisted, weights, rest, context=jnp.zeros(()))
   np.testing.assert_allclose(ours, direct[0], rtol=1e-4, atol=1e-5)
-  check_gradient(jax.vjp(lambda params: fold(params)[1], params)[1](gradient)[0], direct[1])
+  check_gradient(jax.vjp(lambda params: hoist(params)[1], params)[1](gradient)[0], direct[1])
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def half_precision():
 
 def test_half_precision_keeps_its_matrices(half_precision):
   """LoRA stays beside them, of a padded rank, in float32 until it is rounded once."""
-  folded = folding.fold_weights(*half_precision)
+  hoisted = hoisting.hoist_weights(*half_precision)
   assert all(ours is given for ours, given in
-             zip(folding.fold_prompts(*folded, PROMPTS), folded))
+             zip(hoisting.hoist_prompts(*hoisted, PROMPTS), hoisted))
   before, after, rounded = (collections.Counter(
       (kind(path), weight.shape[axis], str(weight.dtype))
       for path, weight in nnx.to_flat_state(trained)
       for axis in [{"lora_down": 1, "lora_up": 0}[kind(path)]])
-      for trained in (half_precision[1], folded[1], folding.round_lora(*folded)[1]))
+      for trained in (half_precision[1], hoisted[1], hoisting.cast_lora(*hoisted)[1]))
   assert before == {(name, 3, "float32"): PROJECTIONS for name in ("lora_down", "lora_up")}
   joined, of_prompts = 3 * SELF_ATTENTIONS, 2 * CROSS_ATTENTIONS
   shapes = {("lora_down", 8): PROJECTIONS - joined - of_prompts,
@@ -126,7 +126,7 @@ def test_half_precision_keeps_its_matrices(half_precision):
 
 def test_rounded_lora_computes_the_same(half_precision):
   """To the last bit, as each layer would round it by itself; so are the gradients."""
-  rounded = folding.round_lora(*half_precision)
+  rounded = hoisting.cast_lora(*half_precision)
   ours, gradient = noise_and_gradient(*rounded)
   expected, expected_gradient = noise_and_gradient(*half_precision)
   np.testing.assert_array_equal(ours, expected)
