@@ -1,4 +1,4 @@
-"""Folded networks: the same output, and the same gradients once they are handed on."""
+"""Hoisted networks: the same output, and the same gradients once they are handed on."""
 
 import collections
 import functools
