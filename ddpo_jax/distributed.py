@@ -122,7 +122,7 @@ def broadcast_from_main(text: str) -> str:
 
 def is_shared(folder: pathlib.Path) -> bool:
   """Whether all processes see the same folder, which process 0 makes. Collective."""
-  if jax.process_count() == 1:
+  if not jax.distributed.is_initialized():
     return True
   token = folder / f".shared-{broadcast_from_main(secrets.token_hex(8))}"
   with contextlib.suppress(OSError):

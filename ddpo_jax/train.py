@@ -101,7 +101,7 @@ def configure_jax(cfg: Config) -> None:
   if folder is not None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  if jax.process_count() > 1:
+  if jax.distributed.is_initialized():
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # for the same reason
   precision = "tensorfloat32" if cfg.allow_tf32 else "highest"
   jax.config.update("jax_default_matmul_precision", precision)

@@ -39,9 +39,9 @@ class JaxSide:
 
   def __init__(self, cfg: Config):
     memory.share_arenas()
+    configure_devices()
     train.configure_jax(cfg)
     self._cfg = cfg
-    configure_devices()
     self._plan = plan_batches(cfg)
     model = random_model(cfg)
     self._shapes = model.shapes
