@@ -130,10 +130,11 @@ def is_shared(folder: pathlib.Path) -> bool:
       folder.mkdir(parents=True, exist_ok=True)
       token.touch()
   max_over_processes(0)  # wait for it
-  is_there = os.path.exists(token)
-  shared = not max_over_processes(int(not is_there))
+  is_absent = not os.path.exists(token)
+  shared = not max_over_processes(int(is_absent))
   if is_main():
-    token.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      token.unlink()
   return shared
 
 
