@@ -54,14 +54,8 @@ def _inner(params: dict[str, Any]):
 
 
 def compiled(function, *args) -> float | None:
-  """What the compiler says of its program; None where it does not.
-
-  On a GPU, of the program before it is compiled: library calls would have no cost, and to
-  compile it takes minutes.
-  """
-  lowered = jax.jit(function).lower(*args)
-  on_cpu = jax.default_backend() == "cpu"
-  cost = lowered.compile().cost_analysis() if on_cpu else lowered.cost_analysis()
+  """What the compiler says of its program; None where it does not."""
+  cost = jax.jit(function).lower(*args).compile().cost_analysis()
   return None if cost is None else float(cost.get("flops", 0)) or None
 
 
