@@ -1,4 +1,4 @@
-"""SIGKILL at 20 random moments of a run, some of them while it saves. Takes half an hour.
+"""SIGKILL at 20 random moments of a run, some of them while it saves. Takes a quarter of an hour.
 
     pytest -m slow tests/test_kills.py
 """
@@ -19,8 +19,10 @@ from runs import (
   without_times,
 )
 
+from ddpo_jax import checkpoint
+
 KILLS = 20
-EPOCHS = 8
+EPOCHS = 10
 OPTIONS = (f"--config.num_epochs={EPOCHS}", "--config.save_freq=1",
            "--config.resume_from=auto")
 
@@ -45,9 +47,9 @@ def wait(processes):
   assert not any(codes), errors
 
 
-def wait_for_line(processes, run):
-  lines = len(metrics_of(run))
-  while len(metrics_of(run)) == lines and all(p.poll() is None for p in processes):
+def wait_for_lines(processes, run, count):
+  """Until so many epochs are logged, or the run has ended."""
+  while len(metrics_of(run)) < count and all(p.poll() is None for p in processes):
     time.sleep(0.005)
 
 
@@ -57,23 +59,27 @@ def test_killed_run_is_the_run_never_killed(tmp_path, begin):
   seconds = random.Random(0)
   wait(begin(tmp_path, "whole"))
   started, processes = time.monotonic(), begin(tmp_path, "timed")  # nothing to compile
-  wait_for_line(processes, tmp_path / "timed")
+  wait_for_lines(processes, tmp_path / "timed", 1)
   first_epoch = time.monotonic() - started
   kill(processes)
+  run = tmp_path / "killed"
   for count in range(KILLS):
+    saved = next(iter(checkpoint.saved_epochs(run)), -1) + 1
+    logged = len(metrics_of(run))
     processes = begin(tmp_path, "killed")
-    if count % 4 == 3:  # as an epoch is logged and saved
-      wait_for_line(processes, tmp_path / "killed")
+    if count % 4 == 3:  # as an epoch is logged and saved; every second time after another
+      wait_for_lines(processes, run, max(saved + (2 if count % 8 == 3 else 1), logged + 1))
       time.sleep(seconds.uniform(0, 0.12 * first_epoch))
     else:
       time.sleep(seconds.uniform(0, 0.9 * first_epoch))
     kill(processes)
-    saved = sorted(path.name for path in (tmp_path / "killed").glob("checkpoints/*"))
-    print(f"kill {count + 1}: {len(metrics_of(tmp_path / 'killed'))} epochs logged, "
-          f"checkpoints {saved}", flush=True)
-    assert str(EPOCHS - 1) not in saved, "too fast: nothing was left to kill"
+    saved = checkpoint.saved_epochs(run)
+    print(f"kill {count + 1}: {len(metrics_of(run))} epochs logged, checkpoints {saved}",
+          flush=True)
+    assert EPOCHS - 1 not in saved, "too fast: nothing was left to kill"
+  assert saved, "too slow: nothing was saved to be resumed"
   wait(begin(tmp_path, "killed"))
-  runs = [tmp_path / name for name in ("whole", "killed")]
+  runs = [tmp_path / "whole", run]
   whole_lines, killed_lines = (without_times(metrics_of(run)) for run in runs)
   assert [line["epoch"] for line in killed_lines] == list(range(EPOCHS))
   assert killed_lines == whole_lines
