@@ -124,14 +124,13 @@ def is_shared(folder: pathlib.Path) -> bool:
   """Whether all processes see the same folder, which process 0 makes. Collective."""
   if not jax.distributed.is_initialized():
     return True
-  token = folder / f".shared-{broadcast_from_main(secrets.token_hex(8))}"
-  with contextlib.suppress(OSError):
-    if is_main():
+  token = folder / f".shared-{secrets.token_hex(8)}"
+  if is_main():
+    with contextlib.suppress(OSError):
       folder.mkdir(parents=True, exist_ok=True)
       token.touch()
-  max_over_processes(0)  # wait for it
-  is_absent = not os.path.exists(token)
-  shared = not max_over_processes(int(is_absent))
+  token = folder / broadcast_from_main(token.name)  # which is there by now
+  shared = not max_over_processes(int(not os.path.exists(token)))
   if is_main():
     with contextlib.suppress(OSError):
       token.unlink()

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import os
 
+import jax
+
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
@@ -78,7 +80,6 @@ def out_of_memory(cfg: Config) -> str:
 
 
 def _more_of_the_gpu() -> Iterator[str]:
-  import jax  # there already, where memory ran out
   if jax.default_backend() == "gpu" and not any(name in os.environ for name in _MEMORY_FRACTIONS):
     yield (f"{_MEMORY_FRACTIONS[0]}=0.9 in the environment, because JAX takes 0.75 of a GPU's "
            "memory by default")
