@@ -5,14 +5,15 @@
     python scripts/train.py --config configs/single_gpu.py:aesthetic
     python scripts/train.py --config configs/single_gpu.py:prompt_image_alignment
 
-compressibility needs 12 GiB for JAX (11.2 planned, docs/gpu.md), which by default takes only 75%
+compressibility needs 12 GiB for JAX (11.3 planned, docs/gpu.md), which by default takes only 75%
 of a card: a 24 GiB card, or a 16 GiB one with XLA_CLIENT_MEM_FRACTION=0.9 in the environment.
 
-For less, halve train.batch_size and double train.gradient_accumulation_steps (7.0 GiB planned
+For less, halve train.batch_size and double train.gradient_accumulation_steps (7.1 GiB planned
 with train.batch_size=4), or set train.gradient_checkpointing="blocks". On a larger card
-train.timesteps_per_batch=2 or 4 makes a GPU's work less fine-grained, with the same gradient (20
-and 37 GiB planned); sample.batch_size should then be 16 or 32. In half precision
-train.batch_size times train.timesteps_per_batch is also how many samples are denoised at a time.
+train.batch_size=16 or 32 (20 and 37 GiB planned), with half or a quarter of the
+train.gradient_accumulation_steps, makes a GPU's work less fine-grained, with the same gradient. In
+half precision it is also how many samples are denoised at a time, so with 32 also set
+sample.batch_size=32 and sample.num_batches_per_epoch=8.
 """
 
 import ml_collections

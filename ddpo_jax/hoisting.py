@@ -107,6 +107,8 @@ def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State)
   - The rank is padded to what tensor cores multiply, which XLA would do in each call.
   - Self-attention multiplies its input by the `down` of queries, keys and values at once.
   - The prompts are multiplied by the key and value matrices of all layers at once.
+  - Upsampling combines its kernels (see `ops/upsampling.py`), which take up more than the ones
+    given, so that XLA leaves that in the loop.
 
   Returns:
     An equivalent network; the one given if it has no LoRA.
@@ -127,6 +129,8 @@ def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State)
     for _, module in nnx.iter_graph(unet):
       if isinstance(module, layers.Attention) and not module.takes_context:
         _join_down(module)
+      elif isinstance(module, layers.UpsampleConv):
+        module.prepare()
     _join_context(unet)
   return lora.partition(unet)
 

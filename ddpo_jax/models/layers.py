@@ -66,7 +66,7 @@ class UpsampleConv(Conv):
     super().__init__(channels, channels, dtype=dtype, rngs=rngs)
 
   def prepare(self) -> None:
-    self._prepared = nnx.Variable(upsampling.subpixel_kernels(self.kernel[...]))
+    self._prepared = nnx.Variable(upsampling.prepare(self.kernel[...]))
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     y = upsampling.upsample_and_convolve(

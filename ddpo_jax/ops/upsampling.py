@@ -7,7 +7,7 @@ one's weights: 4 multiplications where the definition has 9.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,21 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _FEW_PIXELS = 16
 
 
-def subpixel_kernels(kernel: Float[Array, "3 3 I O"]
-                     ) -> tuple[Float[Array, "2 2 I O"], ...]:
+class Prepared(NamedTuple):
+  """The kernels that a kernel of 3×3 comes to: computed once, for many convolutions."""
+
+  subpixel: tuple[Float[Array, "2 2 I O"], ...]  # of each subpixel, row by row
+  joined: Float[Array, "2 2 I 4*O"]  # all of these
+  transposed: Float[Array, "4 4 O I"]  # for the gradient in the input
+
+
+def prepare(kernel: Float[Array, "3 3 I O"]) -> Prepared:
+  subpixel = _subpixel_kernels(kernel)
+  return Prepared(subpixel, jnp.concatenate(subpixel, axis=-1), _transposed_kernel(kernel))
+
+
+def _subpixel_kernels(kernel: Float[Array, "3 3 I O"]
+                      ) -> tuple[Float[Array, "2 2 I O"], ...]:
   """The kernel of each of the four subpixels, row by row."""
   kernels = (_sums_at(kernel.astype(jnp.float32), row, column)
              for row in (0, 1) for column in (0, 1))
@@ -55,19 +68,20 @@ def _along_axis(weights: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def upsample_and_convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
-                          subpixel: tuple[Float[Array, "2 2 I O"], ...] | None = None
-                          ) -> Float[Array, "B 2*h 2*w O"]:
+                          prepared: Prepared | None = None) -> Float[Array, "B 2*h 2*w O"]:
   """The convolution, padded by 1, of x with each pixel repeated in a square of 2×2.
 
   Args:
     x: the image.
     kernel: the kernel.
-    subpixel: `subpixel_kernels(kernel)`, where that has been computed outside of a loop;
-      no gradient flows into it.
+    prepared: `prepare(kernel)`, where that has been computed outside of a loop; no gradient
+      flows into it.
   """
-  if subpixel is None:
-    subpixel = subpixel_kernels(kernel)
-  return (_as_products if _on_cpu_as_products(x, kernel) else _as_convolution)(x, subpixel)
+  if prepared is None:
+    prepared = prepare(kernel)
+  if _on_cpu_as_products(x, kernel):
+    return _as_products(x, prepared.subpixel)
+  return _as_convolution(x, prepared.joined)
 
 
 def _on_cpu_as_products(x: jax.Array, kernel: jax.Array) -> bool:
@@ -75,11 +89,10 @@ def _on_cpu_as_products(x: jax.Array, kernel: jax.Array) -> bool:
       x.shape[1] * x.shape[2] <= _FEW_PIXELS or favors_im2col(x, kernel))
 
 
-def _as_convolution(x: jax.Array, subpixel: tuple[jax.Array, ...]) -> jax.Array:
+def _as_convolution(x: jax.Array, joined: jax.Array) -> jax.Array:
   """All subpixels as one convolution with four times the outputs."""
   _, height, width, _ = x.shape
-  kernel = jnp.concatenate(subpixel, axis=-1)
-  y = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
+  y = jax.lax.conv_general_dilated(x, joined, (1, 1), ((1, 1), (1, 1)),
                                    dimension_numbers=_LAYOUT)
   y = y.reshape(*y.shape[:3], 2, 2, -1)
   return _depth_to_space([[y[:, a:a + height, b:b + width, a, b] for b in (0, 1)]
@@ -108,22 +121,22 @@ def _depth_to_space(subpixels: list[list[jax.Array]]) -> jax.Array:
   return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, subpixel: tuple[jax.Array, ...] | None
+def _forward(x: jax.Array, kernel: jax.Array, prepared: Prepared | None
              ) -> tuple[jax.Array, tuple[Any, ...]]:
-  return upsample_and_convolve(x, kernel, subpixel), (x, kernel, subpixel)
+  return upsample_and_convolve(x, kernel, prepared), (x, kernel, prepared)
 
 
 def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-  x, kernel, subpixel = saved
+  x, kernel, prepared = saved
+  kernels = prepare(kernel) if prepared is None else prepared
   if _on_cpu_as_products(x, kernel):
-    kernels = subpixel_kernels(kernel) if subpixel is None else subpixel
-    _, backward = jax.vjp(lambda x: _as_products(x, kernels), x)
+    _, backward = jax.vjp(lambda x: _as_products(x, kernels.subpixel), x)
     (grad_x,) = backward(grad)
   else:
-    grad_x = jax.lax.conv_general_dilated(grad, _transposed_kernel(kernel), (2, 2),
-                                          ((1, 1), (1, 1)), dimension_numbers=_LAYOUT)
+    grad_x = jax.lax.conv_general_dilated(grad, kernels.transposed, (2, 2), ((1, 1), (1, 1)),
+                                          dimension_numbers=_LAYOUT)
   kernel_pullback = jax.linear_transpose(
-      lambda kernel: _as_convolution(x, subpixel_kernels(kernel)), kernel)
+      lambda kernel: _as_convolution(x, prepare(kernel).joined), kernel)
   return grad_x, kernel_pullback(grad)[0], None
 
 

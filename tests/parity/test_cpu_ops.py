@@ -95,8 +95,8 @@ def test_convolution_of_a_doubled_image(monkeypatch, size, backend):
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, *size, 8)), rng.normal(size=(3, 3, 8, 6))
   check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel)
-  subpixel = upsampling.subpixel_kernels(jnp.float32(kernel))
-  check(lambda x, kernel: upsampling.upsample_and_convolve(x, kernel, subpixel),
+  prepared = upsampling.prepare(jnp.float32(kernel))
+  check(lambda x, kernel: upsampling.upsample_and_convolve(x, kernel, prepared),
         convolution_of_doubled, x, kernel)
   half = {"dtype": jnp.float16, "tolerance": 2e-3}
   check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel, **half)
