@@ -224,7 +224,7 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   compiled: update.Update
   if _must_round_alike(cfg):
     compiled = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh)
-    compiled.compile(state.params, frozen, embedding)
+    compiled.compile(state, frozen, embedding)
   else:
     program: Any = update.make_update(config, graphdef, schedule, optimizer, mesh)
     compiled = program.lower(

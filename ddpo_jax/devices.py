@@ -83,24 +83,25 @@ def samples_at_once(batch_size: int) -> int:
   return largest_divisor(batch_size, _MOST_SAMPLES_AT_ONCE) if on_cpu else batch_size
 
 
-def compiler_options() -> dict[str, int]:
+def compiler_options() -> dict[str, int | bool]:
   """What XLA is told for the default backend's long programs; flags in XLA_FLAGS go first.
 
   Sampler and update have to be told the same, or half precision rounds differently in them.
   """
-  options = {
+  options: dict[str, dict[str, int | bool]] = {
       # By itself XLA uses half of AVX-512's registers, as is best where nothing else does.
       "cpu": {"xla_cpu_prefer_vector_width": 512},
       # Products with the same activations are joined up to this size of theirs, in MB. Larger
       # ones, such as LoRA's with its matrix's, would only have to be cut apart again.
-      "gpu": {"xla_gpu_dot_merger_threshold_mb": 1}}
+      # Triton's products are hardly quicker than cuBLAS's, which add residuals on the way.
+      "gpu": {"xla_gpu_dot_merger_threshold_mb": 1, "xla_gpu_enable_triton_gemm": False}}
   flags = os.environ.get("XLA_FLAGS", "")
   return {name: value for name, value in options.get(jax.default_backend(), {}).items()
           if name not in flags and _is_known(name, value)}
 
 
 @functools.cache
-def _is_known(option: str, value: int) -> bool:
+def _is_known(option: str, value: int | bool) -> bool:
   """Whether this version of XLA has the option; its options come and go."""
   try:
     jax.jit(lambda: jnp.zeros(()), compiler_options={option: value}).lower().compile()

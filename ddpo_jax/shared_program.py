@@ -12,7 +12,8 @@ deterministic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
 import dataclasses
 import enum
 import functools
@@ -134,12 +135,12 @@ class SharedProgram:
     mapped = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs)
     return jax.jit(mapped, compiler_options=compiler_options(), **options)
 
-  def compile(self, params: Any, frozen: Any, embedding: Any) -> None:
+  def compile(self, state: Any, frozen: Any, embedding: Any) -> None:
     """Compiles the program for arrays like these.
 
     Args:
-      params: shapes and shardings of the trained weights.
-      frozen: those of the UNet's other weights.
+      state: shapes and shardings of the train state.
+      frozen: those of the UNet's weights that are not trained.
       embedding: those of one prompt's embedding, [1, L, D].
     """
     rows = self._rows * self._mesh.size
@@ -147,7 +148,7 @@ class SharedProgram:
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
     work, trajectory = jax.eval_shape(self._start, prompts, indices, key, number)
-    sums = jax.eval_shape(self._zero_sums, params, frozen)
+    sums = jax.eval_shape(self._zero_sums, state.params, frozen)
     scale: Any = jax.ShapeDtypeStruct((), jnp.float32)
 
     def placed(spec: jax.sharding.PartitionSpec, tree: Any) -> Any:
@@ -158,9 +159,11 @@ class SharedProgram:
     work, trajectory, sums, scale, number = jax.tree.map(
         placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
         (work, trajectory, sums, scale, number))
-    constants = Constants(params, frozen, embedding, scale)
+    constants = Constants(state.params, frozen, embedding, scale)
     self._visit = self._visit.lower(constants, work, number, number, sums,
                                     trajectory).compile()
+    if jax.default_backend() != "cpu":  # whose cores sampling needs
+      self._finish = compile_meanwhile(self._finish, state, frozen, sums)
 
   def wasted_samples(self, batch_size: int) -> int:
     """How many samples each device computes in vain, to fill a sampling batch's last microbatch."""
@@ -385,6 +388,14 @@ class SharedProgram:
     own = self._config.batch_size  # rows after these are padding
     flat = log_probs.reshape(-1, log_probs.shape[-1])
     return flat.at[batch_index[:own]].set(new[:own]).reshape(log_probs.shape)
+
+
+def compile_meanwhile(program: Any, *arguments: Any) -> Callable[..., Any]:
+  """Compiles a jitted function in a thread, for arguments like these; a call waits for it."""
+  pool = futures.ThreadPoolExecutor(1)
+  compiled = pool.submit(lambda: program.lower(*arguments).compile())
+  pool.shutdown(wait=False)
+  return lambda *arguments: compiled.result()(*arguments)
 
 
 def join_parts(parts: Sequence[Trajectory], samples: int) -> Trajectory:

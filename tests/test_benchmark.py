@@ -68,6 +68,22 @@ def test_flops_of_a_gradient_are_those_that_are_asked_for():
   assert flops.count(jax.value_and_grad(lambda x: conv(x).sum()), x) == 2 * forward
 
 
+def test_flops_of_flash_attention(monkeypatch):
+  """What cuDNN computes is no product in the traced program, but counts as XLA's attention does."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+  query, key = jnp.ones((2, 64, 4, 16), jnp.bfloat16), jnp.ones((2, 32, 4, 16), jnp.bfloat16)
+
+  def count(implementation):
+    attend = lambda query, key: jax.nn.dot_product_attention(
+        query, key, key, implementation=implementation).astype(jnp.float32).sum()
+    return [flops.count(each, query, key) for each in (attend, jax.value_and_grad(attend, (0, 1)))]
+
+  products = 2 * 2 * 64 * 32 * 4 * 16
+  assert count("cudnn") == count("xla") == [2 * products, 6 * products]
+
+
 def test_rates():
   epochs = [{"images": 8, "sampling_seconds": s, "reward_seconds": 1, "training_seconds": 4}
             for s in (2, 4, 8)]

@@ -166,8 +166,9 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 
 @pytest.mark.parametrize("backend,flags,expected", [
     ("cpu", "", {"xla_cpu_prefer_vector_width": 512}),
-    ("gpu", "", {"xla_gpu_dot_merger_threshold_mb": 1}), ("tpu", "", {}),
-    ("cpu", "--xla_cpu_prefer_vector_width=128", {})])
+    ("gpu", "", {"xla_gpu_dot_merger_threshold_mb": 1, "xla_gpu_enable_triton_gemm": False}),
+    ("gpu", "--xla_gpu_enable_triton_gemm=true", {"xla_gpu_dot_merger_threshold_mb": 1}),
+    ("tpu", "", {}), ("cpu", "--xla_cpu_prefer_vector_width=128", {})])
 def test_compiler_options(monkeypatch, backend, flags, expected):
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   monkeypatch.setenv("XLA_FLAGS", flags)

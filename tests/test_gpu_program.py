@@ -10,6 +10,7 @@ import pytest
 
 from ddpo_jax.models import layers, placement
 from ddpo_jax.ops.activations import geglu
+from ddpo_jax.shared_program import compile_meanwhile
 
 P = jax.sharding.PartitionSpec
 
@@ -78,3 +79,17 @@ def test_kernels_stay_as_they_are_on_a_cpu(convolution):
   _, weights, _, replicated = convolution
   placed = placement.place_weights(weights, replicated)
   assert placed["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)
+
+
+def test_a_program_compiled_meanwhile():
+  x = jnp.ones(4)
+  double = compile_meanwhile(jax.jit(lambda x: 2 * x, donate_argnums=0),
+                             jax.ShapeDtypeStruct(x.shape, x.dtype))
+  np.testing.assert_array_equal(double(double(x)), 4)
+
+  def fail(x):
+    raise ValueError("not a program")
+
+  failing = compile_meanwhile(jax.jit(fail), x)
+  with pytest.raises(ValueError, match="not a program"):
+    failing(x)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from ddpo_jax import lora
 from ddpo_jax.models import StableDiffusion
 
-_INNER = ("jaxpr", "call_jaxpr", "body_jaxpr")
+# JAX's calls of cuDNN, of queries and keys [B, T, N, H]: how many matrix products each stands
+# for, without the scores that the backward pass computes anew.
+_FLASH_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 4}
 
 
 def count(function, *args) -> int:
@@ -39,6 +41,9 @@ def _count(jaxpr) -> int:
       # A dilated input is mostly zeros (the gradient of a strided convolution).
       total += (2 * math.prod(out) * math.prod(kernel) // features
                 // math.prod(params["lhs_dilation"]))
+    elif name in _FLASH_ATTENTION:
+      query, key = equation.invars[0].aval.shape, equation.invars[1].aval.shape
+      total += _FLASH_ATTENTION[name] * 2 * math.prod(query) * key[1]
     times = params.get("length", 1) if name == "scan" else 1
     for inner in _inner(params):
       total += times * _count(inner)

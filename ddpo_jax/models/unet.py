@@ -167,9 +167,13 @@ class BasicTransformerBlock(nnx.Module):
 
   def __call__(self, x: Float[Array, "n*B S F"], context: Float[Array, "branches*B L D"],
                branches: int) -> Float[Array, "branches*n*B S F"]:
-    x = x + self.attn1(self.norm1(x))
-    x = layers.tile(x, branches) + self.attn2(self.norm2(x), context, branches)
-    return x + self.ff(self.norm3(x))
+    pixels = x.shape[1]
+    images = lambda rows: rows.reshape(-1, pixels, rows.shape[-1])
+    rows = lambda images: images.reshape(-1, images.shape[-1])
+    x = rows(x)  # or XLA copies each residual before it lets a matmul add to it
+    x = x + rows(self.attn1(images(self.norm1(x))))
+    x = layers.tile(x, branches) + rows(self.attn2(images(self.norm2(x)), context, branches))
+    return images(x + self.ff(self.norm3(x)))
 
 
 class Transformer2D(nnx.Module):
