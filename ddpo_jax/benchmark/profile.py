@@ -10,6 +10,7 @@ import re
 import tempfile
 import time
 from typing import Any
+import warnings
 
 import jax
 
@@ -40,7 +41,10 @@ def during(work: Callable[[], Any], seconds: float) -> dict[str, Any]:
       traced = time.perf_counter() - started
     done.result()
     (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-    operations = list(_operations(jax.profiler.ProfileData.from_file(str(file))))
+    with warnings.catch_warnings():
+      # Python's, of a type in JAX's extension. JAX crashes where warnings are errors.
+      warnings.simplefilter("ignore", DeprecationWarning)
+      operations = list(_operations(jax.profiler.ProfileData.from_file(str(file))))
   return {"seconds": traced, **summarize(operations)}
 
 
