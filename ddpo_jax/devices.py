@@ -83,12 +83,12 @@ def samples_at_once(batch_size: int) -> int:
   return largest_divisor(batch_size, _MOST_SAMPLES_AT_ONCE) if on_cpu else batch_size
 
 
-def compiler_options() -> dict[str, int | bool]:
+def compiler_options() -> dict[str, int]:
   """What XLA is told for the default backend's long programs; flags in XLA_FLAGS go first.
 
   Sampler and update have to be told the same, or half precision rounds differently in them.
   """
-  options: dict[str, dict[str, int | bool]] = {
+  options = {
       # By itself XLA uses half of AVX-512's registers, as is best where nothing else does.
       "cpu": {"xla_cpu_prefer_vector_width": 512},
       # Products with the same activations are joined up to this size of theirs, in MB. Larger
@@ -101,7 +101,7 @@ def compiler_options() -> dict[str, int | bool]:
 
 
 @functools.cache
-def _is_known(option: str, value: int | bool) -> bool:
+def _is_known(option: str, value: int) -> bool:
   """Whether this version of XLA has the option; its options come and go."""
   try:
     jax.jit(lambda: jnp.zeros(()), compiler_options={option: value}).lower().compile()

@@ -162,7 +162,8 @@ class SharedProgram:
     constants = Constants(state.params, frozen, embedding, scale)
     self._visit = self._visit.lower(constants, work, number, number, sums,
                                     trajectory).compile()
-    if jax.default_backend() != "cpu":  # whose cores sampling needs
+    # It has no kernels whose timing sampling would disturb; a CPU's cores sampling needs.
+    if jax.default_backend() != "cpu":
       self._finish = compile_meanwhile(self._finish, state, frozen, sums)
 
   def wasted_samples(self, batch_size: int) -> int:

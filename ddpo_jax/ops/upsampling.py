@@ -24,8 +24,8 @@ _FEW_PIXELS = 16
 class Prepared(NamedTuple):
   """The kernels that a kernel of 3×3 comes to: computed once, for many convolutions."""
 
-  subpixel: tuple[Float[Array, "2 2 I O"], ...]  # of each subpixel, row by row
-  joined: Float[Array, "2 2 I 4*O"]  # all of these
+  subpixel: tuple[Float[Array, "2 2 I O"], ...]  # of each subpixel, row by row, for products
+  joined: Float[Array, "2 2 I 4*O"]  # all of these, for one convolution
   transposed: Float[Array, "4 4 O I"]  # for the gradient in the input
 
 
