@@ -40,22 +40,23 @@ class Conv(nnx.Conv):
     super().__init__(in_channels, out_channels, (kernel_size, kernel_size),
                      strides=stride, padding=((padding, padding),) * 2, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
-    self._same = (kernel_size, stride, padding) == (3, 1, 1)  # 3×3, and its output as large
+    self._stride = stride
+    self._is_ours = (kernel_size, padding) == (3, 1)  # see `ops/convolution.py`
     self._prepared: nnx.Variable | None = nnx.data(None)
 
   def prepare(self) -> None:
     """Computes what depends on the kernel alone: for programs that use it many times."""
-    if self._same:
+    if self._is_ours and self._stride == 1:
       self._prepared = nnx.Variable(convolution.prepare(self.kernel[...]))
 
   def _what_was_prepared(self) -> Any:
     return None if self._prepared is None else self._prepared.get_value()
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    if not self._same:
+    if not self._is_ours:
       return super().__call__(inputs, out_sharding)
     y = convolution.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
-                             self._what_was_prepared())
+                             self._what_was_prepared(), stride=self._stride)
     return _add_bias(self, y)
 
 

@@ -14,7 +14,8 @@ def prepare(kernel: Float[Array, "3 3 I O"]) -> cpu.Prepared:
 
 
 def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
-             prepared: cpu.Prepared | None = None) -> Float[Array, "B h w O"]:
+             prepared: cpu.Prepared | None = None, *, stride: int = 1
+             ) -> Float[Array, "B h/stride w/stride O"]:
   """The convolution of x.
 
   Args:
@@ -22,8 +23,10 @@ def convolve(x: Float[Array, "B h w I"], kernel: Float[Array, "3 3 I O"],
     kernel: the kernel, of x's dtype.
     prepared: `prepare(kernel)`, where that has been computed outside of a loop; no gradient
       flows into it.
+    stride: 1, or 2 for every second pixel.
   """
   if jax.default_backend() == "cpu":
-    return cpu.convolve(x, kernel, prepared)
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)),
+    return (cpu.convolve(x, kernel, prepared) if stride == 1 else
+            cpu.convolve_strided(x, kernel))
+  return jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)),
                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))

@@ -135,9 +135,15 @@ def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.A
   else:
     grad_x = jax.lax.conv_general_dilated(grad, kernels.transposed, (2, 2), ((1, 1), (1, 1)),
                                           dimension_numbers=_LAYOUT)
-  kernel_pullback = jax.linear_transpose(
-      lambda kernel: _as_convolution(x, prepare(kernel).joined), kernel)
-  return grad_x, kernel_pullback(grad)[0], None
+
+  def of_kernel(kernel: jax.Array) -> jax.Array:
+    kernels = prepare(kernel)
+    # On a CPU the gradient of a matmul; XLA's convolution with a kernel as large as the image
+    # takes 50 times as long.
+    return (_as_products(x, kernels.subpixel) if jax.default_backend() == "cpu" else
+            _as_convolution(x, kernels.joined))
+
+  return grad_x, jax.vjp(of_kernel, kernel)[1](grad)[0], None
 
 
 upsample_and_convolve.defvjp(_forward, _backward)

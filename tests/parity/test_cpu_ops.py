@@ -1,11 +1,13 @@
 """Convolutions and attention as CPUs compute them, with their gradients, against torch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.ops import attention, upsampling
+from ddpo_jax.ops import attention, convolution, upsampling
 from ddpo_jax.ops.cpu import attention as cpu_attention
 from ddpo_jax.ops.cpu import convolution as cpu_convolution
 from ddpo_jax.ops.cpu.matmul import matmul
@@ -33,9 +35,13 @@ def check(ours, theirs, *inputs, dtype=np.float32, tolerance=TOLERANCE):
     assert np.abs(np.asarray(a, np.float64) - b).max() < tolerance * np.abs(b).max()
 
 
-def convolution(x, kernel):
-  return functional.conv2d(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1),
+def torch_convolution(x, kernel, stride=1):
+  return functional.conv2d(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), stride=stride,
                            padding=1).permute(0, 2, 3, 1)
+
+
+def program_of_gradients(function, *inputs):
+  return str(jax.make_jaxpr(jax.grad(lambda *inputs: function(*inputs).sum(), (0, 1)))(*inputs))
 
 
 @pytest.mark.parametrize("size,channels,as_products", [
@@ -47,9 +53,10 @@ def convolution(x, kernel):
 def test_convolution(size, channels, as_products):
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, *size, channels[0])), rng.normal(size=(3, 3, *channels))
-  check(cpu_convolution.convolve, convolution, x, kernel)
+  check(cpu_convolution.convolve, torch_convolution, x, kernel)
   prepared = cpu_convolution.prepare(jnp.float32(kernel))
-  check(lambda x, kernel: cpu_convolution.convolve(x, kernel, prepared), convolution, x, kernel)
+  check(lambda x, kernel: cpu_convolution.convolve(x, kernel, prepared), torch_convolution, x,
+        kernel)
   program = str(jax.make_jaxpr(cpu_convolution.convolve)(jnp.float32(x), jnp.float32(kernel)))
   assert ("conv_general_dilated" in program) != as_products
 
@@ -62,7 +69,7 @@ def test_convolution_of_many_channels(size, channels, as_products):
   x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
   prepared = cpu_convolution.prepare(jnp.float32(kernel))
   convolve = lambda x, kernel: cpu_convolution.convolve(x, kernel, prepared)
-  check(convolve, convolution, x, kernel)
+  check(convolve, torch_convolution, x, kernel)
   for function, expected in ((convolve, not as_products), (cpu_convolution.convolve, True)):
     program = str(jax.make_jaxpr(function)(jnp.float32(x), jnp.float32(kernel)))
     assert ("conv_general_dilated" in program) == expected
@@ -79,13 +86,35 @@ def test_convolution_in_half_precision(monkeypatch, size, channels, as_products)
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(2, *size, channels[0])), rng.normal(size=(3, 3, *channels))
   for dtype, tolerance in ((jnp.bfloat16, 1e-2), (jnp.float16, 1e-3)):
-    check(cpu_convolution.convolve, convolution, x, kernel, dtype=dtype, tolerance=tolerance)
+    check(cpu_convolution.convolve, torch_convolution, x, kernel, dtype=dtype, tolerance=tolerance)
     program = str(jax.make_jaxpr(cpu_convolution.convolve)(dtype(x), dtype(kernel)))
     assert ("conv_general_dilated" in program) != as_products
 
 
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("size", ((1, 1), (2, 2), (4, 6), (5, 7)))
+def test_strided_convolution(monkeypatch, size, backend):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(3, *size, 8)), rng.normal(size=(3, 3, 8, 6))
+  strided = functools.partial(convolution.convolve, stride=2)
+  check(strided, functools.partial(torch_convolution, stride=2), x, kernel)
+  on_gpu = "conv_general_dilated" in program_of_gradients(strided, jnp.float32(x),
+                                                          jnp.float32(kernel))
+  assert on_gpu == (backend == "gpu")
+
+
+@pytest.mark.parametrize("function", (cpu_convolution.convolve, upsampling.upsample_and_convolve))
+def test_gradient_in_the_kernel_is_a_product(function):
+  """XLA's convolution for it, with a kernel as large as the image, takes 50 times as long."""
+  x, kernel = jnp.ones((2, 8, 8, 32)), jnp.ones((3, 3, 32, 40))
+  forward = str(jax.make_jaxpr(function)(x, kernel)).count("conv_general_dilated")
+  both = program_of_gradients(function, x, kernel).count("conv_general_dilated")
+  assert both == 2 * forward > 0
+
+
 def convolution_of_doubled(x, kernel):
-  return convolution(x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), kernel)
+  return torch_convolution(x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2), kernel)
 
 
 @pytest.mark.parametrize("backend", ("cpu", "gpu"))
@@ -106,7 +135,7 @@ def test_half_precision_is_not_transformed():
   """It would lose digits that it does not have."""
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(3, 4, 4, 32)), rng.normal(size=(3, 3, 32, 32))
-  check(cpu_convolution.convolve, convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
+  check(cpu_convolution.convolve, torch_convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
 
 
 def test_doubled_image_of_many_channels_in_half_precision():
