@@ -15,7 +15,7 @@ from small_model import small_model
 
 from configs import demo
 from ddpo_jax.benchmark import compare, flops, profile
-from ddpo_jax.benchmark.jax_side import JaxSide
+from ddpo_jax.benchmark.jax_side import JaxSide, random_model
 from ddpo_jax.benchmark.side import _DOING, Side
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
@@ -66,6 +66,22 @@ def test_flops_of_a_gradient_are_those_that_are_asked_for():
   x = jnp.ones((2, 8, 8, 8))
   forward = 2 * 2 * 8 * 8 * 9 * 8 * 32
   assert flops.count(jax.value_and_grad(lambda x: conv(x).sum()), x) == 2 * forward
+
+
+def test_flops_of_training_every_weight(monkeypatch):
+  """As much again as forward for gradients in the inputs, and once more for those in matrices."""
+  monkeypatch.setattr(flops, "compiled", lambda *_: None)
+  counted = {}
+  for use_lora in (True, False):
+    raw = demo.get_config()
+    raw.pretrained.model, raw.use_lora = str(small_model()), use_lora
+    cfg = resolve(raw)
+    side = argparse.Namespace(_cfg=cfg, _shapes=random_model(cfg).shapes)
+    parts = JaxSide.flops(side)
+    forward, both = (parts[part]["counted"] for part in ("denoising_step", "training_timestep"))
+    counted[use_lora] = both / forward
+  assert 2 < counted[True] < 2.5
+  assert 2.8 < counted[False] <= 3
 
 
 def test_flops_of_flash_attention(monkeypatch):

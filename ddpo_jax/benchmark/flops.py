@@ -64,12 +64,13 @@ def compiled(function, *args) -> float | None:
   return None if cost is None else float(cost.get("flops", 0)) or None
 
 
-def of_models(models: StableDiffusion, guided: bool) -> dict[str, Any]:
+def of_models(models: StableDiffusion, guided: bool, use_lora: bool = True) -> dict[str, Any]:
   """FLOP of one sample, for each part of an epoch, without what is recomputed.
 
   Args:
-    models: with LoRA attached to the UNet.
+    models: with LoRA attached to the UNet, if `use_lora`.
     guided: classifier-free guidance takes two evaluations per step.
+    use_lora: whether LoRA's weights alone are trained.
 
   Returns:
     For "denoising_step", "training_timestep" (forward and backward), "decode" and
@@ -82,7 +83,7 @@ def of_models(models: StableDiffusion, guided: bool) -> dict[str, Any]:
   tokens = jnp.zeros((1, models.text_encoder.config.max_position_embeddings), jnp.int32)
   context = jnp.ones((branches, tokens.shape[1], config.cross_attention_dim))
   remat, models.unet.gradient_checkpointing = models.unet.gradient_checkpointing, "none"
-  graphdef, params, frozen = lora.partition(models.unet)
+  graphdef, params, frozen = lora.partition(models.unet, use_lora)
   models.unet.gradient_checkpointing = remat
 
   def denoise(params, frozen):

@@ -127,7 +127,8 @@ class JaxSide:
     """Of one sample: counted from the shapes, and by the compiler, in FLOP."""
     unet = nnx.eval_shape(functools.partial(build.prepare_unet, self._cfg), self._shapes.unet)
     return flops.of_models(dataclasses.replace(self._shapes, unet=unet),
-                           guided=uses_guidance(self._cfg.sample.guidance_scale))
+                           guided=uses_guidance(self._cfg.sample.guidance_scale),
+                           use_lora=self._cfg.use_lora)
 
   def jpeg(self) -> dict[str, Any]:
     """JPEG rewards of 256 images of 512×512, smooth with some grain, as photographs are."""
