@@ -41,19 +41,19 @@ class Conv(nnx.Conv):
                      strides=stride, padding=((padding, padding),) * 2, dtype=dtype,
                      param_dtype=dtype, rngs=rngs)
     self._stride = stride
-    self._is_ours = (kernel_size, padding) == (3, 1)  # see `ops/convolution.py`
+    self._is_padded_3x3 = (kernel_size, padding) == (3, 1)
     self._prepared: nnx.Variable | None = nnx.data(None)
 
   def prepare(self) -> None:
     """Computes what depends on the kernel alone: for programs that use it many times."""
-    if self._is_ours and self._stride == 1:
+    if self._is_padded_3x3 and self._stride == 1:
       self._prepared = nnx.Variable(convolution.prepare(self.kernel[...]))
 
   def _what_was_prepared(self) -> Any:
     return None if self._prepared is None else self._prepared.get_value()
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-    if not self._is_ours:
+    if not self._is_padded_3x3:
       return super().__call__(inputs, out_sharding)
     y = convolution.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
                              self._what_was_prepared(), stride=self._stride)
