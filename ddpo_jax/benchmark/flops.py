@@ -64,7 +64,7 @@ def compiled(function, *args) -> float | None:
   return None if cost is None else float(cost.get("flops", 0)) or None
 
 
-def of_models(models: StableDiffusion, guided: bool, use_lora: bool = True) -> dict[str, Any]:
+def of_models(models: StableDiffusion, guided: bool, use_lora: bool) -> dict[str, Any]:
   """FLOP of one sample, for each part of an epoch, without what is recomputed.
 
   Args:

@@ -136,12 +136,12 @@ def _backward(saved: tuple[Any, ...], grad: jax.Array) -> tuple[jax.Array, jax.A
     grad_x = jax.lax.conv_general_dilated(grad, kernels.transposed, (2, 2), ((1, 1), (1, 1)),
                                           dimension_numbers=_LAYOUT)
 
+  # As a matmul on a CPU, whose gradient is one too: see `_gradient_in_kernel` in
+  # `cpu/convolution.py` for what XLA's convolution costs there.
   def of_kernel(kernel: jax.Array) -> jax.Array:
-    kernels = prepare(kernel)
-    # On a CPU the gradient of a matmul; XLA's convolution with a kernel as large as the image
-    # takes 50 times as long.
-    return (_as_products(x, kernels.subpixel) if jax.default_backend() == "cpu" else
-            _as_convolution(x, kernels.joined))
+    if jax.default_backend() == "cpu":
+      return _as_products(x, _subpixel_kernels(kernel))
+    return _as_convolution(x, prepare(kernel).joined)
 
   return grad_x, jax.vjp(of_kernel, kernel)[1](grad)[0], None
 
