@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config
@@ -34,6 +36,20 @@ def configure_devices() -> None:
   if not _number_is_given():
     with contextlib.suppress(RuntimeError):  # the number of devices has been settled
       jax.config.update("jax_num_cpu_devices", usable_cores())
+
+
+def open_in_background() -> None:
+  """Has the driver open this process's devices, which takes a GPU seconds, in a thread.
+
+  Must come after `configure_devices`. What needs a device before it is open waits for it, and
+  finds the error where there is one.
+  """
+  def touch() -> None:
+    with contextlib.suppress(RuntimeError):
+      jax.block_until_ready(jax.device_put([np.zeros(())] * jax.local_device_count(),
+                                           jax.local_devices()))
+
+  threading.Thread(target=touch).start()
 
 
 def plan_batches(cfg: Config) -> BatchPlan:

@@ -255,7 +255,7 @@ class SharedProgram:
                  mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
                  ) -> tuple[Sums, Trajectory]:
     """Visits the first `count` microbatches."""
-    hoisted, _ = self._hoist(constants.params, constants.frozen)
+    hoisted = hoisting.hoist_weights(*self._varying_unet(constants.params, constants.frozen))
     graphdef, weights, rest = hoisting.cast_lora(*hoisted)
     pack, _ = packing(hoisted[1])
 
@@ -310,22 +310,21 @@ class SharedProgram:
     log_probs = put(trajectory.log_probs, step, jnp.where(mode == Mode.STEP, stored, new))
     return loss, dataclasses.replace(info, ratio_drift=drift), Trajectory(visited, log_probs)
 
-  def _hoist(self, params: nnx.State, frozen: nnx.State) -> Any:
-    """`hoisting.hoist_weights`, and the pullback of the gradient."""
+  def _varying_unet(self, params: nnx.State, frozen: nnx.State) -> hoisting.Split:
     # Marked as differing between devices, so that the backward pass does not sum each
     # microbatch's gradient over them: that is done once, at the end of the step.
-    params, frozen = jax.lax.pcast((params, frozen), AXIS, to="varying")
-    return hoisting.with_pullback(hoisting.hoist_weights, (self._graphdef, params, frozen))
+    return self._graphdef, *jax.lax.pcast((params, frozen), AXIS, to="varying")
 
   def _make_zero_sums(self, params: nnx.State, frozen: nnx.State) -> Sums:
-    (_, weights, _), _ = self._hoist(params, frozen)
+    _, weights, _ = hoisting.hoist_weights(*self._varying_unet(params, frozen))
     pack, _ = packing(weights)
     return _by_device(Sums.zero(pack(weights)))
 
   def _finish_step(self, state: TrainState, frozen: nnx.State, sums: Sums
                    ) -> tuple[TrainState, UpdateMetrics]:
     """Averages what all devices added up, and takes the optimizer's step."""
-    (_, weights, _), pullback = self._hoist(state.params, frozen)
+    (_, weights, _), pullback = hoisting.with_pullback(
+        hoisting.hoist_weights, self._varying_unet(state.params, frozen))
     _, unpack = packing(weights)
     sums = _of_device(sums)
     (grads,) = pullback(unpack(sums.grads))

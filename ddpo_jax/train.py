@@ -27,7 +27,7 @@ from ddpo_jax.build import Trainer, build, open_model
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.continuing import check_continues
-from ddpo_jax.devices import AXIS, configure_devices, plan_batches
+from ddpo_jax.devices import AXIS, configure_devices, open_in_background, plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, interruptible
@@ -57,6 +57,7 @@ def train(cfg: Config) -> pathlib.Path:
   configure_devices()
   distributed.check_devices()
   plan = plan_batches(cfg)
+  open_in_background()
   run_name = distributed.broadcast_from_main(run_folder.choose_run_name(cfg))
   with distributed.raising_together():
     prepared = validation.prepare(cfg, run_name)

@@ -22,7 +22,7 @@ from ddpo_jax import build, inner_loop, memory, train
 from ddpo_jax.benchmark import flops, profile
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
-from ddpo_jax.devices import configure_devices, plan_batches
+from ddpo_jax.devices import configure_devices, open_in_background, plan_batches
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.diffusion.ddim import uses_guidance
 from ddpo_jax.interrupt import Stop
@@ -43,6 +43,7 @@ class JaxSide:
     train.configure_jax(cfg)
     self._cfg = cfg
     self._plan = plan_batches(cfg)
+    open_in_background()
     model = random_model(cfg)
     self._shapes = model.shapes
     self._trainer = build.build(
@@ -176,11 +177,15 @@ def _with_random_weights(shapes: nnx.Module) -> Any:
   # A prime number of them, repeated, so that no two rows of a matrix are the same.
   normal = np.random.default_rng(0).standard_normal(1_048_573, np.float32)
 
+  @functools.cache
+  def scaled(fan_in: int, dtype: Any) -> np.ndarray:
+    return (normal * fan_in**-0.5).astype(dtype)
+
   def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if "scale" in name or "bias" in name:
-      return jnp.asarray(np.full(leaf.shape, float("scale" in name)), leaf.dtype)
+      return jnp.asarray(np.full(leaf.shape, float("scale" in name), leaf.dtype))
     fan_in = max(1, math.prod(leaf.shape[:-1]))
-    return jnp.asarray(np.resize(normal, leaf.shape) * fan_in**-0.5, leaf.dtype)
+    return jnp.asarray(np.resize(scaled(fan_in, leaf.dtype), leaf.shape))
 
   return nnx.merge(graphdef, jax.tree.map_with_path(draw, state))
