@@ -97,12 +97,12 @@ class Checkpointer:
   def save(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
     """Starts writing. `meta` must be JSON-able.
 
-    The arrays are NumPy's: those of devices orbax would cut up, a part for each device to write,
-    which takes longer than to write these few megabytes. They must not change any more.
+    The state's arrays are NumPy's, and must not change any more. Of replicated device arrays
+    orbax would have each device write a part, which takes longer for LoRA's few megabytes.
 
     A checkpoint before it that could not be written does not keep this one from being tried.
     """
-    self.has_failed()
+    self.finish_writing()
     if epoch in self._manager.all_steps():
       return
     self._manager.save(epoch, args=ocp.args.Composite(
@@ -112,13 +112,13 @@ class Checkpointer:
   def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
     """As `save`, for a run's last checkpoint: waits until it is written, else tries once more."""
     self.save(epoch, state, meta)
-    if self.has_failed():
+    if not self.finish_writing():
       self.save(epoch, state, meta)
 
-  def has_failed(self) -> bool:
-    """Waits for what is being written; returns whether it failed, on any process.
+  def finish_writing(self) -> bool:
+    """Waits for what is being written; returns False if that failed on any process. Collective.
 
-    That is said once, and the checkpoint counts as not saved. All processes must call this.
+    A failure is said once, and the checkpoint counts as not saved.
     """
     failed = False
     try:
@@ -128,9 +128,9 @@ class Checkpointer:
       say(f"Warning: a checkpoint could not be written ({one_line(error)}); it will be tried "
           "again")
     if not distributed.max_over_processes(int(failed)):
-      return False
+      return True
     self._manager.reload()
-    return True
+    return False
 
   def drop_after(self, epoch: int) -> list[int]:
     """Deletes the checkpoints of later epochs, which are about to be made again.

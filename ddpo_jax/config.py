@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_collections
 
+from ddpo_jax import streams
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import MAX_SHOWN, masked, shown
 
@@ -173,7 +174,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
                  "must be a plain folder name"),
     "seed": _within(0, 2**31, low_included=True, high_included=False),
     "logdir": (bool, "must not be empty"),
-    "num_epochs": _at_least(1),
+    "num_epochs": _within(1, streams.LORA - 1, low_included=True),
     "save_freq": _at_least(1),
     "eval_freq": _at_least(0),
     "num_checkpoint_limit": _at_least(1),
@@ -233,8 +234,8 @@ def inspect_config(config: ml_collections.ConfigDict | Mapping[str, Any]
   """As `resolve`, for a caller that has more to check before it says what is wrong.
 
   Returns:
-    The config, in which the fields of `fields_of` the problems are not to be trusted, or
-    None where a field is missing; and the problems, a line for each.
+    The config, or None where a field is missing; its fields that `fields_of(problems)` names
+    must not be read. And the problems, a line for each.
   """
   problems: list[str] = []
   values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config

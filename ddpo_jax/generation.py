@@ -114,7 +114,7 @@ def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: Sh
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
                key: Key[Array, ""]) -> Generation:
-    parts = program.denoise(params, frozen.unet, negative_embedding, text_embeddings,
+    parts = program.sample(params, frozen.unet, negative_embedding, text_embeddings,
                             sample_indices, key)
     return finished(frozen.vae, parts)
 

@@ -16,6 +16,8 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
 from ddpo_jax.models import hub
+from ddpo_jax.models.clip import CLIPTextConfig
+from ddpo_jax.models.vae import VAEConfig
 
 _PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
 
@@ -40,12 +42,12 @@ def model_size(cfg: Config) -> ModelSize | None:
   model = cfg.pretrained.model
   if not is_local(model):
     return None
-  folder = hub.resolve(model)
+  folder = hub.model_folder(model)
   shapes = {part: _shapes(folder / part, stem) for part, stem in hub.WEIGHT_NAMES.items()}
   unet, vae, text = (_read_config(folder / part / "config.json") for part in hub.WEIGHT_NAMES)
   side = unet["sample_size"] if isinstance(unet.get("sample_size"), int) else 64
-  channels = _number(vae, "latent_channels", 4)
-  tokens = _number(text, "max_position_embeddings", 77)
+  channels = _number(vae, "latent_channels", VAEConfig.latent_channels)
+  tokens = _number(text, "max_position_embeddings", CLIPTextConfig.max_position_embeddings)
   count = lambda shapes: sum(map(math.prod, shapes))
   decoder = [shape for name, shape in shapes["vae"].items()
              if not name.startswith(("encoder.", "quant_conv."))]
@@ -55,7 +57,7 @@ def model_size(cfg: Config) -> ModelSize | None:
       weights=unet_weights + count(decoder), unet_weights=unet_weights,
       lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
       latent_size=side * side * channels,
-      embedding_size=tokens * _number(text, "hidden_size", 768))
+      embedding_size=tokens * _number(text, "hidden_size", CLIPTextConfig.hidden_size))
 
 
 def is_local(model: str) -> bool:

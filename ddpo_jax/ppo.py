@@ -25,9 +25,9 @@ def ratio_deviation(log_prob: Float[Array, "*pairs"], old_log_prob: Float[Array,
   return jax.lax.stop_gradient(jnp.abs(jnp.exp(log_prob - old_log_prob) - 1.0))
 
 
-def ppo_loss(log_prob: Float[Array, " B"], old_log_prob: Float[Array, " B"],
-             advantages: Float[Array, " B"], clip_range: float, adv_clip_max: float
-             ) -> tuple[Float[Array, ""], PPOInfo]:
+def ppo_loss(log_prob: Float32[Array, "*pairs"], old_log_prob: Float32[Array, "*pairs"],
+             advantages: Float32[Array, "*pairs"], clip_range: float, adv_clip_max: float
+             ) -> tuple[Float32[Array, ""], PPOInfo]:
   """Mean of max(−A·r, −A·clip(r, 1 ± clip_range)) with r = exp(log_prob − old_log_prob).
 
   Args:
@@ -45,7 +45,7 @@ def ppo_loss(log_prob: Float[Array, " B"], old_log_prob: Float[Array, " B"],
   """
   for name, value in (("log_prob", log_prob), ("old_log_prob", old_log_prob),
                       ("advantages", advantages)):
-    if value.shape != log_prob.shape or value.dtype not in (jnp.float32, jnp.float64):
+    if value.shape != log_prob.shape or value.dtype != jnp.float32:
       raise ValueError(f"{name} is {value.dtype}{value.shape}; must be float32"
                        f"{log_prob.shape}: clip_range is far below bfloat16's precision")
   advantages = jnp.clip(advantages, -adv_clip_max, adv_clip_max)

@@ -77,13 +77,13 @@ class RolloutWorker:
     return self._global_batch * self._config.num_batches
 
   def run(self, params: nnx.State, epoch: int,
-          before_batch: Callable[[], None] = lambda: None) -> Rollout:
+          check_stop: Callable[[], None] = lambda: None) -> Rollout:
     """Samples and scores one epoch under the policy `params`.
 
     Args:
       params: the trained weights.
       epoch: from 0; with the seed it decides prompts and noise.
-      before_batch: called before each batch, and again and again while rewards are waited
+      check_stop: called before each batch, and again and again while rewards are waited
         for; may raise to stop.
 
     Raises:
@@ -99,7 +99,7 @@ class RolloutWorker:
       pending: list[futures.Future] = []
       with self._bar(f"Epoch {epoch}: sampling") as progress:
         for batch in range(self._config.num_batches):
-          before_batch()
+          check_stop()
           _raise_failures(pending)
           generation = self._launch(params, embeddings[batch], batch, key)
           pending.append(pool.submit(self._score, generation.images, *drawn[batch]))
@@ -112,7 +112,7 @@ class RolloutWorker:
         progress.update()
       sampled = time.perf_counter()
       with self._bar(f"Epoch {epoch}: rewards") as progress:
-        _wait_for_all(pending, progress, before_batch)
+        _wait_for_all(pending, progress, check_stop)
     scored = time.perf_counter()
     return self._assemble(epoch, generations, embeddings, [x.result() for x in pending],
                           sampling_seconds=sampled - start, reward_seconds=scored - sampled)

@@ -72,14 +72,15 @@ class Work:
   """The samples of one call of the program, and the order in which it visits their steps.
 
   There is a row for each sample, here and in the `Trajectory` that goes with it. Pair p of
-  microbatch m is step `step[m, p]` of the sample in row `row[m, p]`. Rows that no pair refers
-  to are padding.
+  microbatch m is step `step[m, p]` of the sample in row `row[m, p]`. Only the first microbatches,
+  as many as the call says, are visited; rows beyond its samples are padding, and what is computed
+  for them is dropped.
   """
 
   text_embeddings: Float[Array, "rows L D"]
   advantages: Float32[Array, " rows"]  # read by training only
   noise_key: Key[Array, " rows"]  # read by sampling only
-  batch_index: Int[Array, " rows"]  # of the sample, in the flat batch
+  batch_index: Int[Array, " rows"]  # of the sample, in the flat batch; read by training only
   row: Int[Array, "microbatches pairs"]
   step: Int[Array, "microbatches pairs"]
 
@@ -119,10 +120,10 @@ class SharedProgram:
     self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
     by_batch, by_row, replicated = P(None, AXIS), P(AXIS), P()
     self._visit = self._jit(
-        self._visit_all, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
+        self._visit_microbatches, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
         by_row, donate_argnums=(4, 5))
     self._zero_sums = self._jit(self._make_zero_sums, (replicated, replicated), by_row)
-    self._start = self._jit(self._start_denoising, (by_row, by_row, replicated, replicated),
+    self._lay_out_batch = self._jit(self._lay_out_part, (by_row, by_row, replicated, replicated),
                             (_WORK_SPECS, by_row))
     self._lay_out = self._jit(self._lay_out_group, (BATCH_SPECS, *[replicated] * 3),
                               (_WORK_SPECS, by_row))
@@ -147,7 +148,7 @@ class SharedProgram:
     prompts = jax.ShapeDtypeStruct((rows, *embedding.shape[1:]), embedding.dtype)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
-    work, trajectory = jax.eval_shape(self._start, prompts, indices, key, number)
+    work, trajectory = jax.eval_shape(self._lay_out_batch, prompts, indices, key, number)
     sums = jax.eval_shape(self._zero_sums, state.params, frozen)
     scale: Any = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -162,7 +163,7 @@ class SharedProgram:
     constants = Constants(state.params, frozen, embedding, scale)
     self._visit = self._visit.lower(constants, work, number, number, sums,
                                     trajectory).compile()
-    # It has no kernels whose timing sampling would disturb; a CPU's cores sampling needs.
+    # Its kernels are not timed, so sampling may run beside it; on a CPU they would share cores.
     if jax.default_backend() != "cpu":
       self._finish = compile_meanwhile(self._finish, state, frozen, sums)
 
@@ -170,7 +171,7 @@ class SharedProgram:
     """How many samples each device computes in vain, to fill a sampling batch's last microbatch."""
     return -batch_size % self._pairs
 
-  def denoise(self, params: nnx.State, frozen: nnx.State,
+  def sample(self, params: nnx.State, frozen: nnx.State,
               negative_embedding: Float[Array, "1 L D"],
               text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
               key: Key[Array, ""]) -> list[Trajectory]:
@@ -192,7 +193,7 @@ class SharedProgram:
     samples = len(sample_indices) // self._mesh.size
     count = self._num_parts(samples)
     for part in range(count):
-      work, trajectory = self._start(text_embeddings, sample_indices, key, jnp.int32(part))
+      work, trajectory = self._lay_out_batch(text_embeddings, sample_indices, key, jnp.int32(part))
       rows = -(-(samples - part) // count)  # those after them are padding
       microbatches = -(-rows // self._pairs)
       sums, trajectory = self._visit(
@@ -251,7 +252,7 @@ class SharedProgram:
 
   # What follows runs on each device: arrays are one device's.
 
-  def _visit_all(self, constants: Constants, work: Work, count: Int[Array, ""],
+  def _visit_microbatches(self, constants: Constants, work: Work, count: Int[Array, ""],
                  mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
                  ) -> tuple[Sums, Trajectory]:
     """Visits the first `count` microbatches."""
@@ -265,7 +266,7 @@ class SharedProgram:
 
       def loss_fn(weights: nnx.State) -> tuple[jax.Array, Any]:
         unet = nnx.merge(graphdef, weights, rest)
-        loss, *others = self._visit_pairs(unet, constants.negative_embedding, work,
+        loss, *others = self._visit_microbatch(unet, constants.negative_embedding, work,
                                           trajectory, row, step, mode)
         return loss * constants.loss_scale, (loss, *others)
 
@@ -281,7 +282,7 @@ class SharedProgram:
     sums, trajectory = jax.lax.fori_loop(0, count, visit, (_of_device(sums), trajectory))
     return _by_device(sums), trajectory
 
-  def _visit_pairs(self, unet: nnx.Module, negative_embedding: Float[Array, "1 L D"],
+  def _visit_microbatch(self, unet: nnx.Module, negative_embedding: Float[Array, "1 L D"],
                    work: Work, trajectory: Trajectory, row: Int[Array, " pairs"],
                    step: Int[Array, " pairs"], mode: Int[Array, ""]
                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Trajectory]:
@@ -333,10 +334,10 @@ class SharedProgram:
                              state.loss_scale.scale)
     return take_step(self._config, self._optimizer, state, grads, metrics)
 
-  def _start_denoising(self, text_embeddings: Float[Array, "B L D"],
+  def _lay_out_part(self, text_embeddings: Float[Array, "B L D"],
                        sample_indices: Int[Array, " B"], key: Key[Array, ""],
                        part: Int[Array, ""]) -> tuple[Work, Trajectory]:
-    """Lays out a part of the batch's samples for sampling, with their noise; see `denoise`.
+    """Lays out a part of the batch's samples for sampling, with their noise; see `sample`.
 
     In a row of its own a sample is computed as in training (`update.choose_microbatches`),
     lest a kernel rounds by place. Where the batch ends, its first samples fill the rows left.
@@ -399,7 +400,7 @@ def compile_meanwhile(program: Any, *arguments: Any) -> Callable[..., Any]:
 
 
 def join_parts(parts: Sequence[Trajectory], samples: int) -> Trajectory:
-  """Puts together the parts that `SharedProgram.denoise` returned, on each device.
+  """Puts together the parts that `SharedProgram.sample` returned, on each device.
 
   Args:
     parts: N of them; row r of part n is sample r·N + n of the device, or padding.

@@ -1,6 +1,6 @@
 """Which random stream serves what: numbers that are folded into the seed's key.
 
-Sampling folds in the epoch, so these are larger than any number of epochs.
+Sampling folds in the epoch, so these are larger than `num_epochs` may be.
 """
 
 LORA = 1_000_001  # initial weights

@@ -72,7 +72,7 @@ def train(cfg: Config) -> pathlib.Path:
     run = pathlib.Path(distributed.broadcast_from_main(str(claim.path)))
     say("Compiling, and reading the model")
     trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
-    cfg = trainer.cfg
+    cfg = trainer.cfg  # with the rank of lora.init_from
     first_epoch, damaged = resume(trainer, run) if cfg.resume_from else (0, [])
     with distributed.raising_together():
       tracker = tracking.Tracker(run, cfg, first_epoch)
@@ -207,7 +207,7 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       raise
     if epoch + 1 == cfg.num_epochs:
       checkpointer.save_and_wait(epoch, *state)
-    elif checkpointer.has_failed() or (epoch + 1) % cfg.save_freq == 0:
+    elif not checkpointer.finish_writing() or (epoch + 1) % cfg.save_freq == 0:
       checkpointer.save(epoch, *state)
 
 
@@ -215,7 +215,7 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
               started: float) -> None:
   """Samples, scores, updates, and logs one epoch."""
   first = int(trainer.state.step) == 0
-  rollout = trainer.worker.run(trainer.state.params, epoch, before_batch=stop.check)
+  rollout = trainer.worker.run(trainer.state.params, epoch, check_stop=stop.check)
   if first:
     check_predictions(trainer, rollout)
   rewards = total_rewards(trainer, rollout)

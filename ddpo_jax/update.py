@@ -107,9 +107,9 @@ class Sums:
     zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
     return cls(jax.tree.map(jnp.zeros_like, grads), zero, zero, zero, zero)
 
-  def add(self, loss: jax.Array, info: ppo.PPOInfo, grads: Any) -> Sums:
-    """Adds a microbatch's loss and metrics; `grads` has its gradient added already."""
-    return Sums(grads=grads, loss=self.loss + loss,
+  def add(self, loss: jax.Array, info: ppo.PPOInfo, summed_grads: Any) -> Sums:
+    """Adds a microbatch's loss and metrics, to whose gradient the others' are added already."""
+    return Sums(grads=summed_grads, loss=self.loss + loss,
                 approx_kl=self.approx_kl + info.approx_kl,
                 clipfrac=self.clipfrac + info.clipfrac,
                 ratio_drift=jnp.maximum(self.ratio_drift, info.ratio_drift))
@@ -164,7 +164,7 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   """The part of `make_update`'s program that runs on each device."""
   batches, samples = batch.advantages.shape
   microbatches = choose_microbatches(config, schedule.num_steps, batches, samples, key, index)
-  microbatches = _split(microbatches, batch.text_embeddings.dtype)
+  microbatches = _resize_for_cpu(microbatches, batch.text_embeddings.dtype)
   grads, metrics, _ = accumulate_gradients(
       config, graphdef, schedule, state, frozen, flatten_samples(batch), microbatches)
   return take_step(config, optimizer, state, grads, metrics)
@@ -224,7 +224,7 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
                       step=steps.transpose(0, 2, 1, 3).astype(jnp.int32))
 
 
-def _split(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:
+def _resize_for_cpu(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:
   """On a CPU, makes microbatches as small as it is fastest with; their mean gradient is the same.
 
   In float32 it also puts as many steps of the same sample together as fit: attention's matmuls
@@ -233,15 +233,14 @@ def _split(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:
   """
   if jax.default_backend() != "cpu":
     return microbatches
-  groups, count, samples, together = microbatches.step.shape
-  size = samples_at_once(samples * together)
+  _, count, samples, together = microbatches.step.shape  # [groups, M, b, t]
+  size = samples_at_once(samples * together)  # pairs of a new microbatch, b'·t'
   steps_each = math.gcd(count * together if dtype == jnp.float32 else together, size)
   samples_each = size // steps_each
-  steps = microbatches.step.swapaxes(1, 2).reshape(groups, -1, samples_each,
-                                                   count * together // steps_each, steps_each)
-  steps = steps.swapaxes(2, 3)
+  steps = microbatches.step.swapaxes(1, 2)  # [groups, b, M, t]
+  steps = steps.reshape(-1, samples_each, count * together // steps_each, steps_each)
   return Microbatches(sample=microbatches.sample.reshape(-1, samples_each),
-                      step=steps.reshape(-1, *steps.shape[2:]))
+                      step=steps.swapaxes(1, 2))  # [groups·b/b', M', b', t']
 
 
 def flatten_samples(batch: Batch) -> Batch:
@@ -277,7 +276,8 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     microbatches: this device's.
 
   Returns:
-    The gradient, the metrics, and this device's log-probabilities.
+    The gradient, the metrics, and this device's log-probabilities (for tests: an optimizer step
+    has no use for them, and XLA leaves them out).
   """
   scale = state.loss_scale.scale
   # Marked as differing between devices, so that the backward pass does not sum each
@@ -340,7 +340,7 @@ def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
   """Chooses the form in which gradients are added up.
 
   On a GPU those of small weights are concatenated into one vector: each addition is a kernel
-  of its own there, and LoRA for Stable Diffusion has 224 weights.
+  of its own there, and LoRA for Stable Diffusion has 193 weights once it is hoisted.
 
   Returns:
     What brings gradients in that form, and what brings their sum back.

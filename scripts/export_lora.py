@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
                       help="a .safetensors file; a folder for a run with use_lora=False")
   parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers")
   args = parser.parse_args(argv)
-  from ddpo_jax import cli, inference  # imports JAX: only once the arguments are right
-  return cli.exit_status(lambda: inference.export(args.run, args.output, args.format))
+  from ddpo_jax import cli, export  # imports JAX: only once the arguments are right
+  return cli.exit_status(lambda: export.export_run(args.run, args.output, args.format))
 
 
 if __name__ == "__main__":

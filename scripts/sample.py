@@ -43,9 +43,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
   args = parse(sys.argv[1:] if argv is None else argv)
-  from ddpo_jax import cli, inference  # imports JAX: only once the arguments are right
+  from ddpo_jax import cli, sample_files  # imports JAX: only once the arguments are right
   return cli.exit_status(
-      lambda: inference.sample_to_files(inference.SampleRequest(**vars(args))))
+      lambda: sample_files.sample_to_files(sample_files.SampleRequest(**vars(args))))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_model import small_config, small_model
 
-from ddpo_jax import checkpoint, inference, lora, train
+from ddpo_jax import checkpoint, export, inference, lora, sample_files, train
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_pretrained
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 def sample(output, **changes):
   arguments = dict(output=output, prompts=PROMPTS, num_steps=2, guidance_scale=1.0,
                    batch_size=2)
-  inference.sample_to_files(inference.SampleRequest(**{**arguments, **changes}))
+  sample_files.sample_to_files(sample_files.SampleRequest(**{**arguments, **changes}))
 
 
 def pictures(folder):
@@ -120,7 +120,7 @@ def test_bad_arguments_are_one_line(changes, message, tmp_path):
         os.geteuid() == 0, reason="root may write everywhere"))])
 def test_outputs_that_cannot_be_written_are_found_first(output, message, tmp_path,
                                                         monkeypatch):
-  monkeypatch.setattr(inference, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
+  monkeypatch.setattr(sample_files, "load_pretrained", lambda *_, **__: pytest.fail("loaded"))
   (tmp_path / "file").write_text("")
   (tmp_path / "folder.jpg").mkdir()
   (tmp_path / "closed").mkdir(mode=0o500)
@@ -175,30 +175,30 @@ def test_the_script_takes_its_options(monkeypatch, capsys):
 def test_a_lora_file_is_called_what_it_is(run, name, tmp_path):
   with pytest.raises(UserError, match=f"--output=.*{name} must end in .safetensors.*such as .*"
                                       "/lora.safetensors$"):
-    inference.export(str(run), tmp_path / name)
+    export.export_run(str(run), tmp_path / name)
   assert not list(tmp_path.iterdir())
 
 
 def test_the_rank_of_an_exported_file_is_its_own(run, tmp_path):
   """Not lora.rank, where the run began with lora.init_from."""
-  inference.export(str(run), tmp_path / "lora.safetensors")
+  export.export_run(str(run), tmp_path / "lora.safetensors")
   other = make_run(tmp_path, num_epochs=1, **{
       "lora.init_from": str(tmp_path / "lora.safetensors"), "lora.rank": 4})
-  inference.export(str(other), tmp_path / "again.safetensors")
+  export.export_run(str(other), tmp_path / "again.safetensors")
   with safe_open(tmp_path / "again.safetensors", framework="numpy") as tensors:
     assert tensors.metadata()["lora_rank"] == "3"
 
 
 def test_a_folder_is_no_place_for_a_lora_file(run, tmp_path):
   with pytest.raises(UserError, match="--output=.* is a folder; must be a file's path"):
-    inference.export(str(run), tmp_path)
+    export.export_run(str(run), tmp_path)
   with pytest.raises(UserError, match="--run='nope' does not exist"):
-    inference.export("nope", tmp_path / "lora.safetensors")
+    export.export_run("nope", tmp_path / "lora.safetensors")
 
 
 @pytest.mark.parametrize("file_format", lora.FORMATS)
 def test_export_says_what_it_was_made_from(run, file_format, tmp_path):
-  inference.export(str(run), tmp_path / "new" / "lora.safetensors", file_format)
+  export.export_run(str(run), tmp_path / "new" / "lora.safetensors", file_format)
   with safe_open(tmp_path / "new" / "lora.safetensors", framework="numpy") as tensors:
     metadata = tensors.metadata()
     assert len(tensors.keys()) == 48 * (1.5 if file_format == "kohya" else 1)
@@ -209,10 +209,10 @@ def test_export_says_what_it_was_made_from(run, file_format, tmp_path):
 def test_full_finetuning_trains_every_weight_and_exports_a_unet_folder(tmp_path):
   run = make_run(tmp_path, use_lora=False, num_epochs=1)
   with pytest.raises(UserError, match="--format=kohya: the run has use_lora=False.*; must be"):
-    inference.export(str(run), tmp_path / "unet", "kohya")
+    export.export_run(str(run), tmp_path / "unet", "kohya")
   with pytest.raises(UserError, match="--output=.*full.safetensors: the run has use_lora=False"):
-    inference.export(str(run), tmp_path / "full.safetensors")
-  inference.export(str(run), tmp_path / "unet")
+    export.export_run(str(run), tmp_path / "full.safetensors")
+  export.export_run(str(run), tmp_path / "unet")
   assert json.loads((tmp_path / "unet/config.json").read_text()) == json.loads(
       (small_model() / "unet/config.json").read_text())
   folder = tmp_path / "model"

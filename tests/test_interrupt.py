@@ -65,9 +65,9 @@ def test_a_signal_before_the_run(tmp_path, how, signum):
 @pytest.mark.parametrize("script", ("sample", "export_lora"))
 def test_a_signal_to_another_script(tmp_path, script, signum):
   file = tmp_path / "signalling.py"
-  file.write_text(f"{SENDING}import runpy, sys\nfrom ddpo_jax import inference\n"
-                  f"inference.sample_to_files = lambda *args: swallowed({int(signum)})\n"
-                  "inference.export = inference.sample_to_files\n"
+  file.write_text(f"{SENDING}import runpy, sys\nfrom ddpo_jax import export, sample_files\n"
+                  f"sample_files.sample_to_files = lambda *args: swallowed({int(signum)})\n"
+                  "export.export_run = sample_files.sample_to_files\n"
                   f"runpy.run_path({str(ROOT / 'scripts' / f'{script}.py')!r}, "
                   "run_name='__main__')\n")
   prompts = ["--prompts", "a cat"] if script == "sample" else []

@@ -276,7 +276,7 @@ def test_hub_configs_give_networks_of_the_known_size(name):
 @pytest.mark.parametrize("path", ("no_such_folder", "./owner/name", "a/b/c", ""))
 def test_neither_folder_nor_hub_id(path):
   with pytest.raises(UserError, match="does not exist"):
-    model_hub.resolve(path)
+    model_hub.model_folder(path)
 
 
 def test_hub_files_are_chosen_once():

@@ -27,7 +27,7 @@ from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.diffusion.ddim import uses_guidance
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.models import StableDiffusion, Unread
-from ddpo_jax.models.hub import resolve
+from ddpo_jax.models.hub import model_folder
 from ddpo_jax.models.pretrained import PARTS, load_clip_tokenizer
 from ddpo_jax.models.weights import ConstantRngs
 from ddpo_jax.prompts import get_prompt_fn
@@ -161,7 +161,7 @@ def random_model(cfg: Config) -> Unread[StableDiffusion]:
   modules: dict[str, Any] = {name: shapes(module, config.from_dict(configs[name]))
                              for name, (module, config) in PARTS.items()}
   model = StableDiffusion(
-      tokenizer=load_clip_tokenizer(resolve("tiny") / "tokenizer"),  # as many tokens as any
+      tokenizer=load_clip_tokenizer(model_folder("tiny") / "tokenizer"),  # as many tokens as any
       noise_schedule=NoiseSchedule.from_config(configs["scheduler"]), **modules)
 
   def read() -> StableDiffusion:

@@ -56,8 +56,9 @@ def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "
     by the VAE's scaling factor), log_probs [B, T].
 
   Raises:
-    ValueError: if a step would have no density (see `ddim_step`), if there is neither a key
-      nor a draw, or if there is not a key for each sample.
+    ValueError: if `eta` is not in (0, 1], if there is neither a key nor a draw, or if there is
+      not a key for each sample.
+    UserError: if the model's schedule leaves a step without variance, and so without density.
   """
   ddim.check_density(schedule, eta)
   batch = text_embeddings.shape[0]

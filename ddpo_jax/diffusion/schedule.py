@@ -72,7 +72,7 @@ class NoiseSchedule:
     """Reads a scheduler_config.json of any diffusers scheduler.
 
     Raises:
-      UserError: for a prediction type, beta schedule or spacing that is not known.
+      UserError: if it asks for what is not built here, or its betas are no schedule.
     """
     return read_fields(cls, values)
 
@@ -145,7 +145,7 @@ class DDIMSchedule:
       num_steps: T, 1 to `num_train_timesteps`.
 
     Raises:
-      UserError: if `num_steps` is out of range.
+      UserError: if `num_steps` is out of range, or the first step would be past the last timestep.
     """
     trained = noise_schedule.num_train_timesteps
     if not 1 <= num_steps <= trained:

@@ -65,7 +65,7 @@ class Repository:
         raise UserError(f"{self.field}={repo!r}: {_only_pickled(pickled[0], self.weights_class)}")
 
 
-def resolve(path: str | os.PathLike, revision: str | None = None,
+def model_folder(path: str | os.PathLike, revision: str | None = None,
             repository: Repository | None = None) -> pathlib.Path:
   """The local folder of a model, downloaded if `path` is a hub id.
 

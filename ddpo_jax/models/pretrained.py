@@ -86,7 +86,7 @@ def open_pretrained(path: str | os.PathLike, revision: str | None = None,
 
   Its arguments are the same, and what it raises.
   """
-  folder = hub.resolve(path, revision)
+  folder = hub.model_folder(path, revision)
   _check_pipeline(folder)
   configs = {name: model_config.read(folder / name / "config.json", config_cls.from_dict)
              for name, (_, config_cls) in PARTS.items()}
@@ -129,7 +129,7 @@ def load_clip(path: str | os.PathLike, revision: str | None = None,
     UserError: if the folder, a file or a tensor is missing, misshapen or too many, or if
       a config asks for what is not built here.
   """
-  folder = hub.resolve(path, revision, hub.CLIP_REPOSITORY)
+  folder = hub.model_folder(path, revision, hub.CLIP_REPOSITORY)
   config = model_config.read(folder / "config.json", CLIPConfig.from_dict)
   images = _read_image_config(folder, config.vision_config.image_size)
   # The rules for the names of Stable Diffusion's parts would take a prefix away.
@@ -145,7 +145,7 @@ def load_clip_tokenizer(path: str | os.PathLike, revision: str | None = None):
   Raises:
     UserError: if there is none.
   """
-  folder = hub.resolve(path, revision, hub.TOKENIZER_REPOSITORY)
+  folder = hub.model_folder(path, revision, hub.TOKENIZER_REPOSITORY)
   return _load_tokenizer(folder)
 
 

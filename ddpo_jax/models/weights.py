@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 
-# Names found in files, and what they are called here. First match of each, in order.
+# Names found in files, and what they are called here. All are applied, in order.
 _RENAMES = (
     (r"^text_model\.", ""),  # transformers before version 5
     (r"(mid_block\.attentions\.\d+)\.query\.", r"\1.to_q."),  # diffusers before 0.18

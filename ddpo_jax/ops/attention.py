@@ -92,7 +92,7 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
   split = lambda x: x.reshape(*x.shape[:2], num_heads, -1)
   query, key, value = split(query), split(key), split(value)
   if is_causal:
-    # Of half precision it asks for products that XLA does not know on a CPU.
+    # In half precision `jax.nn` asks for a product that XLA does not have for CPUs.
     widen = lambda x: x.astype(jnp.float32) if on_cpu else x
     out = _xla_attention(widen(query), widen(key), widen(value), is_causal=True)
   elif on_cpu:

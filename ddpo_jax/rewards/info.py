@@ -14,8 +14,6 @@ from ddpo_jax import distributed
 from ddpo_jax.console import say
 from ddpo_jax.messages import shown
 
-_MAX_AGREED = 4096  # bytes, in `distributed.broadcast_from_main`
-
 _Key = tuple[str, str]  # the reward function, and the name in its dict
 
 
@@ -130,12 +128,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _agreed(keys: Sequence[_Key]) -> list[_Key]:
-  """Process 0's keys, each once, as far as there is room for them in a message."""
-  distinct = list(dict.fromkeys(keys))
-  while len(json.dumps(distinct)) > _MAX_AGREED:
-    distinct.pop()
-  shared = json.loads(distributed.broadcast_from_main(json.dumps(distinct)))
-  return [(name, key) for name, key in shared]
+  """Process 0's keys, each once."""
+  distinct = json.dumps(list(dict.fromkeys(keys)))
+  return [(name, key) for name, key in json.loads(distributed.broadcast_from_main(distinct))]
 
 
 def _finite_mean(values: np.ndarray) -> float:
