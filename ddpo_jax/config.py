@@ -23,7 +23,8 @@ import ml_collections
 
 from ddpo_jax import streams
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import MAX_SHOWN, masked, shown
+from ddpo_jax.masking import masked
+from ddpo_jax.messages import MAX_SHOWN, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,14 @@ def max_over_processes(value: int) -> int:
   return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
+def gather_samples(values: np.ndarray) -> np.ndarray:
+  """[batches, samples of this process] -> [samples of all] by sample index. Collective."""
+  if jax.process_count() == 1:
+    return values.reshape(-1)
+  everyone = multihost_utils.process_allgather(values)  # [processes, batches, samples]
+  return np.concatenate(list(everyone), axis=1).reshape(-1)
+
+
 def broadcast_from_main(text: str) -> str:
   """Process 0's text, on every process. Collective: each process must call it."""
   if jax.process_count() == 1:

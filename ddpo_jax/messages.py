@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import os
 import pathlib
-import re
 import traceback
 from typing import Any
 
@@ -13,15 +12,6 @@ MAX_SHOWN = 120  # characters of a value
 _MAX_LENGTH = 500  # characters of a library's message
 _NOT_USERS = (str(pathlib.Path(__file__).parent) + os.sep,
               str(pathlib.Path(os.__file__).parent) + os.sep)
-_MASK = "***"
-# "api_key" and "token", not "api_key_env", which names a variable, nor "tokenizer".
-_SECRET_NAME = re.compile(
-    r"(^|[_-])(api_?key|key|token|secret|password|passwd|passphrase|credentials?|"
-    r"authorization|bearer)$", re.IGNORECASE)
-_SECRETS_IN_URLS = (
-    re.compile(r"(\w://[^/@:\s]*:)[^/@\s]+(?=@)"),
-    re.compile(r"([?&](?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+",
-               re.IGNORECASE))
 
 
 def one_line(error: BaseException) -> str:
@@ -59,24 +49,6 @@ def place(error: BaseException, is_of: Callable[[str], bool] = is_users) -> str:
   frames = [frame for frame in traceback.extract_tb(error.__traceback__)
             if is_of(frame.filename)]
   return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-
-
-def is_secret(name: str) -> bool:
-  """Whether values of this name are keys, tokens or passwords."""
-  return _SECRET_NAME.search(name) is not None
-
-
-def masked(value: Any) -> Any:
-  """A value as it may be written down: keys, tokens and passwords in it become "***"."""
-  if isinstance(value, Mapping):
-    return {name: _MASK if item and is_secret(str(name)) else masked(item)
-            for name, item in value.items()}
-  if isinstance(value, (list, tuple)):
-    return type(value)(map(masked, value))
-  if isinstance(value, str):
-    for pattern in _SECRETS_IN_URLS:
-      value = pattern.sub(rf"\g<1>{_MASK}", value)
-  return value
 
 
 def shown(value: Any) -> str:

@@ -32,9 +32,23 @@ P = jax.sharding.PartitionSpec
 _REWARD_THREADS = 2  # calls of reward functions at a time
 _SECONDS_BETWEEN_CHECKS = 1.0  # for signals, while rewards are waited for
 
-# A batch's images, and by the name of the reward function their rewards and what it returned
-# besides.
-_Scored = tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+  """This process's prompts of a batch."""
+
+  prompts: list[str]
+  metadata: list[dict[str, Any]]
+  embeddings: np.ndarray  # [local, L, D]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+  """This process's images of a batch, and by the name of the reward function what it returned."""
+
+  images: np.ndarray  # [local, H, W, 3]
+  rewards: dict[str, np.ndarray]
+  info: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +106,8 @@ class RolloutWorker:
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(self._seed), epoch)
     # All of them before the device begins to sample: it would have to finish a batch first.
-    drawn, encoded = zip(*self._draw_prompts(epoch, range(self._config.num_batches)))
-    embeddings = [self._put(each) for each in encoded]
+    drawn = self._draw_prompts(epoch, range(self._config.num_batches))
+    embeddings = [self._put(each.embeddings) for each in drawn]
     with _reward_threads() as pool:
       generations: list[Generation] = []
       pending: list[futures.Future] = []
@@ -102,7 +116,7 @@ class RolloutWorker:
           check_stop()
           _raise_failures(pending)
           generation = self._launch(params, embeddings[batch], batch, key)
-          pending.append(pool.submit(self._score, generation.images, *drawn[batch]))
+          pending.append(pool.submit(self._score, generation.images, drawn[batch]))
           # One batch ahead of its decoding at most.
           if generations:
             jax.block_until_ready(generations[-1].images)
@@ -125,7 +139,6 @@ class RolloutWorker:
                 embeddings: Sequence[jax.Array], scored: Sequence[_Scored],
                 **seconds: float) -> Rollout:
     """Joins the batches, and gathers the rewards of all processes."""
-    images, rewards, info = zip(*scored)
     indices = np.stack([self._local_indices(b) for b in range(self._config.num_batches)])
     return Rollout(
         trajectory=_stack([g.trajectory for g in generations]),
@@ -133,11 +146,12 @@ class RolloutWorker:
         # Those of all processes: to draw them again takes less than to gather them.
         prompts=draw_prompts(self._prompt_fn, self._seed, epoch,
                              range(self.samples_per_epoch))[0],
-        rewards={name: self._gather(np.stack([batch[name] for batch in rewards]))
+        rewards={name: distributed.gather_samples(np.stack([each.rewards[name] for each in scored]))
                  for name in self._reward_fns},
-        images=np.concatenate(images),
+        images=np.concatenate([each.images for each in scored]),
         local_indices=indices.reshape(-1),
-        reward_info=self._info.collect(info, indices, self.samples_per_epoch, self._gather),
+        reward_info=self._info.collect([each.info for each in scored], indices,
+                                       self.samples_per_epoch, distributed.gather_samples),
         **seconds)
 
   def sample_fixed_batch(self, params: nnx.State
@@ -148,16 +162,15 @@ class RolloutWorker:
       This process's images and prompts.
     """
     key = jax.random.fold_in(jax.random.key(self._seed), streams.EVALUATION)
-    (((prompts, _), encoded),) = self._draw_prompts(streams.EVALUATION, [0])
-    generation = self._launch(params, self._put(encoded), 0, key)
-    return _to_host(generation.images), prompts
+    (drawn,) = self._draw_prompts(streams.EVALUATION, [0])
+    generation = self._launch(params, self._put(drawn.embeddings), 0, key)
+    return _to_host(generation.images), drawn.prompts
 
-  def _draw_prompts(self, epoch: int, batches: Iterable[int]) -> list[tuple[Any, np.ndarray]]:
-    """This process's prompts of each batch, with their metadata, and their embeddings."""
+  def _draw_prompts(self, epoch: int, batches: Iterable[int]) -> list[_Drawn]:
     with distributed.raising_together():
       drawn = [draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(batch))
                for batch in batches]
-      return [(each, self._encode(each[0])) for each in drawn]
+      return [_Drawn(prompts, metadata, self._encode(prompts)) for prompts, metadata in drawn]
 
   def _local_indices(self, batch: int) -> Int[np.ndarray, " local"]:
     """Indices of this process's samples of a batch, among the epoch's."""
@@ -176,22 +189,14 @@ class RolloutWorker:
     """This process's share of a batch -> the batch, sharded over its first axis."""
     return jax.make_array_from_process_local_data(self._sharding, local)
 
-  def _score(self, on_device: UInt8[Array, "B H W 3"], prompts: list[str],
-             metadata: list[dict[str, Any]]) -> _Scored:
+  def _score(self, on_device: UInt8[Array, "B H W 3"], drawn: _Drawn) -> _Scored:
     """Runs in a thread: waits for the images, then for their rewards."""
     images = _to_host(on_device)
     rewards, info = {}, {}
     for name, function in self._reward_fns.items():
-      rewards[name], info[name] = call_reward(name, function, images, prompts, metadata)
-    return images, rewards, info
-
-  def _gather(self, rewards: np.ndarray) -> np.ndarray:
-    """[batches, samples of this process] -> [samples of all processes] by sample index."""
-    if jax.process_count() == 1:
-      return rewards.reshape(-1)
-    from jax.experimental import multihost_utils
-    everyone = multihost_utils.process_allgather(rewards)  # [processes, batches, samples]
-    return np.concatenate(list(everyone), axis=1).reshape(-1)
+      rewards[name], info[name] = call_reward(name, function, images, drawn.prompts,
+                                              drawn.metadata)
+    return _Scored(images, rewards, info)
 
 
 @contextlib.contextmanager

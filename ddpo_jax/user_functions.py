@@ -11,7 +11,8 @@ import typing
 from typing import Any
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import masked, one_line, place, shown, with_type
+from ddpo_jax.masking import masked
+from ddpo_jax.messages import one_line, place, shown, with_type
 
 _MODULE = re.compile(r"\w+(\.\w+)*")
 # What is checked of arguments, where a function says that they are nothing else.

@@ -26,7 +26,8 @@ from ddpo_jax.continuing import check_continues
 from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, nearest_existing
-from ddpo_jax.messages import masked, place, shown, with_type
+from ddpo_jax.masking import masked
+from ddpo_jax.messages import place, shown, with_type
 from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
 from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import get_prompt_fn, sample_rng

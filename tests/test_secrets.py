@@ -10,7 +10,7 @@ from ddpo_jax import tracking
 from ddpo_jax.config import resolve
 from ddpo_jax.continuing import check_continues
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import masked
+from ddpo_jax.masking import masked
 from ddpo_jax.report import write_report
 from ddpo_jax.rewards import get_reward, get_rewards
 

@@ -13,7 +13,8 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import masked, one_line
+from ddpo_jax.masking import masked
+from ddpo_jax.messages import one_line
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from ddpo_jax.types import RewardFn

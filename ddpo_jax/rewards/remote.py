@@ -18,7 +18,7 @@ import requests
 import urllib3.exceptions
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import masked
+from ddpo_jax.masking import masked
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -73,6 +73,14 @@ def make_vlm_score(
   client = _Client(server, os.environ.get(api_key_env) or _NO_KEY)
   model = client.find_model(model, api_key_env)
 
+  if mode == "probability":
+    return _make_probability(server, client, model, question, top_logprobs)
+  return _make_strict(server, client, model)
+
+
+def _make_probability(server: remote.Server, client: _Client, model: str, question: str,
+                      top_logprobs: int) -> RewardFn:
+
   def probability(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
                   ) -> tuple[np.ndarray, dict[str, Any]]:
     del metadata
@@ -84,6 +92,11 @@ def make_vlm_score(
 
     scores, masses = np.array(server.map(ask, range(len(images))), np.float32).T
     return scores, {"answer_probability": masses}
+
+  return probability
+
+
+def _make_strict(server: remote.Server, client: _Client, model: str) -> RewardFn:
 
   @checks_metadata(functools.partial(remote.questions_and_answers, _NAME))
   def strict(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
@@ -103,7 +116,7 @@ def make_vlm_score(
               for given, (_, answers) in zip(outputs, pairs)]
     return np.array(scores, np.float32), {"answers": outputs}
 
-  return {"probability": probability, "strict": strict}[mode]
+  return strict
 
 
 def yes_probability(choice: dict[str, Any]) -> tuple[float, float]:
