@@ -132,17 +132,6 @@ class Checkpointer:
     self._manager.reload()
     return False
 
-  def drop_after(self, epoch: int) -> list[int]:
-    """Deletes the checkpoints of later epochs, which are about to be made again.
-
-    Returns:
-      Those epochs, in order.
-    """
-    later = sorted(step for step in self._manager.all_steps() if step > epoch)
-    for step in later:
-      self._manager.delete(step)
-    return later
-
   def close(self) -> None:
     """Waits for what is being written."""
     self._manager.close()

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """argparse's, which says in one line what is wrong with the options."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f"{message}; --help describes the options\n")
 
 
 def say(text: str) -> None:

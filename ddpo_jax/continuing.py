@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
@@ -48,10 +49,19 @@ def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], c
     return False
   if name == "lora.rank" and cfg.lora.init_from:  # the rank of that file is taken
     return False
+  if name == "lora.init_from" and not cfg.lora.init_from:  # it may be gone: it is not read again
+    return False
+  if name == "pretrained.model":  # a folder may be given from where one is
+    return _absolute(now[name]) != _absolute(before[name])
   if name in now and name in before:
     return repr(now[name]) != repr(before[name])
   # One of them does not have it: a field of another version, or a reward's argument.
   return name.startswith("reward_kwargs.")
+
+
+def _absolute(model: str) -> str:
+  path = pathlib.Path(model).expanduser()
+  return str(path.absolute()) if path.is_dir() else model
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -157,7 +157,7 @@ def raising_together() -> Iterator[None]:
   failure = None
   try:
     yield
-  except Exception as error:
+  except BaseException as error:
     failure = error
   failed = max_over_processes(int(failure is not None))
   if failure is not None:

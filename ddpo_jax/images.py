@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import io
 import math
+import pathlib
 import textwrap
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 _GRID_COLUMNS = 8
 _TILE = 192  # pixels; smaller images are enlarged to it
 _CAPTION_LINES = 3
+_MAX_SIDE = 65_500  # pixels of a JPEG file
 
 
 def encode_image(image: np.ndarray, file_format: str, **options: Any) -> bytes:
@@ -33,11 +35,12 @@ def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
   zoom = max(1, math.ceil(_TILE / images.shape[2]))
   width, height = images.shape[2] * zoom, images.shape[1] * zoom
   font_size = max(12, width // 16)
-  font = ImageFont.load_default(size=font_size)
+  font = _font(captions, font_size)
   letters = int(width / font.getlength("n")) - 1
   line_height = math.ceil(font_size * 1.25)
   tile_height = height + _CAPTION_LINES * line_height + 8
-  columns = min(_GRID_COLUMNS, len(images))
+  most_rows = _MAX_SIDE // tile_height
+  columns = min(max(_GRID_COLUMNS, math.ceil(len(images) / most_rows)), len(images))
   rows = math.ceil(len(images) / columns)
   grid = Image.new("RGB", (columns * (width + 4), rows * tile_height), "white")
   pen = ImageDraw.Draw(grid)
@@ -50,3 +53,12 @@ def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
       pen.text((left + 2, top + height + 2 + row * line_height), text, fill="black",
                font=font)
   return grid
+
+
+def _font(captions: Sequence[str], size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+  if all(caption.isascii() for caption in captions):
+    return ImageFont.load_default(size=size)
+  # Pillow's has no accents; the one that comes with matplotlib also has Greek and Cyrillic.
+  import matplotlib  # slow
+  fonts = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+  return ImageFont.truetype(fonts / "DejaVuSans.ttf", size)

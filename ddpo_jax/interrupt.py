@@ -1,4 +1,4 @@
-"""Signals: a run stops where everything is at rest; what has nothing to save stops at once.
+"""SIGTERM, SIGINT and SIGHUP: a run stops where everything is at rest, anything else at once.
 
 Imports nothing slow, so that scripts can ask for the latter before anything else.
 """
@@ -13,7 +13,9 @@ import threading
 
 from ddpo_jax.errors import Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A terminal that closes sends SIGHUP, unless nohup has it ignored.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT,
+            *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []))
 _STANDARD_ERROR = 2
 
 _ending = threading.Lock()
@@ -35,7 +37,7 @@ class Stop:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Stop]:
-  """Turns the first SIGTERM or SIGINT into a request; a second signal acts as it did before."""
+  """Turns the first of these signals into a request; a second signal acts as it did before."""
   stop = Stop()
 
   def request(signum: int, _) -> None:
@@ -56,7 +58,7 @@ def interruptible() -> Iterator[Stop]:
 
 
 def end_at_signals() -> None:
-  """From now on SIGTERM and SIGINT end the process at once: with a line, and 128 + the signal.
+  """From now on these signals end the process at once: with a line, and 128 + the signal.
 
   For scripts, before anything slow is imported. What Python does by itself, to raise
   KeyboardInterrupt, ends in a long traceback, or in a library that catches everything.

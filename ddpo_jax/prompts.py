@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import functools
 import importlib.resources
 from importlib.resources.abc import Traversable
@@ -38,9 +38,31 @@ def get_prompt_fn(name: str, **kwargs: Any) -> PromptFn:
 
 def draw_prompts(prompt_fn: PromptFn, seed: int, epoch: int, indices: Iterable[int]
                  ) -> tuple[list[str], list[dict[str, Any]]]:
-  """The prompts of an epoch's samples: a pure function of (seed, epoch, sample index)."""
-  drawn = [prompt_fn(sample_rng(seed, epoch, i)) for i in indices]
+  """The prompts of an epoch's samples: a pure function of (seed, epoch, sample index).
+
+  Raises:
+    UserError: if the function does not return a prompt and a dict.
+  """
+  drawn = [check_drawn(prompt_fn(sample_rng(seed, epoch, i)),
+                       f"prompt_fn, for sample {i} of epoch {epoch},") for i in indices]
   return [prompt for prompt, _ in drawn], [metadata for _, metadata in drawn]
+
+
+def check_drawn(drawn: Any, source: str) -> tuple[str, dict[str, Any]]:
+  """What a prompt function returned, if it is what it must be.
+
+  Args:
+    drawn: that.
+    source: the function, for the message.
+
+  Raises:
+    UserError: if it is not a pair of a text and a dict.
+  """
+  is_pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
+  if not is_pair or not isinstance(drawn[0], str) or not isinstance(drawn[1], Mapping):
+    returned = " and a ".join(type(x).__name__ for x in (drawn if is_pair else [drawn]))
+    raise UserError(f"{source} returned a {returned}; must return a prompt (str) and a dict")
+  return drawn[0], dict(drawn[1])
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ddpo_jax import distributed, streams
 from ddpo_jax.console import hide_bars
+from ddpo_jax.daemon_threads import DaemonThreadPool
 from ddpo_jax.devices import AXIS
 from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.generation import FrozenModels, Generate, Generation, SamplingConfig
@@ -128,14 +129,14 @@ class RolloutWorker:
       with self._bar(f"Epoch {epoch}: rewards") as progress:
         _wait_for_all(pending, progress, check_stop)
     scored = time.perf_counter()
-    return self._assemble(epoch, generations, embeddings, [x.result() for x in pending],
+    return self._assemble(epoch, generations, drawn, embeddings, [x.result() for x in pending],
                           sampling_seconds=sampled - start, reward_seconds=scored - sampled)
 
   def _bar(self, description: str) -> tqdm:
     return tqdm(desc=description, total=self._config.num_batches, leave=False,
                 dynamic_ncols=True, disable=hide_bars(), unit="batch")
 
-  def _assemble(self, epoch: int, generations: Sequence[Generation],
+  def _assemble(self, epoch: int, generations: Sequence[Generation], drawn: Sequence[_Drawn],
                 embeddings: Sequence[jax.Array], scored: Sequence[_Scored],
                 **seconds: float) -> Rollout:
     """Joins the batches, and gathers the rewards of all processes."""
@@ -143,9 +144,7 @@ class RolloutWorker:
     return Rollout(
         trajectory=_stack([g.trajectory for g in generations]),
         text_embeddings=_stack(embeddings),
-        # Those of all processes: to draw them again takes less than to gather them.
-        prompts=draw_prompts(self._prompt_fn, self._seed, epoch,
-                             range(self.samples_per_epoch))[0],
+        prompts=self._prompts_of_all(epoch, drawn),
         rewards={name: distributed.gather_samples(np.stack([each.rewards[name] for each in scored]))
                  for name in self._reward_fns},
         images=np.concatenate([each.images for each in scored]),
@@ -171,6 +170,12 @@ class RolloutWorker:
       drawn = [draw_prompts(self._prompt_fn, self._seed, epoch, self._local_indices(batch))
                for batch in batches]
       return [_Drawn(prompts, metadata, self._encode(prompts)) for prompts, metadata in drawn]
+
+  def _prompts_of_all(self, epoch: int, drawn: Sequence[_Drawn]) -> list[str]:
+    if jax.process_count() == 1:
+      return [prompt for batch in drawn for prompt in batch.prompts]
+    # To draw those of other processes again takes less than to gather them.
+    return draw_prompts(self._prompt_fn, self._seed, epoch, range(self.samples_per_epoch))[0]
 
   def _local_indices(self, batch: int) -> Int[np.ndarray, " local"]:
     """Indices of this process's samples of a batch, among the epoch's."""
@@ -204,9 +209,9 @@ def _reward_threads() -> Iterator[futures.Executor]:
   """Threads for calls of reward functions.
 
   If sampling stops, pending calls are cancelled, and running ones are not waited for: retries
-  of a server that is gone could delay saving the run for minutes.
+  of a server that is gone could delay saving the run, and its end, for minutes.
   """
-  pool = futures.ThreadPoolExecutor(_REWARD_THREADS)
+  pool = DaemonThreadPool(_REWARD_THREADS, "reward")
   try:
     yield pool
   except BaseException:

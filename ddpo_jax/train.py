@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -31,6 +32,8 @@ from ddpo_jax.devices import AXIS, configure_devices, open_in_background, plan_b
 from ddpo_jax.errors import UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, interruptible
+from ddpo_jax.model_size import is_local
+from ddpo_jax.models.hub import TINY
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.types import Batch, TrainState
 
@@ -48,7 +51,7 @@ def train(cfg: Config) -> pathlib.Path:
   Raises:
     UserError: for anything in the config, its paths or the reward's values that the user
       can correct.
-    Interrupted: after SIGTERM or SIGINT, once what was finished is saved.
+    Interrupted: after SIGTERM, SIGINT or SIGHUP, once what was finished is saved.
     FloatingPointError: if training does not get finite numbers any more; likewise.
   """
   started = time.perf_counter()
@@ -63,6 +66,7 @@ def train(cfg: Config) -> pathlib.Path:
     prepared = validation.prepare(cfg, run_name)
   configure_jax(cfg)
   say(plan.describe())
+  cfg = _with_absolute_model(cfg)
   with distributed.raising_together():
     model = open_model(cfg)
   with interruptible() as stop, contextlib.ExitStack() as closing:
@@ -80,15 +84,21 @@ def train(cfg: Config) -> pathlib.Path:
     set_aside_damaged(run, damaged)
     checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
     closing.callback(checkpointer.close)
-    dropped = checkpointer.drop_after(first_epoch - 1)
-    if dropped:
-      say(f"Deleting later checkpoints: {', '.join(map(str, dropped))}")
     say(f"Writing to {run}")
     run_epochs(trainer, tracker, checkpointer, first_epoch, stop, started)
   if first_epoch < cfg.num_epochs:
     say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
         f"scripts/sample.py --run {run} draws from the result")
   return run
+
+
+def _with_absolute_model(cfg: Config) -> Config:
+  """The config with a local model's absolute path, so that the run is of use in any folder."""
+  model = cfg.pretrained.model
+  if not is_local(model) or model == TINY:
+    return cfg
+  path = str(pathlib.Path(model).expanduser().absolute())
+  return dataclasses.replace(cfg, pretrained=dataclasses.replace(cfg.pretrained, model=path))
 
 
 def configure_jax(cfg: Config) -> None:
@@ -197,9 +207,9 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       run_epoch(trainer, tracker, epoch, stop, started)
       finished, state = epoch, checkpoint_of(trainer)
       evaluate(trainer, tracker, epoch + 1)
-    except Exception:
-      # An epoch is a pure function of the state before it, so nothing is lost: neither
-      # by a signal, nor where a reward fails or training gets no finite numbers.
+    except BaseException:
+      # An epoch is a pure function of the state before it, so nothing is lost: neither by a
+      # signal, nor where a reward fails or exits, or training gets no finite numbers.
       if finished >= 0:
         checkpointer.save_and_wait(finished, *state)
         say(f"Saved after {finished + 1} epochs: --config.resume_from={checkpointer.run} goes on "

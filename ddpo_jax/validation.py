@@ -6,7 +6,7 @@ outside: functions that import, servers that answer, files, folders, room on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 import dataclasses
 import functools
 import importlib.util
@@ -30,7 +30,7 @@ from ddpo_jax.masking import masked
 from ddpo_jax.messages import place, shown, with_type
 from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
 from ddpo_jax.models.hub import retries_in_one_line
-from ddpo_jax.prompts import get_prompt_fn, sample_rng
+from ddpo_jax.prompts import check_drawn, get_prompt_fn, sample_rng
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
 from ddpo_jax.rewards.metadata import check_metadata
 from ddpo_jax.types import PromptFn, RewardFn
@@ -41,6 +41,7 @@ T = TypeVar("T")
 _STATE_BYTES = 3 * 4
 _TRAINING_BYTES = _STATE_BYTES + 4  # and the gradient
 _GIB = 2**30
+_DRAWS = 4  # from the same rng, to see that the prompt is the same
 _check_output_folder = functools.partial(check_output, is_folder=True)
 _LARGE_LATENT = 64 * 64 * 4  # numbers in a latent of 512 × 512 pixels
 
@@ -131,10 +132,11 @@ def _once(lines: list[str]) -> list[str]:
 
 
 def _draw(cfg: Config) -> _Prompts:
-  """The prompt function, which has drawn once: that finds a bad file or argument."""
+  """The prompt function, which has drawn a few times: that finds a bad file or argument."""
   function = get_prompt_fn(cfg.prompt_fn, **cfg.prompt_fn_kwargs)
   try:
-    drawn: Any = function(sample_rng(cfg.seed, 0, 0))
+    drawn = [check_drawn(function(sample_rng(cfg.seed, 0, 0)), f"prompt_fn={cfg.prompt_fn!r}")
+             for _ in range(_DRAWS)]
   except UserError:
     raise
   except Exception as error:  # the user's own code, or arguments of the wrong type
@@ -142,12 +144,23 @@ def _draw(cfg: Config) -> _Prompts:
         f"prompt_fn={cfg.prompt_fn!r} with prompt_fn_kwargs="
         f"{shown(masked(cfg.prompt_fn_kwargs))} raised {with_type(error)}{place(error)}"
         ) from error
-  is_pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
-  if not is_pair or not isinstance(drawn[0], str) or not isinstance(drawn[1], Mapping):
-    returned = " and a ".join(type(x).__name__ for x in (drawn if is_pair else [drawn]))
-    raise UserError(f"prompt_fn={cfg.prompt_fn!r} returned a {returned}; must return a prompt "
-                    "(str) and a dict")
-  return _Prompts(function, dict(drawn[1]))
+  _check_draws_from_rng(cfg, [prompt for prompt, _ in drawn])
+  return _Prompts(function, drawn[0][1])
+
+
+def _check_draws_from_rng(cfg: Config, prompts: list[str]) -> None:
+  """Says that a prompt function draws from something else; refuses it in several processes.
+
+  Those have to agree on all prompts, which each of them draws.
+  """
+  others = [prompt for prompt in prompts if prompt != prompts[0]]
+  if not others:
+    return
+  problem = (f"prompt_fn={cfg.prompt_fn!r} returned {shown(prompts[0])} and {shown(others[0])} for "
+             "the same rng; must draw from the rng that it is given, and nothing else")
+  if jax.process_count() > 1:
+    raise UserError(problem)
+  say(f"Warning: {problem}. A run that is resumed will not have the same prompts")
 
 
 def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
@@ -176,18 +189,24 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
-  """That there is a checkpoint to go on from, and that it is of the same experiment."""
+  """That there is a checkpoint to go on from, of the same experiment, and the run's newest."""
   if cfg.resume_from == "auto":
-    epochs = checkpoint.saved_epochs(run)
+    source, epochs = run, checkpoint.saved_epochs(run)
   else:
-    run, epochs = checkpoint.find_all(cfg.resume_from)
+    source, epochs = checkpoint.find_all(cfg.resume_from)
   if not epochs:
     return
+  later = [epoch for epoch in checkpoint.saved_epochs(source) if epoch > epochs[0]]
+  if later and source == run.resolve():
+    raise UserError(
+        f"resume_from={cfg.resume_from!r}: the run has later checkpoints "
+        f"({', '.join(map(str, sorted(later)))}), which going on from this one would overwrite; "
+        "set run_name to go on in a new folder, or delete them first")
   try:
-    saved = checkpoint.restore_meta(run, epochs[0])["config"]
+    saved = checkpoint.restore_meta(source, epochs[0])["config"]
   except checkpoint.DamagedError:
     return  # the one before it may do; resuming finds out
-  check_continues(cfg, saved, checkpoint.describe(run, epochs[0]))
+  check_continues(cfg, saved, checkpoint.describe(source, epochs[0]))
 
 
 def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:

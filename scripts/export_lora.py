@@ -15,11 +15,12 @@ import pathlib
 import sys
 
 from ddpo_jax import interrupt
+from ddpo_jax.console import ArgumentParser
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = ArgumentParser(description=__doc__,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--run", required=True, help="a run's folder, or a checkpoint in it")
   parser.add_argument("--output", type=pathlib.Path, required=True,
                       help="a .safetensors file; a folder for a run with use_lora=False")

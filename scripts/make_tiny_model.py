@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 
 from flax import nnx
 import jax
@@ -25,7 +26,9 @@ from PIL import Image
 from tqdm import trange
 
 from ddpo_jax import tiny_scenes
+from ddpo_jax.cli import exit_status
 from ddpo_jax.diffusion import DDIMSchedule, NoiseSchedule, sample
+from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_clip_tokenizer, load_pretrained
 from ddpo_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from ddpo_jax.models.pretrained import tokenize
@@ -34,6 +37,7 @@ from ddpo_jax.models.vae import AutoencoderKL, VAEConfig, to_uint8
 from ddpo_jax.models.weights import load_module, save_module
 
 _MAX_LENGTH = 77
+_PICTURES_AT_ONCE = 200
 _TEXT_FEATURES = 128
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -279,7 +283,7 @@ def make_latents(args: argparse.Namespace) -> None:
   save_module(vae, weights, dtype=np.float16)
   vae = load_module(functools.partial(AutoencoderKL, VAEConfig.from_dict(VAE)), [weights])
   encode = jax.jit(lambda vae, images: vae.encode(images)[0])
-  rng, size = np.random.default_rng(args.seed + 2), 200
+  rng, size = np.random.default_rng(args.seed + 2), _PICTURES_AT_ONCE
   latents, captions = [], []
   for _ in trange(args.pictures // size, desc="latents", mininterval=5):
     scenes = [tiny_scenes.random_scene(rng) for _ in range(size)]
@@ -299,7 +303,10 @@ def make_latents(args: argparse.Namespace) -> None:
 
 def latent_batches(args: argparse.Namespace) -> Iterator[dict]:
   """Latents and token ids; how much each caption tells is drawn anew each time."""
-  with np.load(args.work / "latents.npz") as stored:
+  file = args.work / "latents.npz"
+  if not file.is_file():
+    raise UserError(f"{file} does not exist; must have been made by --stage latents")
+  with np.load(file) as stored:
     latents, captions = stored["latents"], stored["captions"]
   distinct, inverse = np.unique(captions, return_inverse=True)
   tokenizer = load_clip_tokenizer(args.output / "tokenizer")
@@ -383,6 +390,8 @@ def main() -> None:
   parser.add_argument("--unet_batch", type=int, default=32)
   parser.add_argument("--save_every", type=int, default=1000)
   args = parser.parse_args()
+  if args.pictures < _PICTURES_AT_ONCE:
+    parser.error(f"--pictures={args.pictures} must be at least {_PICTURES_AT_ONCE}")
   args.work.mkdir(parents=True, exist_ok=True)
   write_configs(args.output)
   for name, stage in STAGES.items():
@@ -391,4 +400,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(exit_status(main))

@@ -16,11 +16,12 @@ import argparse
 import sys
 
 from ddpo_jax import interrupt
+from ddpo_jax.console import ArgumentParser
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = ArgumentParser(description=__doc__,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--run", help="a run's folder, or a checkpoint in it")
   source.add_argument("--model", help="a base model: folder, hub id or 'tiny'")

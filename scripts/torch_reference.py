@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from ddpo_jax.benchmark.side import model_configs, peak_rss, serve  # noqa: E402
-from ddpo_jax.cli import read_config  # noqa: E402
+from ddpo_jax.cli import exit_status, read_config  # noqa: E402
 from ddpo_jax.config import Config  # noqa: E402
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -229,4 +229,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  main(sys.argv)
+  sys.exit(exit_status(lambda: main(sys.argv)))

@@ -2,7 +2,7 @@
 
     python scripts/train.py --config configs/demo.py
     python scripts/train.py --config configs/dgx.py:compressibility \
-        --config.sample.batch_size=2 --config.run_name=my_run
+        --config.sample.batch_size=4 --config.run_name=my_run
 """
 
 import pathlib

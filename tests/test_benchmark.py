@@ -256,6 +256,11 @@ def test_arguments_may_have_spaces(tmp_path, capsys):
   assert f"{tmp_path}/a --config b.py' does not exist" in capsys.readouterr().err
 
 
+def test_torch_compile_needs_torch(capsys):
+  assert compare.main(["benchmark.py", "--config=configs/demo.py", "--torch_compile"]) == 2
+  assert capsys.readouterr().err.startswith("--torch_compile needs --reference=torch")
+
+
 def test_help_names_the_config(capsys):
   with pytest.raises(SystemExit):
     compare.main(["benchmark.py", "--help"])

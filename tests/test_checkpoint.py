@@ -171,11 +171,3 @@ def test_what_is_set_aside_stays_and_is_no_checkpoint(tmp_path):
   save(tmp_path, [2, 3, 4], keep=1)
   assert checkpoint.find(tmp_path) == (tmp_path.resolve(), 4)
   assert {path.name for path in folder.iterdir()} == {"2.damaged", "2.damaged.2", "4"}
-
-
-def test_later_checkpoints_are_dropped(tmp_path):
-  save(tmp_path, [1, 2, 4])
-  checkpointer = checkpoint.Checkpointer(tmp_path, 10)
-  assert checkpointer.drop_after(1) == [2, 4]
-  checkpointer.close()
-  assert checkpoint.saved_epochs(tmp_path) == [1]

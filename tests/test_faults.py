@@ -77,6 +77,10 @@ def reward_is_no_pair(images, prompts, metadata):
   return brightness(images)
 
 
+def reward_exits(images, prompts, metadata):
+  raise SystemExit("the reward gives up")
+
+
 def server_is_gone(images, prompts, metadata):
   with servers.serve(servers.llava) as llava:
     reward_fn = make_llava_bertscore(url=llava.url, time_limit=0.5, backoff=0.1)
@@ -227,6 +231,7 @@ KINDS = {
     "reward is infinite": (reward_is_infinite, nothing, UserError),
     "one reward too few": (one_reward_too_few, nothing, UserError),
     "reward is no pair": (reward_is_no_pair, nothing, UserError),
+    "reward exits": (reward_exits, nothing, SystemExit),
     "reward server is gone": (server_is_gone, nothing, RewardError),
     "loss is not finite": (arm, no_gradients, FloatingPointError),
     "disk is full: metrics": (arm, no_room_for_the_metrics, UserError),
@@ -344,10 +349,10 @@ def test_resume_from_another_model_is_refused(folder, whole):
   assert any("lora.rank=2" in line and "has 3" in line for line in lines)
 
 
-def test_what_becomes_of_later_checkpoints(folder, whole, monkeypatch, capsys):
-  """Those that cannot be read now are kept: the disk's trouble is not theirs.
+def test_no_later_checkpoint_is_lost(folder, whole, monkeypatch):
+  """Neither those that cannot be read now: the disk's trouble is not theirs.
 
-  Those after the epoch that the user goes on from are deleted, and not in silence.
+  Nor those after the epoch that the user goes on from.
   """
   global injection
   injection = Injection()
@@ -361,9 +366,12 @@ def test_what_becomes_of_later_checkpoints(folder, whole, monkeypatch, capsys):
     with pytest.raises(UserError, match="checkpoints/2 cannot be read .Input/output error"):
       run(cfg)
   assert checkpoint.saved_epochs(path) == [2, 1, 0]
-  run(dataclasses.replace(cfg, resume_from=str(path / "checkpoints" / "0"), num_epochs=2))
-  assert "Deleting later checkpoints: 1, 2" in capsys.readouterr().out
-  assert checkpoint.saved_epochs(path) == [1, 0]
+  again = dataclasses.replace(cfg, resume_from=str(path / "checkpoints" / "0"), num_epochs=2)
+  with pytest.raises(UserError, match=r"later checkpoints \(1, 2\).*overwrite; set run_name"):
+    run(again)
+  assert checkpoint.saved_epochs(path) == [2, 1, 0]
+  run(dataclasses.replace(again, run_name="branch"))
+  assert checkpoint.saved_epochs(folder / "branch") == [1]
 
 
 def test_an_evaluation_that_fails_loses_no_epoch(folder, whole, one_build, monkeypatch):

@@ -171,6 +171,14 @@ def test_the_script_takes_its_options(monkeypatch, capsys):
   assert capsys.readouterr().err.startswith("--model='tinny'")
 
 
+@pytest.mark.parametrize("script", ("sample", "export_lora"))
+def test_wrong_options_are_said_in_a_line(script, capsys):
+  with pytest.raises(SystemExit, match="2"):
+    runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["main"](["--run", "x"])
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == ("the following arguments are required: --output; --help describes the options")
+
+
 @pytest.mark.parametrize("name", ("lora.bin", "lora"))
 def test_a_lora_file_is_called_what_it_is(run, name, tmp_path):
   with pytest.raises(UserError, match=f"--output=.*{name} must end in .safetensors.*such as .*"

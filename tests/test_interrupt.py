@@ -74,7 +74,7 @@ def test_a_signal_to_another_script(tmp_path, script, signum):
   assert_ended_by(run(file, "--run=x", f"--output={tmp_path / 'x.jpg'}", *prompts), signum)
 
 
-@BOTH
+@pytest.mark.parametrize("signum", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 @pytest.mark.parametrize("how", ("swallowed", "in_a_c_library"))
 def test_the_first_signal_is_a_request_and_the_second_ends_the_process(how, signum):
   said = assert_program_ended_by(signum, f"""
@@ -87,6 +87,19 @@ def test_the_first_signal_is_a_request_and_the_second_ends_the_process(how, sign
         {how}({int(signum)})
       """)
   assert said == f"{int(signum)}\n"
+
+
+def test_nohup_is_respected():
+  said = assert_program_ended_by(signal.SIGTERM, """
+      signal.signal(signal.SIGHUP, signal.SIG_IGN)
+      from ddpo_jax import interrupt
+      interrupt.end_at_signals()
+      os.kill(os.getpid(), signal.SIGHUP)
+      time.sleep(0.2)
+      print("still here", flush=True)
+      swallowed(signal.SIGTERM)
+      """)
+  assert said == "still here\n"
 
 
 def test_after_the_run_a_signal_ends_the_process_again():

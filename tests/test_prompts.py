@@ -39,6 +39,13 @@ def test_prompts_are_a_function_of_seed_epoch_and_index():
   assert draw_prompts(function, 4, 5, range(16))[0] != whole
 
 
+@pytest.mark.parametrize("drawn,said", [("text", "a str"), (None, "a NoneType"),
+                                        ((None, {}), "a NoneType and a dict")])
+def test_what_no_prompt_is_names_the_sample(drawn, said):
+  with pytest.raises(UserError, match=f"for sample 3 of epoch 1, returned {said}; must"):
+    draw_prompts(lambda rng: drawn, 0, 1, [3])
+
+
 def test_file_by_path(tmp_path):
   """The reference crashes on any file that is not its own."""
   path = tmp_path / "prompts.txt"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 import threading
 
@@ -196,6 +197,37 @@ def test_a_run_takes_the_rank_of_the_lora_that_it_starts_from(make_config, tmp_p
   assert json.loads((run / "config.json").read_text())["lora"]["rank"] == 2
   train.train(make_config(num_epochs=2, **changes))
   assert len(metrics_of(run)) == 2
+  (tmp_path / "lora.safetensors").unlink()  # a checkpoint has its weights
+  train.train(make_config(num_epochs=3, resume_from="auto", **{"lora.rank": 2}))
+  assert len(metrics_of(run)) == 3
+
+
+def test_a_run_can_be_used_from_another_folder_than_it_was_made_in(make_config, tmp_path,
+                                                                  monkeypatch):
+  shutil.copytree(small_model(), tmp_path / "model")
+  monkeypatch.chdir(tmp_path)
+  run = train.train(make_config(num_epochs=1, **{"pretrained.model": "model"}))
+  stored = json.loads((run / "config.json").read_text())["pretrained"]["model"]
+  assert stored == str(tmp_path / "model")
+  train.train(make_config(num_epochs=2, resume_from="auto", **{"pretrained.model": "model"}))
+  assert len(metrics_of(run)) == 2
+
+
+def impure(rng):
+  """Draws from Python's generator, as the functions of ddpo-pytorch do."""
+  return f"a {random.choice(['cat', 'dog', 'cow', 'pig', 'hen'])}", {}
+
+
+def prompts_given(images, prompts, metadata):
+  return images.mean(axis=(1, 2, 3)), {"given": list(prompts)}
+
+
+def test_rewards_are_logged_with_the_prompts_that_were_drawn(make_config, capsys):
+  run = train.train(make_config(num_epochs=1, prompt_fn=f"{__name__}:impure",
+                                prompt_fn_kwargs={}, reward_fn=f"{__name__}:prompts_given"))
+  assert "for the same rng; must draw from the rng" in capsys.readouterr().out
+  (line,) = map(json.loads, (run / "rewards.jsonl").read_text().splitlines())
+  assert line["prompts"] == line["info"][f"{__name__}:prompts_given"]["given"]
 
 
 @pytest.mark.parametrize("precision", ("fp16", pytest.param("bf16", marks=pytest.mark.slow)))

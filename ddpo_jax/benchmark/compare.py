@@ -19,6 +19,7 @@ from ddpo_jax.batches import BatchPlan
 from ddpo_jax.benchmark.side import Side, serve
 from ddpo_jax.cli import exit_status, read_config
 from ddpo_jax.config import Config
+from ddpo_jax.console import ArgumentParser
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output
 
@@ -65,7 +66,7 @@ def _run(argv: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-  parser = argparse.ArgumentParser(
+  parser = ArgumentParser(
       prog="benchmark.py", usage=_USAGE, description=_DESCRIPTION, allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--rounds", type=int, default=3, help="epochs of each side (3)")
@@ -82,6 +83,8 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   options, rest = parser.parse_known_args(arguments)
   if options.rounds < 1:
     raise UserError(f"--rounds={options.rounds} must be at least 1")
+  if options.torch_compile and not options.reference:
+    raise UserError("--torch_compile needs --reference=torch, which it is another way of running")
   missing = [name for name in _NEEDED if options.reference and not _is_installed(name)]
   if missing:
     raise UserError(f"--reference=torch needs {', '.join(missing)}: pip install -e '.[test]'")

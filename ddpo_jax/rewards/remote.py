@@ -17,6 +17,7 @@ import urllib.parse
 import requests
 import urllib3.exceptions
 
+from ddpo_jax.daemon_threads import DaemonThreadPool
 from ddpo_jax.errors import UserError
 from ddpo_jax.masking import masked
 
@@ -109,8 +110,7 @@ class Server:
     self.url = url
     self.limits = limits
     self._where = f"reward_fn={reward!r}, reward_kwargs.url={masked(url)!r}"
-    self._pool = futures.ThreadPoolExecutor(limits.max_parallel,
-                                            thread_name_prefix=reward)
+    self._pool = DaemonThreadPool(limits.max_parallel, reward)
     try:
       parts = urllib.parse.urlsplit(url)
       right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
