@@ -174,8 +174,9 @@ class RolloutWorker:
   def _prompts_of_all(self, epoch: int, drawn: Sequence[_Drawn]) -> list[str]:
     if jax.process_count() == 1:
       return [prompt for batch in drawn for prompt in batch.prompts]
-    # To draw those of other processes again takes less than to gather them.
-    return draw_prompts(self._prompt_fn, self._seed, epoch, range(self.samples_per_epoch))[0]
+    with distributed.raising_together():
+      # To draw those of other processes again takes less than to gather them.
+      return draw_prompts(self._prompt_fn, self._seed, epoch, range(self.samples_per_epoch))[0]
 
   def _local_indices(self, batch: int) -> Int[np.ndarray, " local"]:
     """Indices of this process's samples of a batch, among the epoch's."""

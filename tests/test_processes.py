@@ -105,15 +105,18 @@ def test_a_reward_that_fails_on_one_stops_both(whole):
   assert "the server is gone" in errors[1]
 
 
-def test_a_prompt_that_fails_on_one_stops_both(whole):
-  """In the second epoch. The first is saved, by both."""
+@pytest.mark.parametrize("after,saved", [(4 + 8 + 3, []), (4 + 8 + 16 + 3, [0])])
+def test_a_prompt_that_fails_on_one_stops_both(whole, after, saved):
+  """In the first epoch, of the prompts of all; or in the second: the first is saved, by both."""
+  name = f"no_prompt_{after}"
   prompt_fn = "--config.prompt_fn=tests.runs:no_more_prompts_on_process_one"
   codes, errors = finish(start_two(small_command(
-      whole, "no_prompt", prompt_fn, "--config.prompt_fn_kwargs={}", "--config.eval_freq=0")))
+      whole, name, prompt_fn, f"--config.prompt_fn_kwargs={{'after': {after}}}",
+      "--config.eval_freq=0")))
   assert codes == [1, 1], errors
   assert "OtherProcessFailed" in errors[0]
   assert "no such prompt" in errors[1]
-  assert checkpoint.saved_epochs(whole / "no_prompt") == [0]
+  assert checkpoint.saved_epochs(whole / name) == saved
 
 
 def test_trouble_of_one_with_what_is_read_reaches_both(tmp_path):

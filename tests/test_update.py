@@ -203,7 +203,7 @@ def test_a_cpu_takes_steps_of_a_sample_together(samples, together, total, dtype)
   given = update.Microbatches(
       sample=jnp.arange(2 * samples).reshape(2, samples),
       step=jnp.asarray(steps).reshape(2, samples, -1, together).swapaxes(1, 2))
-  split = update._split(given, jnp.dtype(dtype))
+  split = update._resize_for_cpu(given, jnp.dtype(dtype))
   each = split.sample[:, None, :, None]
   pairs = np.stack(np.broadcast_arrays(each, split.step), axis=-1).reshape(-1, 2)
   assert len(pairs) == 2 * samples * total == len(np.unique(pairs, axis=0))
