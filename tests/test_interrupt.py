@@ -78,6 +78,7 @@ def test_a_signal_to_another_script(tmp_path, script, signum):
 @pytest.mark.parametrize("how", ("swallowed", "in_a_c_library"))
 def test_the_first_signal_is_a_request_and_the_second_ends_the_process(how, signum):
   said = assert_program_ended_by(signum, f"""
+      signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored in the tests as well
       from ddpo_jax import interrupt
       interrupt.end_at_signals()
       with interrupt.interruptible() as stop:
