@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
 from ddpo_jax.masking import is_secret
+from ddpo_jax.model_size import absolute
 
 # What a resumed run may have otherwise than before.
 _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
@@ -52,16 +52,11 @@ def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], c
   if name == "lora.init_from" and not cfg.lora.init_from:  # it may be gone: it is not read again
     return False
   if name == "pretrained.model":  # a folder may be given from where one is
-    return _absolute(now[name]) != _absolute(before[name])
+    return absolute(now[name]) != absolute(before[name])
   if name in now and name in before:
     return repr(now[name]) != repr(before[name])
   # One of them does not have it: a field of another version, or a reward's argument.
   return name.startswith("reward_kwargs.")
-
-
-def _absolute(model: str) -> str:
-  path = pathlib.Path(model).expanduser()
-  return str(path.absolute()) if path.is_dir() else model
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

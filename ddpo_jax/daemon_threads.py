@@ -38,12 +38,11 @@ class DaemonThreadPool(futures.Executor):
     return call
 
   def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-    atexit.unregister(self._at_exit)
     if cancel_futures:
       self._cancel()
-      atexit.register(self._at_exit)  # for those that are running
-    elif wait:
+    if wait:
       futures.wait(set(self._calls))
+      atexit.unregister(self._at_exit)
     for _ in self._threads:
       self._queue.put(None)
 

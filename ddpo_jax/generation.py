@@ -115,7 +115,7 @@ def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: Sh
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
                key: Key[Array, ""]) -> Generation:
     parts = program.sample(params, frozen.unet, negative_embedding, text_embeddings,
-                            sample_indices, key)
+                           sample_indices, key)
     return finished(frozen.vae, parts)
 
   return generate

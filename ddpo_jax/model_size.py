@@ -65,6 +65,13 @@ def is_local(model: str) -> bool:
   return model == hub.TINY or pathlib.Path(model).expanduser().is_dir()
 
 
+def absolute(model: str) -> str:
+  """A local model's folder, as it is called from any other; everything else as it is."""
+  if model == hub.TINY or not is_local(model):
+    return model
+  return str(pathlib.Path(model).expanduser().absolute())
+
+
 def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:
   shapes: dict[str, tuple[int, ...]] = {}
   try:

@@ -32,8 +32,7 @@ from ddpo_jax.devices import AXIS, configure_devices, open_in_background, plan_b
 from ddpo_jax.errors import UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, interruptible
-from ddpo_jax.model_size import is_local
-from ddpo_jax.models.hub import TINY
+from ddpo_jax.model_size import absolute
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.types import Batch, TrainState
 
@@ -66,7 +65,9 @@ def train(cfg: Config) -> pathlib.Path:
     prepared = validation.prepare(cfg, run_name)
   configure_jax(cfg)
   say(plan.describe())
-  cfg = _with_absolute_model(cfg)
+  # So that the run is of use in any folder.
+  cfg = dataclasses.replace(cfg, pretrained=dataclasses.replace(
+      cfg.pretrained, model=absolute(cfg.pretrained.model)))
   with distributed.raising_together():
     model = open_model(cfg)
   with interruptible() as stop, contextlib.ExitStack() as closing:
@@ -90,15 +91,6 @@ def train(cfg: Config) -> pathlib.Path:
     say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
         f"scripts/sample.py --run {run} draws from the result")
   return run
-
-
-def _with_absolute_model(cfg: Config) -> Config:
-  """The config with a local model's absolute path, so that the run is of use in any folder."""
-  model = cfg.pretrained.model
-  if not is_local(model) or model == TINY:
-    return cfg
-  path = str(pathlib.Path(model).expanduser().absolute())
-  return dataclasses.replace(cfg, pretrained=dataclasses.replace(cfg.pretrained, model=path))
 
 
 def configure_jax(cfg: Config) -> None:

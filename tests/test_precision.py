@@ -100,7 +100,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
       key = jax.random.key(10 + i)
       if shared_sampler:
         parts = program.sample(replicate(params), replicate(frozen), replicate(negative),
-                                place(embeddings), place(jnp.arange(sample_batch)), key)
+                               place(embeddings), place(jnp.arange(sample_batch)), key)
         trajectories.append(join_parts(parts, sample_batch))
       else:
         trajectories.append(draw(params, embeddings, key))
