@@ -150,7 +150,7 @@ class RolloutWorker:
         images=np.concatenate([each.images for each in scored]),
         local_indices=indices.reshape(-1),
         reward_info=self._info.collect([each.info for each in scored], indices,
-                                       self.samples_per_epoch, distributed.gather_samples),
+                                       self.samples_per_epoch),
         **seconds)
 
   def sample_fixed_batch(self, params: nnx.State

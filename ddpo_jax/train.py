@@ -194,6 +194,10 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
   if first_epoch >= cfg.num_epochs:
     say(f"All {first_epoch} epochs are done already; raise num_epochs={cfg.num_epochs} for more")
   finished, state = first_epoch - 1, checkpoint_of(trainer)
+  if finished >= 0:
+    # A run that goes on from another's checkpoint has it from the start: should it be killed
+    # before its own first one, resume_from="auto" finds it.
+    checkpointer.save(finished, *state)
   for epoch in range(first_epoch, cfg.num_epochs):
     try:
       run_epoch(trainer, tracker, epoch, stop, started)

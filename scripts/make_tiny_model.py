@@ -333,7 +333,7 @@ def train_unet(args: argparse.Namespace) -> None:
   modules = [load_module(build, [args.output / name]) if args.resume else
              build(rngs=nnx.Rngs(args.seed)) for name, build in builders.items()]
   graphdefs, params = zip(*map(nnx.split, modules))
-  alphas = jnp.asarray(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod)
+  alphas = jnp.asarray(NoiseSchedule.from_dict(SCHEDULER).alphas_cumprod)
 
   def loss_fn(params, batch, key):
     unet, text_encoder = map(nnx.merge, graphdefs, params)

@@ -123,7 +123,7 @@ def test_neither_or_both_of_noise_and_prev_latents(schedule_of):
     {"timestep_spacing": "random"}, {"rescale_betas_zero_snr": True}])
 def test_unknown_scheduler_config_is_refused_by_name(config):
   with pytest.raises(UserError, match=next(iter(config))):
-    NoiseSchedule.from_config(config)
+    NoiseSchedule.from_dict(config)
 
 
 @pytest.mark.parametrize("config", [
@@ -131,7 +131,7 @@ def test_unknown_scheduler_config_is_refused_by_name(config):
     {"beta_end": 2.0}, {"beta_start": float("nan")}, {"num_train_timesteps": 0}])
 def test_betas_that_give_no_schedule_are_refused_by_name(config):
   with pytest.raises(UserError, match=next(iter(config))):
-    NoiseSchedule.from_config(config)
+    NoiseSchedule.from_dict(config)
 
 
 @pytest.mark.parametrize("spacing", ("leading", "trailing", "linspace"))

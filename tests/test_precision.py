@@ -65,7 +65,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
   lora.inject_lora(unet, 4, jax.random.key(1))
   prepare(unet)
   graphdef, params, frozen = lora.partition(unet)
-  schedule = DDIMSchedule.create(NoiseSchedule.from_config(NOISE), num_steps)
+  schedule = DDIMSchedule.create(NoiseSchedule.from_dict(NOISE), num_steps)
   width = unet.config.cross_attention_dim
   text = jax.random.normal(jax.random.key(2), (samples, TOKENS, width)).astype(dtype)
   negative = jax.random.normal(jax.random.key(3), (1, TOKENS, width)).astype(dtype)

@@ -178,8 +178,7 @@ def test_unknown_reward_lists_all_there_are():
 def collect(*infos, name="my:reward"):
   """Of an epoch of one process, whose batches have two samples each."""
   indices = np.arange(2 * len(infos)).reshape(-1, 2)
-  return InfoCollector().collect([{name: info} for info in infos], indices, indices.size,
-                                 np.ravel)
+  return InfoCollector().collect([{name: info} for info in infos], indices, indices.size)
 
 
 def test_numbers_and_texts_beside_the_rewards_are_logged():

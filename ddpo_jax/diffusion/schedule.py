@@ -68,7 +68,7 @@ class NoiseSchedule:
                       f"trained_betas {'absent' if self.trained_betas is None else 'given'}")
 
   @classmethod
-  def from_config(cls, values: Mapping[str, Any]) -> NoiseSchedule:
+  def from_dict(cls, values: Mapping[str, Any]) -> NoiseSchedule:
     """Reads a scheduler_config.json of any diffusers scheduler.
 
     Raises:

@@ -91,7 +91,7 @@ def open_pretrained(path: str | os.PathLike, revision: str | None = None,
   configs = {name: model_config.read(folder / name / "config.json", config_cls.from_dict)
              for name, (_, config_cls) in PARTS.items()}
   noise_schedule = model_config.read(folder / "scheduler" / "scheduler_config.json",
-                                     NoiseSchedule.from_config)
+                                     NoiseSchedule.from_dict)
   files = {name: hub.find_weights(folder / name, stem)
            for name, stem in hub.WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from typing import Any
@@ -54,7 +54,7 @@ class InfoCollector:
     self._said: set[tuple[str, str]] = set()
 
   def collect(self, batches: Sequence[Mapping[str, Mapping[Any, Any]]], indices: np.ndarray,
-              total: int, gather: Callable[[np.ndarray], np.ndarray]) -> RewardInfo:
+              total: int) -> RewardInfo:
     """Puts an epoch's dicts together; every process must call it.
 
     Numbers are gathered from all processes, those under the names that process 0 has.
@@ -64,7 +64,6 @@ class InfoCollector:
       batches: of each batch, the dict of each reward function.
       indices: [batches, samples], the sample index of each of this process's samples.
       total: N, the number of samples of all processes.
-      gather: from this process's numbers [batches, samples] to those of all processes, [N].
     """
     usable = [self._usable(batch, indices.shape[1]) for batch in batches]
     absent = np.full(indices.shape[1], np.nan, np.float32)
@@ -72,8 +71,8 @@ class InfoCollector:
     for key in _agreed([key for batch in usable for key, values in batch.items()
                         if isinstance(values, np.ndarray)]):
       rows = [batch.get(key) for batch in usable]
-      numbers[key] = gather(np.stack([row if isinstance(row, np.ndarray) else absent
-                                      for row in rows]))
+      numbers[key] = distributed.gather_samples(np.stack(
+          [row if isinstance(row, np.ndarray) else absent for row in rows]))
     texts: dict[_Key, list[Any]] = {}
     for batch, positions in zip(usable, indices):
       for key, values in batch.items():

@@ -35,7 +35,7 @@ def test_against_diffusers(name, num_steps):
   settings, eta = SETTINGS[name], 0.7
   reference = diffusers.DDIMScheduler(**settings)
   reference.set_timesteps(num_steps)
-  schedule = DDIMSchedule.create(NoiseSchedule.from_config(dict(reference.config)),
+  schedule = DDIMSchedule.create(NoiseSchedule.from_dict(dict(reference.config)),
                                  num_steps)
   np.testing.assert_array_equal(schedule.timesteps, reference.timesteps)
   np.testing.assert_allclose(schedule.noise_schedule.alphas_cumprod,
@@ -60,5 +60,5 @@ def test_a_pndm_config_gives_the_ddim_schedule():
   config = {**pndm.config, "clip_sample": False}
   ddim = diffusers.DDIMScheduler.from_config(config)
   ddim.set_timesteps(50)
-  ours = DDIMSchedule.create(NoiseSchedule.from_config(config), 50)
+  ours = DDIMSchedule.create(NoiseSchedule.from_dict(config), 50)
   np.testing.assert_array_equal(ours.timesteps, ddim.timesteps)
