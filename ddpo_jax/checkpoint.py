@@ -42,6 +42,14 @@ class Restored:
   meta: dict[str, Any]  # what `Checkpointer.save` was given
 
 
+def run_of(path: str | os.PathLike) -> pathlib.Path:
+  """The run folder that a path names: itself, or that of its `checkpoints`, or of one in there."""
+  path = pathlib.Path(path).expanduser().resolve()
+  if path.name.isdigit() and path.parent.name == "checkpoints":
+    path = path.parent
+  return path.parent if path.name == "checkpoints" else path
+
+
 def find(path: str | os.PathLike, name: str = "resume_from") -> tuple[pathlib.Path, int]:
   """The run folder and the epoch of the newest of `find_all`."""
   run, epochs = find_all(path, name)
@@ -61,12 +69,11 @@ def find_all(path: str | os.PathLike, name: str = "resume_from"
     UserError: if there is no checkpoint.
   """
   given = f"{name}={str(path)!r}"
-  path = pathlib.Path(path).expanduser().resolve()
+  path, run = pathlib.Path(path).expanduser().resolve(), run_of(path)
   if not path.is_dir():
     raise UserError(f"{given} does not exist; must be a run folder or a checkpoint in it")
-  if path.name.isdigit() and path.parent.name == "checkpoints":
-    return path.parent.parent, [int(path.name)]
-  run = path.parent if path.name == "checkpoints" else path
+  if path.parent == run / "checkpoints":
+    return run, [int(path.name)]
   epochs = saved_epochs(run)
   if not epochs:
     raise UserError(f"{given} holds no checkpoint; must be a run folder whose checkpoints/ "
@@ -78,6 +85,17 @@ def saved_epochs(run: pathlib.Path) -> list[int]:
   """The epochs of a run's finished checkpoints, the newest first."""
   folder = run / "checkpoints"
   return sorted(ocp.utils.checkpoint_steps(folder) if folder.is_dir() else [], reverse=True)
+
+
+def to_resume(resume_from: str, run: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+  """Which run's checkpoints `run` goes on from, the newest first; none where "auto" finds none.
+
+  Raises:
+    UserError: if `resume_from` is a path without a checkpoint.
+  """
+  if resume_from == "auto":
+    return run.resolve(), saved_epochs(run)
+  return find_all(resume_from)
 
 
 class Checkpointer:

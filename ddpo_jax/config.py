@@ -9,7 +9,7 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 import dataclasses
 import difflib
 import math
@@ -244,7 +244,7 @@ def inspect_config(config: ml_collections.ConfigDict | Mapping[str, Any]
   if resolved is not None:
     wrong = fields_of(problems)
     for fields, check in _RELATIONS:
-      if not wrong & {part for field in fields for part in _with_groups(field)}:
+      if not any_of(fields, wrong):
         problems += check(resolved)
   return resolved, problems
 
@@ -253,6 +253,11 @@ def fields_of(problems: Sequence[str]) -> set[str]:
   """The fields that problems begin with, such as "sample.eta"."""
   matches = [re.match(r"[\w.]+", problem) for problem in problems]
   return {match[0] for match in matches if match is not None}
+
+
+def any_of(fields: Iterable[str], named: Set[str]) -> bool:
+  """Whether any of these fields is named, by itself or by a group that it is in."""
+  return any(part in named for field in fields for part in _with_groups(field))
 
 
 def field_type(path: str) -> Any:

@@ -12,6 +12,7 @@ import jax
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
+from ddpo_jax.run_folder import named_by
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new, old
@@ -63,7 +64,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def full_disk(cfg: Config) -> str:
   """One line: what the user can do."""
-  return (f"logdir={cfg.logdir!r}: the disk is full; all epochs that were saved before are "
+  return (f"{named_by(cfg)}: the disk is full; all epochs that were saved before are "
           "kept. Free some space, or lower num_checkpoint_limit="
           f"{cfg.num_checkpoint_limit}, and go on with resume_from")
 

@@ -24,21 +24,31 @@ def choose_run_name(cfg: Config) -> str:
   return cfg.run_name or datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")
 
 
+def _is_named_by_checkpoint(cfg: Config) -> bool:
+  return bool(cfg.resume_from) and not cfg.run_name
+
+
+def named_by(cfg: Config) -> str:
+  """The field, with its value, that says where the run's folder is: for messages."""
+  field = "resume_from" if _is_named_by_checkpoint(cfg) else "logdir"
+  return f"{field}={getattr(cfg, field)!r}"
+
+
 def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
   """The run's folder: a new one, or the one that `resume_from` continues.
+
+  A run that ended before its first epoch did has nothing to lose: a new one takes its place.
 
   Args:
     cfg: of the run.
     name: where the config has none; from `choose_run_name`.
 
-  A run that ended before its first epoch did has nothing to lose: a new one takes its place.
-
   Raises:
     UserError: if a run that is not to be continued is already there.
   """
   name = cfg.run_name or name or choose_run_name(cfg)
-  if cfg.resume_from and not cfg.run_name:  # and so not "auto"
-    return _run_of(pathlib.Path(cfg.resume_from).expanduser())
+  if _is_named_by_checkpoint(cfg):  # and so not by "auto"
+    return checkpoint.run_of(cfg.resume_from)
   run = pathlib.Path(cfg.logdir).expanduser() / name
   if (run / "config.json").exists() and not _continues(cfg, run):
     _check_nothing_is_lost(run, name)
@@ -49,7 +59,7 @@ def _continues(cfg: Config, run: pathlib.Path) -> bool:
   """Whether the config goes on with this run, and does not begin another one in its folder."""
   if cfg.resume_from in ("", "auto"):
     return cfg.resume_from == "auto"
-  return _run_of(pathlib.Path(cfg.resume_from).expanduser()).resolve() == run.resolve()
+  return checkpoint.run_of(cfg.resume_from) == run.resolve()
 
 
 def _check_nothing_is_lost(run: pathlib.Path, name: str) -> None:
@@ -98,14 +108,6 @@ def _lock(folder: pathlib.Path, shared: bool = False) -> int | None:
   return descriptor
 
 
-def _run_of(checkpoint: pathlib.Path) -> pathlib.Path:
-  """The run folder that a checkpoint, or its `checkpoints` folder, lies in."""
-  for folder in (checkpoint, *checkpoint.parents):
-    if folder.name == "checkpoints":
-      return folder.parent
-  return checkpoint
-
-
 @dataclasses.dataclass
 class Claim:
   """A run's folder, which no other run may write to until it is released."""
@@ -138,7 +140,7 @@ def claim(run: pathlib.Path, cfg: Config) -> Claim:
       run = _make_new(run)
     run.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f"logdir={cfg.logdir!r}: {run} cannot be made: {error}") from error
+    raise UserError(f"{named_by(cfg)}: {run} cannot be made: {error}") from error
   return Claim(run, _wait_for_lock(run, _LOCK_SECONDS if cfg.resume_from else 0))
 
 

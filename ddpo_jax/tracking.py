@@ -15,7 +15,6 @@ import numpy as np
 from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
-from ddpo_jax.errors import UserError
 from ddpo_jax.files import append_jsonl, read_jsonl, write_atomically
 from ddpo_jax.images import image_grid
 from ddpo_jax.loggers import WANDB_ID, Loggers
@@ -29,12 +28,9 @@ class Tracker:
   """Writes a run's results as they come. Only process 0 writes anything."""
 
   def __init__(self, run: pathlib.Path, cfg: Config, first_epoch: int = 0):
-    """Makes the folder `run`, writes the config into it, and opens the dashboards.
+    """Writes the config into the run's folder, and opens the dashboards.
 
     What is there of `first_epoch` and later is dropped: it is about to be written again.
-
-    Raises:
-      UserError: if the folder cannot be made.
     """
     self._run = run
     self._num_epochs = cfg.num_epochs
@@ -44,10 +40,7 @@ class Tracker:
     self._epochs_here = 0
     self._report_due = 0.0  # not before this time
     if self._writes:
-      try:
-        (run / "images").mkdir(parents=True, exist_ok=True)
-      except OSError as error:
-        raise UserError(f"logdir={cfg.logdir!r}: {run} cannot be made: {error}") from error
+      (run / "images").mkdir(parents=True, exist_ok=True)
       write_atomically(run / "config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
       self._drop_lines(first_epoch)
       self._drop_others(first_epoch)

@@ -20,7 +20,7 @@ import jax
 
 from ddpo_jax import build, checkpoint, distributed, run_folder
 from ddpo_jax.batches import BatchPlan
-from ddpo_jax.config import Config, fields_of
+from ddpo_jax.config import Config, any_of, fields_of
 from ddpo_jax.console import say
 from ddpo_jax.continuing import check_continues
 from ddpo_jax.devices import configure_devices, plan_batches
@@ -167,22 +167,20 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
                  problems: _Problems) -> None:
   """Folders that can be written, a model and weights that can be read, and room."""
   if run is not None:
-    named = bool(cfg.run_name) or not cfg.resume_from
-    if named or run.is_dir():  # else resume_from is wrong, and said to be below
-      field = f"logdir={cfg.logdir!r}" if named else f"resume_from={cfg.resume_from!r}"
+    field = run_folder.named_by(cfg)
+    if field.startswith("logdir") or run.is_dir():  # else resume_from is said to be wrong below
       problems.of(_check_output_folder, field, run)
   cache = None if "compilation_cache" in wrong else cfg.compilation_cache_folder()
   if cache is not None and cfg.compilation_cache != "auto":
     problems.of(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
-  if "lora" not in wrong and "lora.init_from" not in wrong and cfg.lora.init_from:
+  if not any_of(["lora.init_from"], wrong) and cfg.lora.init_from:
     problems.of(read_header, "lora.init_from",
                 pathlib.Path(cfg.lora.init_from).expanduser())
   if run is not None and cfg.resume_from and "resume_from" not in wrong:
     problems.of(_check_resumes, cfg, run)
-  needed = {"pretrained", "pretrained.model", "use_lora", "lora", "lora.rank", "num_epochs",
-            "save_freq", "num_checkpoint_limit", "sample", "sample.num_steps",
-            "lora.init_from"}
-  if not wrong & needed:
+  needed = ("pretrained.model", "use_lora", "lora.rank", "lora.init_from", "num_epochs",
+            "save_freq", "num_checkpoint_limit")
+  if not any_of(needed, wrong):
     size = problems.of(model_size, cfg)
     if size is not None and run is not None:
       problems.of(_check_room, cfg, run, size)
@@ -190,10 +188,7 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
 
 def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
   """That there is a checkpoint to go on from, of the same experiment, and the run's newest."""
-  if cfg.resume_from == "auto":
-    source, epochs = run, checkpoint.saved_epochs(run)
-  else:
-    source, epochs = checkpoint.find_all(cfg.resume_from)
+  source, epochs = checkpoint.to_resume(cfg.resume_from, run)
   if not epochs:
     return
   later = [epoch for epoch in checkpoint.saved_epochs(source) if epoch > epochs[0]]
@@ -217,11 +212,9 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   there = nearest_existing(run)
   free = shutil.disk_usage(there).free
   if min(2, saves) * each > free:  # not with num_checkpoint_limit=1 either
-    field = "logdir" if cfg.run_name or not cfg.resume_from else "resume_from"
     raise UserError(
-        f"{field}={getattr(cfg, field)!r}: a checkpoint takes "
-        f"{_amount(each)}, and {there} has {_amount(free)} free; must be on a disk with room "
-        f"for {min(2, saves)}")
+        f"{run_folder.named_by(cfg)}: a checkpoint takes {_amount(each)}, and {there} has "
+        f"{_amount(free)} free; must be on a disk with room for {min(2, saves)}")
   if count * each > free:
     raise UserError(
         f"num_checkpoint_limit={cfg.num_checkpoint_limit}: {count} checkpoints take "

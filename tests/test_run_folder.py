@@ -130,5 +130,16 @@ def test_resuming_without_a_name_goes_on_in_the_same_folder(cfg, tmp_path):
     assert choose_run_folder(resumed) == tmp_path / "old"
 
 
+def test_a_run_may_lie_in_a_folder_called_checkpoints(cfg, tmp_path, monkeypatch):
+  run = tmp_path / "checkpoints" / "7a"
+  (run / "checkpoints" / "7").mkdir(parents=True)
+  (run / "config.json").write_text("{}")
+  changes = {"logdir": str(run.parent), "resume_from": str(run)}
+  for name in ("", run.name):
+    assert choose_run_folder(dataclasses.replace(cfg, run_name=name, **changes)) == run
+  monkeypatch.chdir(run / "checkpoints")
+  assert choose_run_folder(dataclasses.replace(cfg, run_name="", resume_from="7")) == run
+
+
 def test_a_name_is_made_from_the_time(cfg):
   assert choose_run_folder(dataclasses.replace(cfg, run_name="")).name[:2] == "20"

@@ -148,8 +148,10 @@ def test_several_rewards_resume_exactly(make_config):
   lines = metrics_of(run)
   assert {f"reward/{name}_{of}" for name in (brightness, size)
           for of in ("mean", "std")} <= set(lines[0])
-  resumed = metrics_of(train.train(make_config(
-      run_name="other", resume_from=str(run / "checkpoints" / "1"), **rewards)))
+  other = train.train(make_config(
+      run_name="other", resume_from=str(run / "checkpoints" / "1"), **rewards))
+  resumed = metrics_of(other)
+  assert checkpoint.saved_epochs(other) == [2, 1]  # should it be killed before its own first
   assert resumed[-1]["epoch"] == 2
   assert resumed[-1]["reward_mean"] == lines[2]["reward_mean"]
   assert resumed[-1]["loss"] == lines[2]["loss"]
