@@ -9,17 +9,21 @@ from ddpo_jax.config import Config
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-  """What the batch sizes come to on the devices there are."""
+  """The numbers of samples and steps of a run.
+
+  Its sizes are of one of JAX's devices, which on a CPU is a core; the config's are of one GPU, or
+  of the whole CPU.
+  """
 
   num_epochs: int
-  num_devices: int
-  devices_per_batch: int  # that share one batch of the config
-  sample_batch_size: int  # per device
-  train_batch_size: int  # per device
+  num_devices: int  # JAX's, in the mesh
+  devices_per_batch: int  # that share one batch of the config: the CPU's cores, else 1
+  sample_batch_size: int  # samples of a batch on each device
+  train_batch_size: int  # likewise
   gradient_accumulation_steps: int
   num_inner_epochs: int
   samples_per_epoch: int
-  train_batch_size_total: int
+  train_batch_size_total: int  # samples of an optimizer step, on all devices
   steps_per_inner_epoch: int
   num_train_timesteps: int
   device: str = "device"  # its name
@@ -43,7 +47,7 @@ class BatchPlan:
         gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
         num_inner_epochs=cfg.train.num_inner_epochs, samples_per_epoch=samples,
         train_batch_size_total=total, steps_per_inner_epoch=samples // total,
-        num_train_timesteps=int(cfg.sample.num_steps * cfg.train.timestep_fraction))
+        num_train_timesteps=cfg.num_train_timesteps)
 
   @property
   def optimizer_steps_per_epoch(self) -> int:

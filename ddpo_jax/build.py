@@ -152,8 +152,7 @@ def _with_actual_rank(cfg: Config, unet: UNet2DConditionModel) -> Config:
   """The config with the LoRA rank of the file that training starts from."""
   if not (cfg.use_lora and cfg.lora.init_from):
     return cfg
-  rank = max(linear.lora_down.shape[1] for _, linear in lora.attention_projections(unet)
-             if linear.lora_down is not None)
+  rank = max(lora.ranks(unet))
   if rank != cfg.lora.rank:
     say(f"lora.init_from={cfg.lora.init_from!r}: its rank of {rank} is taken, not "
         f"lora.rank={cfg.lora.rank}")

@@ -15,11 +15,10 @@ import ml_collections
 
 from ddpo_jax.config import Config, fields_of, inspect_config
 from ddpo_jax.console import write
-from ddpo_jax.errors import Interrupted, UserError
+from ddpo_jax.errors import USAGE_ERROR, Interrupted, UserError
 from ddpo_jax.messages import one_line, place, with_type
 from ddpo_jax.overrides import override, unquoted
 
-USAGE_ERROR = 2
 _HELP = ("--help", "-h")
 _DRY_RUN = "--dry_run"
 

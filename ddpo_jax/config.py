@@ -131,6 +131,11 @@ class Config:
     """The weight of each reward function; None if there is one, whose rewards are used raw."""
     return None if isinstance(self.reward_fn, str) else self.reward_fn
 
+  @property
+  def num_train_timesteps(self) -> int:
+    """How many of each sample's timesteps are trained; rounded down, as in ddpo-pytorch."""
+    return int(self.sample.num_steps * self.train.timestep_fraction)
+
   def compilation_cache_folder(self) -> pathlib.Path | None:
     """Where compiled programs are kept between runs; None for nowhere."""
     if not self.compilation_cache:
@@ -415,7 +420,7 @@ def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
 
 
 def _check_timesteps(cfg: Config) -> list[str]:
-  timesteps = int(cfg.sample.num_steps * cfg.train.timestep_fraction)
+  timesteps = cfg.num_train_timesteps
   if timesteps < 1:
     return [
         f"train.timestep_fraction={cfg.train.timestep_fraction} of sample.num_steps="

@@ -1,4 +1,4 @@
-"""What the main process says while it runs."""
+"""What is written to the terminal: lines, progress, and what is wrong with options."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
+from ddpo_jax.errors import USAGE_ERROR
+
 
 class ArgumentParser(argparse.ArgumentParser):
   """argparse's, which says in one line what is wrong with the options."""
 
   def error(self, message: str) -> NoReturn:
-    self.exit(2, f"{message}; --help describes the options\n")
+    self.exit(USAGE_ERROR, f"{message}; --help describes the options\n")
 
 
 def say(text: str) -> None:

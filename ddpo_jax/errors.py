@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+USAGE_ERROR = 2  # exit status
+
 
 class UserError(Exception):
   """An input that the user can correct.
 
   The message has a line for each problem, which names the field, the value and what would be
-  right. Scripts print it on standard error and exit with status 2.
+  right. Scripts print it on standard error and exit with `USAGE_ERROR`.
   """
 
 

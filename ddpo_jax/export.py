@@ -58,10 +58,9 @@ def _metadata(tuned: FineTuned) -> dict[str, str]:
   cfg = tuned.cfg
   rewards = [cfg.reward_fn] if isinstance(cfg.reward_fn, str) else sorted(cfg.reward_fn)
   # The weights' own: a run that began with lora.init_from has the rank of that file.
-  ranks = {linear.lora_down.shape[1] for _, linear in
-           lora.attention_projections(tuned.models.unet) if linear.lora_down is not None}
+  ranks = lora.ranks(tuned.models.unet)
   return {"base_model": cfg.pretrained.model, "base_model_revision": cfg.pretrained.revision,
-          "lora_rank": ", ".join(map(str, sorted(ranks))), "reward_fn": ", ".join(rewards),
+          "lora_rank": ", ".join(map(str, ranks)), "reward_fn": ", ".join(rewards),
           "epoch": str(tuned.epoch), "seed": str(cfg.seed), "trained_with": "ddpo_jax"}
 
 

@@ -114,7 +114,7 @@ def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State)
     An equivalent network; the one given if it has no LoRA.
   """
   unet = nnx.merge(graphdef, trained, frozen)
-  adapted = _adapted(unet)
+  adapted = lora.adapted(unet)
   if not adapted:
     return graphdef, trained, frozen
   if jax.default_backend() == "cpu" and all(x.dtype == jnp.float32 for x in adapted):
@@ -153,7 +153,7 @@ def cast_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> 
 
 
 def hoist_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
-                 context: Float[Array, "B L D"]) -> Split:
+                  context: Float[Array, "B L D"]) -> Split:
   """Specialises a network that `hoist_weights` returned to these prompts.
 
   Attention's keys and values of the prompts become trained weights in place of the matrices
@@ -161,9 +161,9 @@ def hoist_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
   with the prompts once.
 
   Args:
-    graphdef: of the network, as `hoist_weights` returns it.
-    trained: likewise.
-    frozen: likewise.
+    graphdef: of the network, and the next two are its weights, as `hoist_weights` returns them.
+    trained: those that gradients are wanted for.
+    frozen: the others.
     context: the embeddings that it will be called with.
 
   Returns:
@@ -197,11 +197,6 @@ def _join_context(unet: Any) -> None:
 def _attentions_to_prompts(unet: nnx.Module) -> list[layers.Attention]:
   return [module for _, module in nnx.iter_graph(unet)
           if isinstance(module, layers.Attention) and module.takes_context]
-
-
-def _adapted(unet: nnx.Module) -> list[layers.Linear]:
-  return [linear for _, linear in lora.attention_projections(unet)
-          if linear.lora_down is not None]
 
 
 def _add_lora(linear: layers.Linear) -> None:

@@ -80,7 +80,7 @@ def needs_rescoring(trainer: Trainer, drift: float) -> bool:
 
 
 def num_rescored(trainer: Trainer, drift: float) -> int:
-  """For how many of an epoch's optimizer steps they are recomputed; the first has its own."""
+  """How many of an epoch's optimizer steps, from the second on, recompute log-probabilities."""
   if not needs_rescoring(trainer, drift):
     return 0
   every_timestep = trainer.plan.num_train_timesteps == trainer.cfg.sample.num_steps

@@ -49,6 +49,17 @@ def attention_projections(unet: nnx.Module) -> Iterator[tuple[str, layers.Linear
   return iter(sorted(found, key=lambda item: item[0]))
 
 
+def adapted(unet: nnx.Module) -> list[layers.Linear]:
+  """The linear layers that have LoRA weights."""
+  return [linear for _, linear in attention_projections(unet) if linear.lora_down is not None]
+
+
+def ranks(unet: nnx.Module) -> list[int]:
+  """The distinct ranks of its LoRA weights, in ascending order."""
+  return sorted({layer.lora_down.shape[1] for layer in adapted(unet)
+                 if layer.lora_down is not None})
+
+
 def inject_lora(unet: nnx.Module, rank: int, key: jax.Array) -> None:
   """Attaches fresh LoRA weights to the UNet, in place; its output does not change.
 

@@ -119,14 +119,15 @@ class SharedProgram:
     self._rows = -(-config.batch_size // self._pairs) * self._pairs
     self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
     by_batch, by_row, replicated = P(None, AXIS), P(AXIS), P()
+    # Each of these is a method below, mapped over the devices and compiled.
     self._visit = self._jit(
         self._visit_microbatches, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
         by_row, donate_argnums=(4, 5))
     self._zero_sums = self._jit(self._make_zero_sums, (replicated, replicated), by_row)
-    self._lay_out_batch = self._jit(self._lay_out_part, (by_row, by_row, replicated, replicated),
-                            (_WORK_SPECS, by_row))
-    self._lay_out = self._jit(self._lay_out_group, (BATCH_SPECS, *[replicated] * 3),
-                              (_WORK_SPECS, by_row))
+    self._lay_out_sampling = self._jit(
+        self._sampling_part, (by_row, by_row, replicated, replicated), (_WORK_SPECS, by_row))
+    self._lay_out_training = self._jit(
+        self._training_group, (BATCH_SPECS, *[replicated] * 3), (_WORK_SPECS, by_row))
     self._keep = self._jit(self._keep_log_probs, (by_batch, by_row, by_row), by_batch)
     self._largest = jax.jit(jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, P()))
     self._finish = self._jit(self._finish_step, (replicated, replicated, by_row), replicated,
@@ -148,7 +149,7 @@ class SharedProgram:
     prompts = jax.ShapeDtypeStruct((rows, *embedding.shape[1:]), embedding.dtype)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
-    work, trajectory = jax.eval_shape(self._lay_out_batch, prompts, indices, key, number)
+    work, trajectory = jax.eval_shape(self._lay_out_sampling, prompts, indices, key, number)
     sums = jax.eval_shape(self._zero_sums, state.params, frozen)
     scale: Any = jax.ShapeDtypeStruct((), jnp.float32)
 
@@ -172,9 +173,9 @@ class SharedProgram:
     return -batch_size % self._pairs
 
   def sample(self, params: nnx.State, frozen: nnx.State,
-              negative_embedding: Float[Array, "1 L D"],
-              text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-              key: Key[Array, ""]) -> list[Trajectory]:
+             negative_embedding: Float[Array, "1 L D"],
+             text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
+             key: Key[Array, ""]) -> list[Trajectory]:
     """Samples a batch, one microbatch of samples after the other.
 
     Args:
@@ -193,7 +194,8 @@ class SharedProgram:
     samples = len(sample_indices) // self._mesh.size
     count = self._num_parts(samples)
     for part in range(count):
-      work, trajectory = self._lay_out_batch(text_embeddings, sample_indices, key, jnp.int32(part))
+      work, trajectory = self._lay_out_sampling(text_embeddings, sample_indices, key,
+                                                jnp.int32(part))
       rows = -(-(samples - part) // count)  # those after them are padding
       microbatches = -(-rows // self._pairs)
       sums, trajectory = self._visit(
@@ -242,7 +244,7 @@ class SharedProgram:
                           state.loss_scale.scale)
     sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
     for group in map(jnp.int32, range(self._config.accumulation_steps)):
-      work, trajectory = self._lay_out(batch, key, index, group)
+      work, trajectory = self._lay_out_training(batch, key, index, group)
       sums, trajectory = self._visit(constants, work, jnp.int32(self._group_size),
                                      jnp.int32(mode), sums, trajectory)
       if mode != Mode.STEP:
@@ -253,8 +255,8 @@ class SharedProgram:
   # What follows runs on each device: arrays are one device's.
 
   def _visit_microbatches(self, constants: Constants, work: Work, count: Int[Array, ""],
-                 mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
-                 ) -> tuple[Sums, Trajectory]:
+                          mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
+                          ) -> tuple[Sums, Trajectory]:
     """Visits the first `count` microbatches."""
     hoisted = hoisting.hoist_weights(*self._varying_unet(constants.params, constants.frozen))
     graphdef, weights, rest = hoisting.cast_lora(*hoisted)
@@ -267,7 +269,7 @@ class SharedProgram:
       def loss_fn(weights: nnx.State) -> tuple[jax.Array, Any]:
         unet = nnx.merge(graphdef, weights, rest)
         loss, *others = self._visit_microbatch(unet, constants.negative_embedding, work,
-                                          trajectory, row, step, mode)
+                                               trajectory, row, step, mode)
         return loss * constants.loss_scale, (loss, *others)
 
       scaled, backward, (loss, info, trajectory) = jax.vjp(loss_fn, weights, has_aux=True)
@@ -283,9 +285,9 @@ class SharedProgram:
     return _by_device(sums), trajectory
 
   def _visit_microbatch(self, unet: nnx.Module, negative_embedding: Float[Array, "1 L D"],
-                   work: Work, trajectory: Trajectory, row: Int[Array, " pairs"],
-                   step: Int[Array, " pairs"], mode: Int[Array, ""]
-                   ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Trajectory]:
+                        work: Work, trajectory: Trajectory, row: Int[Array, " pairs"],
+                        step: Int[Array, " pairs"], mode: Int[Array, ""]
+                        ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Trajectory]:
     """Visits one microbatch.
 
     Returns:
@@ -334,9 +336,9 @@ class SharedProgram:
                              state.loss_scale.scale)
     return take_step(self._config, self._optimizer, state, grads, metrics)
 
-  def _lay_out_part(self, text_embeddings: Float[Array, "B L D"],
-                       sample_indices: Int[Array, " B"], key: Key[Array, ""],
-                       part: Int[Array, ""]) -> tuple[Work, Trajectory]:
+  def _sampling_part(self, text_embeddings: Float[Array, "B L D"],
+                     sample_indices: Int[Array, " B"], key: Key[Array, ""],
+                     part: Int[Array, ""]) -> tuple[Work, Trajectory]:
     """Lays out a part of the batch's samples for sampling, with their noise; see `sample`.
 
     In a row of its own a sample is computed as in training (`update.choose_microbatches`),
@@ -358,7 +360,7 @@ class SharedProgram:
                 step=grid + visit % steps)
     return work, Trajectory(latents, jnp.zeros_like(noise, shape=(self._rows, steps)))
 
-  def _lay_out_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
+  def _training_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
                      group: Int[Array, ""]) -> tuple[Work, Trajectory]:
     """Lays out what group number `group` of optimizer step `index` trains on."""
     batches, samples = batch.advantages.shape

@@ -187,7 +187,7 @@ def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
 def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
                checkpointer: checkpoint.Checkpointer, first_epoch: int, stop: Stop,
                started: float) -> None:
-  """All that are left, with an evaluation before the first and checkpoints on the way."""
+  """Runs the epochs that are left, with an evaluation before the first, and saves checkpoints."""
   cfg = trainer.cfg
   if first_epoch == 0:
     evaluate(trainer, tracker, 0)

@@ -108,7 +108,7 @@ class Sums:
     return cls(jax.tree.map(jnp.zeros_like, grads), zero, zero, zero, zero)
 
   def add(self, loss: jax.Array, info: ppo.PPOInfo, summed_grads: Any) -> Sums:
-    """Adds a microbatch's loss and metrics, to whose gradient the others' are added already."""
+    """The sums with one more microbatch, whose gradient `summed_grads` has added to the others'."""
     return Sums(grads=summed_grads, loss=self.loss + loss,
                 approx_kl=self.approx_kl + info.approx_kl,
                 clipfrac=self.clipfrac + info.clipfrac,

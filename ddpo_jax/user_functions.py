@@ -95,7 +95,7 @@ def _signature(function: Callable) -> inspect.Signature | None:
 
 def _takes_first(signature: inspect.Signature, positional: Sequence[str],
                  kwargs: dict[str, Any]) -> bool:
-  """Whether there is a place for what a function is always given, by whatever names."""
+  """Whether a function takes what it is always given, by position, beside its `kwargs`."""
   try:
     bound = signature.bind_partial(*positional)
   except TypeError:

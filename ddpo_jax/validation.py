@@ -263,7 +263,7 @@ def describe_memory(cfg: Config, plan: BatchPlan) -> str:
   parts = {
       "the model's weights": size.weights * bytes_each,
       "trained weights, gradient, optimizer": trained * _TRAINING_BYTES,
-      # Batch by batch, and put together.
+      # Twice: batch by batch as they were sampled, and all of them in one array.
       "trajectories of an epoch": 2 * samples * (cfg.sample.num_steps + 1) * (
           4 * size.latent_size),
       "prompts' embeddings": 2 * samples * size.embedding_size * bytes_each}

@@ -36,10 +36,10 @@ _HUB_LOGGERS = ("huggingface_hub", "huggingface_hub.utils._http")
 class Repository:
   """A kind of model folder: what messages call it, and which of its files are needed."""
 
-  field: str  # of the config, that names it
+  field: str  # of the config, that names the folder
   formats: str  # what the field may hold
-  probe: tuple[str, ...]  # files of which each has one, to find it in the hub's cache
-  weights_class: str  # that converts pickled weights
+  probe: tuple[str, ...]  # any of them in the hub's cache shows that it was downloaded
+  weights_class: str  # whose save_pretrained converts pickled weights, for messages
   patterns: tuple[str, ...]  # of the files that are needed, other than weights
   weights: tuple[str, ...] = ()  # paths without their ending
 
@@ -66,7 +66,7 @@ class Repository:
 
 
 def model_folder(path: str | os.PathLike, revision: str | None = None,
-            repository: Repository | None = None) -> pathlib.Path:
+                 repository: Repository | None = None) -> pathlib.Path:
   """The local folder of a model, downloaded if `path` is a hub id.
 
   Args:

@@ -102,6 +102,11 @@ class UNetConfig:
       if isinstance(value, tuple) and len(value) != levels:
         raise UserError(f"UNet config: {name} has {len(value)} entries; must have one "
                         f"for each of the {levels} block_out_channels")
+    self._check_heads()
+
+  def _check_heads(self) -> None:
+    """That heads divide the channels of every level that attends."""
+    levels = len(self.block_out_channels)
     types = zip(self.down_block_types, reversed(self.up_block_types))
     for level, (heads, channels, pair) in enumerate(
         zip(self.heads, self.block_out_channels, types)):

@@ -38,10 +38,10 @@ def _groups_to_channels(groups: Float[Array, "B G"], channels_each: int) -> Floa
 
 
 def _mean_and_variance(x: jax.Array, num_groups: int | None) -> tuple[jax.Array, jax.Array]:
-  """Of x in float32, reduced as `_means` does.
+  """Mean and variance of x, in float32, over what `_means` averages.
 
-  Of half precision in one pass, which loses no more than its rounding has lost before: a
-  GPU reads x twice otherwise, and writes its squared deviations in between.
+  For half precision in one pass, as E[x²] − E[x]²: that loses no more than the rounding of x has
+  lost before. Otherwise a GPU would read x twice, and write its squared deviations in between.
   """
   exact = x.astype(jnp.float32)
   mean = _means(exact, num_groups)

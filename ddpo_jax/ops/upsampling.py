@@ -56,12 +56,13 @@ def _sums_along(weights: jax.Array, second: int) -> jax.Array:
 
 def _transposed_kernel(kernel: jax.Array) -> Float[Array, "4 4 O I"]:
   """What a pixel is multiplied with on its way to the 4×4 places that it is seen from."""
-  rows = _along_axis(kernel.astype(jnp.float32))
-  both = _along_axis(rows.swapaxes(0, 1)).swapaxes(0, 1)
+  rows = _transposed_along_axis(kernel.astype(jnp.float32))
+  both = _transposed_along_axis(rows.swapaxes(0, 1)).swapaxes(0, 1)
   return both.swapaxes(2, 3).astype(kernel.dtype)
 
 
-def _along_axis(weights: jax.Array) -> jax.Array:
+def _transposed_along_axis(weights: jax.Array) -> jax.Array:
+  """The weights with which a pixel reaches the four places, along the first axis: 3 -> 4."""
   first, middle, last = weights
   return jnp.stack([last, middle + last, first + middle, first])
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from ddpo_jax.ops.chunked_attention import attend_in_chunks
 from ddpo_jax.ops.cpu.matmul import dot, einsum_f32, transpose
 
-# The most scores (one a query and key, in each head of each sample) that are computed at a time for
-# all samples, or for one: what the caches hold.
+# The most scores that are computed at a time, for all samples or for one: what the caches hold.
+# There is a score for each pair of a query and a key, in each head of each sample.
 _MAX_SCORES = 3 * 2**20
 # The most that are computed at a time for queries of one head, where one sample has too many.
 _MAX_SCORES_OF_HEAD = 2**20
