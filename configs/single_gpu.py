@@ -5,8 +5,8 @@
     python scripts/train.py --config configs/single_gpu.py:aesthetic
     python scripts/train.py --config configs/single_gpu.py:prompt_image_alignment
 
-compressibility needs 12 GiB for JAX (11.3 planned, docs/gpu.md), which by default takes only 75%
-of a card: a 24 GiB card, or a 16 GiB one with XLA_CLIENT_MEM_FRACTION=0.9 in the environment.
+compressibility is planned to take 11.3 GiB (docs/gpu.md), and JAX by default only takes 75% of a
+card: a 24 GiB card will do, or a 16 GiB one with XLA_CLIENT_MEM_FRACTION=0.9 in the environment.
 
 For less, halve train.batch_size and double train.gradient_accumulation_steps (7.1 GiB planned
 with train.batch_size=4), or set train.gradient_checkpointing="blocks". On a larger card

@@ -1,4 +1,4 @@
-"""Which devices a run uses, and how large a part of a batch each of them takes."""
+"""JAX on the devices there are: its settings, and how large a part of a batch each takes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpo_jax import distributed
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config
+from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.parts import largest_divisor
@@ -50,6 +52,23 @@ def open_in_background() -> None:
                                            jax.local_devices()))
 
   threading.Thread(target=touch).start()
+
+
+def configure_jax(cfg: Config) -> None:
+  """Settings of JAX itself: the compilation cache, and TF32 where it is allowed. Collective."""
+  folder = cfg.compilation_cache_folder()
+  if folder is not None and not distributed.is_shared(folder):
+    # On GPUs XLA tunes a program in all processes together, or waits for those that have it.
+    say(f"Not using compilation_cache={cfg.compilation_cache!r}, because {folder} is not the same "
+        "folder for all processes; one that is would make the next start quicker")
+    folder = None
+  if folder is not None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  if jax.distributed.is_initialized():
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # for the same reason
+  precision = "tensorfloat32" if cfg.allow_tf32 else "highest"
+  jax.config.update("jax_default_matmul_precision", precision)
 
 
 def plan_batches(cfg: Config) -> BatchPlan:
@@ -144,3 +163,10 @@ def usable_cores() -> int:
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
+
+
+def peak_memory_bytes() -> int | None:
+  """The most that any device of this process held, or None where it is not known."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+  return max(peaks, default=None)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 
@@ -27,14 +25,21 @@ from ddpo_jax import (
 from ddpo_jax.build import Trainer, build, open_model
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
-from ddpo_jax.continuing import check_continues
-from ddpo_jax.devices import AXIS, configure_devices, open_in_background, plan_batches
+from ddpo_jax.devices import (
+  AXIS,
+  configure_devices,
+  configure_jax,
+  open_in_background,
+  peak_memory_bytes,
+  plan_batches,
+)
 from ddpo_jax.errors import UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, interruptible
 from ddpo_jax.model_size import absolute
+from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
 from ddpo_jax.rollout import Rollout
-from ddpo_jax.types import Batch, TrainState
+from ddpo_jax.types import Batch
 
 P = jax.sharding.PartitionSpec
 
@@ -91,97 +96,6 @@ def train(cfg: Config) -> pathlib.Path:
     say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
         f"scripts/sample.py --run {run} draws from the result")
   return run
-
-
-def configure_jax(cfg: Config) -> None:
-  """Settings of JAX itself: the compilation cache, and TF32 where it is allowed. Collective."""
-  folder = cfg.compilation_cache_folder()
-  if folder is not None and not distributed.is_shared(folder):
-    # On GPUs XLA tunes a program in all processes together, or waits for those that have it.
-    say(f"Not using compilation_cache={cfg.compilation_cache!r}, because {folder} is not the same "
-        "folder for all processes; one that is would make the next start quicker")
-    folder = None
-  if folder is not None:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  if jax.distributed.is_initialized():
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # for the same reason
-  precision = "tensorfloat32" if cfg.allow_tf32 else "highest"
-  jax.config.update("jax_default_matmul_precision", precision)
-
-
-def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
-  """Restores what a checkpoint holds.
-
-  All processes take the same one: the newest that is damaged for none of them.
-
-  Returns:
-    The epoch to go on with, and the epochs of this run's checkpoints that are damaged.
-  """
-  with distributed.raising_together():
-    source, epochs = _checkpoints(trainer.cfg, run)
-  epochs = json.loads(distributed.broadcast_from_main(json.dumps(epochs)))
-  if not epochs:
-    return 0, []
-  damaged: list[int] = []
-  while isinstance(restored := _restore(trainer, source, epochs[0]), checkpoint.DamagedError):
-    damaged.append(epochs.pop(0))
-    if not epochs:
-      raise UserError(f"{restored}; there is none that is older, so start a new run") from restored
-    say(f"{restored}. Trying the one before it")
-  say(f"Resuming after {restored.epoch + 1} epochs, with "
-      f"{checkpoint.describe(source, restored.epoch)}")
-  trainer.state = restored.state
-  if trainer.stat_tracker is not None:
-    trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])
-  if trainer.combiner is not None:
-    trainer.combiner.load_state_dict(restored.meta["reward_stats"])
-  trainer.watch.load_state_dict(restored.meta["watch"])
-  trainer.skipped_in_a_row = restored.meta["skipped_in_a_row"]
-  return restored.epoch + 1, damaged if source == run.resolve() else []
-
-
-def _checkpoints(cfg: Config, run: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
-  """The run folder to resume from, and the epochs of its checkpoints, the newest first."""
-  if cfg.resume_from == "auto":
-    return run.resolve(), checkpoint.saved_epochs(run)
-  return checkpoint.find_all(cfg.resume_from)
-
-
-def _restore(trainer: Trainer, run: pathlib.Path, epoch: int
-             ) -> checkpoint.Restored | checkpoint.DamagedError:
-  """What a checkpoint holds; on every process the error if it is damaged for any of them."""
-  damage = None
-  with distributed.raising_together():
-    try:
-      saved = checkpoint.restore_meta(run, epoch)["config"]
-      check_continues(trainer.cfg, saved, checkpoint.describe(run, epoch))
-      restored = checkpoint.restore(run, epoch, trainer.state)
-    except checkpoint.DamagedError as error:
-      damage = error
-  if not distributed.max_over_processes(int(damage is not None)):
-    return restored
-  return damage or checkpoint.DamagedError(
-      f"{checkpoint.describe(run, epoch)} is damaged for another process")
-
-
-def set_aside_damaged(run: pathlib.Path, epochs: Iterable[int]) -> None:
-  """Makes room for these epochs' new checkpoints; nothing is deleted."""
-  with distributed.raising_together():
-    for epoch in epochs if distributed.is_main() else ():
-      say(f"Keeping the damaged checkpoint as {checkpoint.set_aside(run, epoch)}")
-
-
-def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
-  """The state as it is now, in host memory, and the rest as JSON.
-
-  A copy, because the update overwrites the state, and on a CPU that would be the same memory.
-  """
-  state_of = lambda part: None if part is None else part.state_dict()
-  meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": state_of(trainer.stat_tracker),
-          "reward_stats": state_of(trainer.combiner), "watch": trainer.watch.state_dict(),
-          "skipped_in_a_row": trainer.skipped_in_a_row}
-  return jax.tree.map(np.array, trainer.state), meta
 
 
 def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
@@ -328,10 +242,3 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
       "optimizer_steps": int(trainer.state.step),
       "peak_memory_bytes": peak_memory_bytes(),
   }
-
-
-def peak_memory_bytes() -> int | None:
-  """The most that any device of this process held, or None where it is not known."""
-  stats = [device.memory_stats() for device in jax.local_devices()]
-  peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
-  return max(peaks, default=None)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import demo
-from ddpo_jax import build, checkpoint, diagnostics, distributed, train, update
+from ddpo_jax import build, checkpoint, diagnostics, distributed, resume, update
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
@@ -40,7 +40,7 @@ def make_trainer(run):
 def save(trainer, run):
   checkpointer = checkpoint.Checkpointer(run, 10)
   for epoch in range(NEWEST + 1):
-    state, meta = train.checkpoint_of(trainer)
+    state, meta = resume.checkpoint_of(trainer)
     checkpointer.save(epoch, dataclasses.replace(state, step=state.step + epoch), meta)
   checkpointer.close()
 
@@ -73,12 +73,12 @@ def main(folder, coordinator, index):
   restore, find_all = checkpoint.restore, checkpoint.find_all
   if index == 1:
     checkpoint.restore = failing_once(restore, UserError("cannot be read now"))
-  unreadable = outcome(lambda: train.resume(trainer, run))
+  unreadable = outcome(lambda: resume.resume(trainer, run))
   if index == 1:
     checkpoint.restore = failing_once(restore, checkpoint.DamagedError("damaged"))
     checkpoint.find_all = lambda path: (find_all(path)[0], [0])  # its view of the disk is old
-  epoch, damaged = train.resume(trainer, run)
-  train.set_aside_damaged(run, damaged)
+  epoch, damaged = resume.resume(trainer, run)
+  resume.set_aside_damaged(run, damaged)
   steps = int(trainer.state.step)
 
   model = build.open_model(trainer.cfg)

@@ -19,7 +19,7 @@ from runs import HEALTHY, metrics_of, without_times
 import servers
 from small_model import small_config
 
-from ddpo_jax import checkpoint, diagnostics, resource_errors, tracking, train
+from ddpo_jax import checkpoint, diagnostics, resource_errors, resume, tracking, train
 from ddpo_jax.advantages import PerPromptStatTracker
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import Interrupted, UserError
@@ -426,12 +426,12 @@ def test_what_is_remembered_is_resumed(folder, whole, one_build):
   trainer = dataclasses.replace(trainer, cfg=cfg, stat_tracker=PerPromptStatTracker(16, 2),
                                 watch=diagnostics.Watch(cfg), skipped_in_a_row=3)
   trainer.watch.new_warnings(HEALTHY)
-  state, meta = train.checkpoint_of(trainer)
+  state, meta = resume.checkpoint_of(trainer)
   checkpointer = checkpoint.Checkpointer(folder / "remembered", 2)
   checkpointer.save(0, state, meta)
   checkpointer.close()
   resumed = dataclasses.replace(trainer, watch=diagnostics.Watch(cfg), skipped_in_a_row=0)
-  assert train.resume(resumed, folder / "remembered") == (1, [])
+  assert resume.resume(resumed, folder / "remembered") == (1, [])
   assert resumed.skipped_in_a_row == 3
   assert len(resumed.watch.new_warnings(HEALTHY | {"diversity": 0.05})) == 1
 

@@ -22,7 +22,13 @@ from ddpo_jax import build, inner_loop, memory, train
 from ddpo_jax.benchmark import flops, profile
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
-from ddpo_jax.devices import configure_devices, open_in_background, plan_batches
+from ddpo_jax.devices import (
+  configure_devices,
+  configure_jax,
+  open_in_background,
+  peak_memory_bytes,
+  plan_batches,
+)
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.diffusion.ddim import uses_guidance
 from ddpo_jax.interrupt import Stop
@@ -40,7 +46,7 @@ class JaxSide:
   def __init__(self, cfg: Config):
     memory.share_arenas()
     configure_devices()
-    train.configure_jax(cfg)
+    configure_jax(cfg)
     self._cfg = cfg
     self._plan = plan_batches(cfg)
     open_in_background()
@@ -114,7 +120,7 @@ class JaxSide:
 
   def memory(self) -> dict[str, Any]:
     return {"peak_rss_bytes": peak_rss(),
-            "peak_device_bytes": train.peak_memory_bytes()}
+            "peak_device_bytes": peak_memory_bytes()}
 
   def matmul_peak(self) -> dict[str, Any]:
     """What a large matrix product reaches in the dtype of the networks, in FLOP/s."""
