@@ -1,7 +1,7 @@
 """Hoists out of loops what a network would compute anew in every call, of weights and prompts.
 
 Each function takes a network and returns an equivalent one, both as `lora.partition` splits
-them: structure, trained weights, frozen weights. `nnx.LoRAParam` marks what counts as trained.
+them. `nnx.LoRAParam` marks what counts as trained.
 In the result these may be other arrays than LoRA's, for example W + up·down or precomputed keys
 and values. They are computed from the ones given, so `jax.vjp` of the function takes a gradient
 that was summed over many calls back to LoRA's.
@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpo_jax import lora
+from ddpo_jax.lora import Split
 from ddpo_jax.models import layers
 from ddpo_jax.ops.matmul import matmul
-
-Split = tuple[nnx.GraphDef, nnx.State, nnx.State]  # structure, trained, frozen
 
 _TENSOR_CORE = 8  # columns that a matrix product in half precision is padded to
 
@@ -91,7 +90,7 @@ def with_pullback(function: Callable[..., Split], unet: Split
     return weights, (hoisted, rest)
 
   weights, pullback, (hoisted, rest) = jax.vjp(split, trained, has_aux=True)
-  return (hoisted, weights, rest), pullback
+  return Split(hoisted, weights, rest), pullback
 
 
 def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
@@ -116,7 +115,7 @@ def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State)
   unet = nnx.merge(graphdef, trained, frozen)
   adapted = lora.adapted(unet)
   if not adapted:
-    return graphdef, trained, frozen
+    return Split(graphdef, trained, frozen)
   if jax.default_backend() == "cpu" and all(x.dtype == jnp.float32 for x in adapted):
     for linear in adapted:
       _add_lora(linear)
@@ -149,7 +148,7 @@ def cast_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> 
     return weight.replace(weight[...].astype(dtype)) if is_lora else weight
 
   is_leaf = lambda node: isinstance(node, nnx.Variable)
-  return graphdef, jax.tree.map(rounded, trained, is_leaf=is_leaf), frozen
+  return Split(graphdef, jax.tree.map(rounded, trained, is_leaf=is_leaf), frozen)
 
 
 def hoist_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
@@ -174,7 +173,7 @@ def hoist_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
   to_prompts = _attentions_to_prompts(unet)
   if unet.context_projection is not None or not all(
       isinstance(attention.to_k.kernel, nnx.LoRAParam) for attention in to_prompts):
-    return graphdef, trained, frozen
+    return Split(graphdef, trained, frozen)
   for attention in to_prompts:
     for name in ("to_k", "to_v"):
       output = getattr(attention, name)(context)

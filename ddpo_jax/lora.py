@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -80,16 +80,20 @@ def inject_lora(unet: nnx.Module, rank: int, key: jax.Array) -> None:
     linear.lora_up = nnx.LoRAParam(jnp.zeros((rank, linear.out_features)))
 
 
-def partition(unet: nnx.Module, use_lora: bool = True
-              ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+class Split(NamedTuple):
+  """A network in parts, which `nnx.merge(*split)` puts together again."""
+
+  graphdef: nnx.GraphDef  # its structure
+  trained: nnx.State
+  frozen: nnx.State
+
+
+def partition(unet: nnx.Module, use_lora: bool = True) -> Split:
   """Splits the UNet into structure, trained weights and frozen weights.
 
   Args:
     unet: with LoRA attached, if `use_lora`.
     use_lora: train LoRA's weights only; otherwise every weight.
-
-  Returns:
-    What `nnx.merge(graphdef, trained, frozen)` puts together again.
 
   Raises:
     ValueError: if there is nothing to train.
@@ -99,7 +103,7 @@ def partition(unet: nnx.Module, use_lora: bool = True
   trained, frozen = states
   if not jax.tree.leaves(trained):
     raise ValueError("nothing to train: attach LoRA first (inject_lora)")
-  return graphdef, trained, frozen
+  return Split(graphdef, trained, frozen)
 
 
 def export_lora(unet: nnx.Module, path: str | os.PathLike,

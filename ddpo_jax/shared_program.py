@@ -30,6 +30,7 @@ from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
 from ddpo_jax.diffusion.sampler import draw_noise, sample_keys
+from ddpo_jax.lora import Split
 from ddpo_jax.types import Batch, TrainState, Trajectory
 from ddpo_jax.update import (
   BATCH_SPECS,
@@ -260,7 +261,7 @@ class SharedProgram:
     """Visits the first `count` microbatches."""
     hoisted = hoisting.hoist_weights(*self._varying_unet(constants.params, constants.frozen))
     graphdef, weights, rest = hoisting.cast_lora(*hoisted)
-    pack, _ = packing(hoisted[1])
+    pack, _ = packing(hoisted.trained)
 
     def visit(i: jax.Array, carry: tuple[Sums, Trajectory]) -> tuple[Sums, Trajectory]:
       sums, trajectory = carry
@@ -313,22 +314,22 @@ class SharedProgram:
     log_probs = put(trajectory.log_probs, step, jnp.where(mode == Mode.STEP, stored, new))
     return loss, dataclasses.replace(info, ratio_drift=drift), Trajectory(visited, log_probs)
 
-  def _varying_unet(self, params: nnx.State, frozen: nnx.State) -> hoisting.Split:
+  def _varying_unet(self, params: nnx.State, frozen: nnx.State) -> Split:
     # Marked as differing between devices, so that the backward pass does not sum each
     # microbatch's gradient over them: that is done once, at the end of the step.
-    return self._graphdef, *jax.lax.pcast((params, frozen), AXIS, to="varying")
+    return Split(self._graphdef, *jax.lax.pcast((params, frozen), AXIS, to="varying"))
 
   def _make_zero_sums(self, params: nnx.State, frozen: nnx.State) -> Sums:
-    _, weights, _ = hoisting.hoist_weights(*self._varying_unet(params, frozen))
+    weights = hoisting.hoist_weights(*self._varying_unet(params, frozen)).trained
     pack, _ = packing(weights)
     return _by_device(Sums.zero(pack(weights)))
 
   def _finish_step(self, state: TrainState, frozen: nnx.State, sums: Sums
                    ) -> tuple[TrainState, UpdateMetrics]:
     """Averages what all devices added up, and takes the optimizer's step."""
-    (_, weights, _), pullback = hoisting.with_pullback(
+    hoisted, pullback = hoisting.with_pullback(
         hoisting.hoist_weights, self._varying_unet(state.params, frozen))
-    _, unpack = packing(weights)
+    _, unpack = packing(hoisted.trained)
     sums = _of_device(sums)
     (grads,) = pullback(unpack(sums.grads))
     grads, metrics = average(dataclasses.replace(sums, grads=grads),

@@ -26,6 +26,7 @@ from ddpo_jax import hoisting, ppo
 from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.diffusion.ddim import guidance_context
+from ddpo_jax.lora import Split
 from ddpo_jax.types import Batch, LossScale, TrainState
 
 P = jax.sharding.PartitionSpec
@@ -285,22 +286,23 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
   # The network computes with weights that are derived from the trained ones. Gradients are
   # added up for the derived weights, and pulled back to the trained ones once.
-  hoisted, pullback = hoisting.with_pullback(hoisting.hoist_weights, (graphdef, params, frozen))
+  hoisted, pullback = hoisting.with_pullback(hoisting.hoist_weights,
+                                             Split(graphdef, params, frozen))
   unet = hoisting.cast_lora(*hoisted)
-  pack, unpack = packing(hoisted[1])
+  pack, unpack = packing(hoisted.trained)
 
   def add_group(sums: Sums, group: Microbatches) -> tuple[Sums, Float32[Array, "M b t"]]:
     samples = take_samples(batch, group.sample)
     return _add_group(config, schedule, unet, scale, pack, samples, group.step, sums)
 
-  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(hoisted[1])), microbatches)
+  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(hoisted.trained)), microbatches)
   (grads,) = pullback(unpack(sums.grads))
   grads, metrics = average(dataclasses.replace(sums, grads=grads),
                            log_probs.shape[0] * log_probs.shape[1], scale)
   return grads, metrics, log_probs
 
 
-def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: hoisting.Split,
+def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: Split,
                scale: Float32[Array, ""], pack: Callable[[nnx.State], Any], samples: Batch,
                steps: Int[Array, "M b t"], sums: Sums
                ) -> tuple[Sums, Float32[Array, "M b t"]]:
@@ -324,7 +326,7 @@ def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: hoisting.Spli
         loss_fn, has_aux=True)(weights, step)
     return sums.add(loss, info, jax.tree.map(jnp.add, sums.grads, pack(grads))), log_prob
 
-  if graphdef == unet[0]:  # nothing was hoisted
+  if graphdef == unet.graphdef:  # nothing was hoisted
     return jax.lax.scan(add_microbatch, sums, steps)
   # The gradient of keys and values has another structure: it is summed by itself, and pulled
   # back once.
