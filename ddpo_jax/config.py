@@ -21,7 +21,7 @@ from typing import Any
 
 import ml_collections
 
-from ddpo_jax import streams
+from ddpo_jax import model_names, streams
 from ddpo_jax.errors import UserError
 from ddpo_jax.masking import masked
 from ddpo_jax.messages import MAX_SHOWN, shown
@@ -362,6 +362,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
 
 
 def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+  """The value of a field or a group; what is wrong with it is added to `problems`."""
   if path == "reward_fn":
     return _reward_fn(value, problems)
   group = _group_of(kind)
@@ -373,27 +374,29 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path}={shown(value)} must be a group of fields, or None")
         return None
     return _build(group, value, path + ".", problems)
-  if typing.get_origin(kind) in (Mapping, typing.get_origin(Mapping[str, Any])):
-    if not isinstance(value, Mapping):
-      problems.append(f"{path}={shown(value)} must be a dict")
-    return value
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value) if abs(value) < 2**31 else math.inf
-  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-    problems.append(f"{path}={shown(value)} must be of type {kind.__name__}")
-    return value
-  if isinstance(value, str) and not _is_usable(value):
-    problems.append(f"{path}={shown(value)} must have no NUL, at most {_MAX_TEXT} bytes, and "
-                    f"at most {_MAX_NAME} between two slashes")
-  elif kind is int and abs(value) >= 2**31:
-    problems.append(f"{path}={shown(value)} must be below 2147483648")
-  elif kind is float and not math.isfinite(value):
-    problems.append(f"{path}={shown(value)} must be a finite number")
-  elif path in _RULES:
-    check, text = _RULES[path]
-    if not check(value):
-      problems.append(f"{path}={shown(value)} {text}")
+  problem = _problem(kind, value, path)
+  if problem is not None:
+    problems.append(f"{path}={shown(value)} {problem}")
   return value
+
+
+def _problem(kind: Any, value: Any, path: str) -> str | None:
+  """What a field that is no group must be, if its value is something else."""
+  if typing.get_origin(kind) is Mapping:
+    return None if isinstance(value, Mapping) else "must be a dict"
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    return f"must be of type {kind.__name__}"
+  if isinstance(value, str) and not _is_usable(value):
+    return (f"must have no NUL, at most {_MAX_TEXT} bytes, and at most {_MAX_NAME} between two "
+            "slashes")
+  if kind is int and abs(value) >= 2**31:
+    return "must be below 2147483648"
+  if kind is float and not math.isfinite(value):
+    return "must be a finite number"
+  is_right, text = _RULES.get(path, (lambda value: True, ""))
+  return None if is_right(value) else text
 
 
 def _is_usable(text: str) -> bool:
@@ -483,12 +486,9 @@ def _check_processes(cfg: Config) -> list[str]:
 
 def _check_model(cfg: Config) -> list[str]:
   model = cfg.pretrained.model
-  is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
-  is_folder = bool(model) and _path(model).is_dir()
-  if model == "tiny" or is_folder or is_hub_id:
+  if model_names.is_hub_id(model) or model_names.is_local(model):
     return []
-  return [f"pretrained.model={model!r} does not exist; must be a folder in diffusers' "
-          "format, a hub id such as 'owner/name', or 'tiny'"]
+  return [f"pretrained.model={model!r} does not exist; must be {model_names.FORMATS}"]
 
 
 def _check_init_from(cfg: Config) -> list[str]:

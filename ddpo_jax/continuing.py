@@ -10,7 +10,7 @@ from typing import Any
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
 from ddpo_jax.masking import is_secret
-from ddpo_jax.model_size import absolute
+from ddpo_jax.model_names import absolute
 
 # What a resumed run may have otherwise than before.
 _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",

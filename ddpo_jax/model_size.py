@@ -15,6 +15,7 @@ from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
+from ddpo_jax.model_names import is_local
 from ddpo_jax.models import hub
 from ddpo_jax.models.clip import CLIPTextConfig
 from ddpo_jax.models.vae import VAEConfig
@@ -58,18 +59,6 @@ def model_size(cfg: Config) -> ModelSize | None:
       lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
       latent_size=side * side * channels,
       embedding_size=tokens * _number(text, "hidden_size", CLIPTextConfig.hidden_size))
-
-
-def is_local(model: str) -> bool:
-  """Whether a model is on this machine, and not on the hub."""
-  return model == hub.TINY or pathlib.Path(model).expanduser().is_dir()
-
-
-def absolute(model: str) -> str:
-  """A local model's folder, as it is called from any other; everything else as it is."""
-  if model == hub.TINY or not is_local(model):
-    return model
-  return str(pathlib.Path(model).expanduser().absolute())
 
 
 def _shapes(folder: pathlib.Path, stem: str) -> dict[str, tuple[int, ...]]:

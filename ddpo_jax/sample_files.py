@@ -22,8 +22,9 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output
 from ddpo_jax.images import image_grid
 from ddpo_jax.inference import ImageGenerator, SamplingOptions, load_base_unet, load_run
+from ddpo_jax.model_names import TINY
 from ddpo_jax.models import StableDiffusion, load_pretrained
-from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, TINY, model_folder
+from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, model_folder
 from ddpo_jax.prompts import load_lines
 
 _PICTURES = (".jpg", ".jpeg", ".png")

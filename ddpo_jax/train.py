@@ -17,6 +17,7 @@ from ddpo_jax import (
   diagnostics,
   distributed,
   memory,
+  model_names,
   run_folder,
   tracking,
   update,
@@ -36,7 +37,6 @@ from ddpo_jax.devices import (
 from ddpo_jax.errors import UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, interruptible
-from ddpo_jax.model_size import absolute
 from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.types import Batch
@@ -72,7 +72,7 @@ def train(cfg: Config) -> pathlib.Path:
   say(plan.describe())
   # So that the run is of use in any folder.
   cfg = dataclasses.replace(cfg, pretrained=dataclasses.replace(
-      cfg.pretrained, model=absolute(cfg.pretrained.model)))
+      cfg.pretrained, model=model_names.absolute(cfg.pretrained.model)))
   with distributed.raising_together():
     model = open_model(cfg)
   with interruptible() as stop, contextlib.ExitStack() as closing:

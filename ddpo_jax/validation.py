@@ -28,7 +28,8 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, nearest_existing
 from ddpo_jax.masking import masked
 from ddpo_jax.messages import place, shown, with_type
-from ddpo_jax.model_size import ModelSize, is_local, model_size, read_header, trained_weights
+from ddpo_jax.model_names import is_local
+from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
 from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import check_drawn, get_prompt_fn, sample_rng
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
-import importlib.resources
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from typing import Any
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line, with_type
+from ddpo_jax.model_names import TINY, TINY_FOLDER
 
 # What a method of a side does, as it is shown while it does it.
 _DOING = {
@@ -47,10 +47,7 @@ STABLE_DIFFUSION_15: Mapping[str, Mapping[str, Any]] = {
 
 def model_configs(model: str) -> Mapping[str, Mapping[str, Any]]:
   """The config of each part: of a folder or "tiny", else Stable Diffusion 1.5's."""
-  if model == "tiny":
-    folder = pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
-  else:
-    folder = pathlib.Path(model).expanduser()
+  folder = TINY_FOLDER if model == TINY else pathlib.Path(model).expanduser()
   if not folder.is_dir():
     return STABLE_DIFFUSION_15
   names = {part: "config.json" for part in ("unet", "vae", "text_encoder")}

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import fnmatch
-import importlib.resources
 import logging
 import os
 import pathlib
@@ -18,9 +17,9 @@ from huggingface_hub import errors as hub_errors
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
+from ddpo_jax.model_names import FORMATS, TINY, TINY_FOLDER, is_hub_id
 
 # The model in this package, for machines without any other.
-TINY = "tiny"
 
 # Names of weights without their ending, by the folders that they are in.
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
@@ -79,11 +78,11 @@ def model_folder(path: str | os.PathLike, revision: str | None = None,
   """
   repository = DIFFUSERS_REPOSITORY if repository is None else repository
   if str(path) == TINY and repository is DIFFUSERS_REPOSITORY:
-    return pathlib.Path(str(importlib.resources.files("ddpo_jax") / "assets/tiny_sd"))
+    return TINY_FOLDER
   folder = pathlib.Path(path).expanduser()
   if str(path) and folder.is_dir():
     return folder
-  if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
+  if not is_hub_id(str(path)):
     raise UserError(f"{repository.field}={str(path)!r} does not exist; must be "
                     f"{repository.formats}")
   return _download(str(path), revision, repository)
@@ -221,7 +220,7 @@ def _choose_weights(names: Sequence[str], stem: str) -> list[str]:
 
 DIFFUSERS_REPOSITORY = Repository(
     field="pretrained.model",
-    formats="a folder in diffusers' format, a hub id such as 'owner/name', or 'tiny'",
+    formats=FORMATS,
     probe=("unet/config.json",), weights_class="diffusers: DiffusionPipeline",
     patterns=("model_index.json", "scheduler/scheduler_config.json", "tokenizer/*.json",
               "tokenizer/*.txt", *(f"{part}/config.json" for part in WEIGHT_NAMES)),
