@@ -50,6 +50,17 @@ class BatchPlan:
         num_train_timesteps=cfg.num_train_timesteps)
 
   @property
+  def devices_of_config(self) -> int:
+    """How many devices the config's sizes are each for one of."""
+    return self.num_devices // self.devices_per_batch
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """What a resumed run must have as before, on whatever devices."""
+    return {"images_per_epoch": self.samples_per_epoch,
+            "images_per_optimizer_step": self.train_batch_size_total}
+
+  @property
   def optimizer_steps_per_epoch(self) -> int:
     return self.steps_per_inner_epoch * self.num_inner_epochs
 
@@ -59,7 +70,7 @@ class BatchPlan:
     shared = f" ({cores} cores share each batch)" if cores > 1 else ""
     lines = {
         "Number of epochs": self.num_epochs,
-        "Devices": f"{self.num_devices // self.devices_per_batch} x {self.device}{shared}",
+        "Devices": f"{self.devices_of_config} x {self.device}{shared}",
         "Sample batch size per device": self.sample_batch_size * self.devices_per_batch,
         "Train batch size per device": self.train_batch_size * self.devices_per_batch,
         "Gradient accumulation steps": self.gradient_accumulation_steps,

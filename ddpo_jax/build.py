@@ -19,9 +19,11 @@ from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.devices import AXIS, host_memory, samples_at_once
-from ddpo_jax.diffusion import DDIMSchedule
+from ddpo_jax.diffusion import DDIMSchedule, NoiseSchedule
+from ddpo_jax.diffusion.ddim import check_density
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import embedding_shape
+from ddpo_jax.errors import UserError
 from ddpo_jax.generation import (
   FrozenModels,
   Generate,
@@ -66,7 +68,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   """Compiles the update, reads the model meanwhile, and puts it where training needs it."""
   mesh = make_mesh(plan)
   replicated = jax.sharding.NamedSharding(mesh, P())
-  schedule = DDIMSchedule.create(model.shapes.noise_schedule, cfg.sample.num_steps)
+  schedule = make_schedule(cfg, model.shapes.noise_schedule)
   optimizer = update.make_optimizer(
       cfg.train.learning_rate, beta1=cfg.train.adam_beta1, beta2=cfg.train.adam_beta2,
       weight_decay=cfg.train.adam_weight_decay, epsilon=cfg.train.adam_epsilon,
@@ -130,6 +132,21 @@ def load_models(cfg: Config) -> StableDiffusion:
   models = open_model(cfg).read()
   prepare_unet(cfg, models.unet)
   return models
+
+
+def make_schedule(cfg: Config, noise_schedule: NoiseSchedule) -> DDIMSchedule:
+  """The sampler's steps.
+
+  Raises:
+    UserError: if the model's schedule has no such steps, or one without a density.
+  """
+  try:
+    schedule = DDIMSchedule.create(noise_schedule, cfg.sample.num_steps)
+    check_density(schedule, cfg.sample.eta)
+  except UserError as error:
+    raise UserError(f"sample.num_steps={cfg.sample.num_steps} with pretrained.model="
+                    f"{cfg.pretrained.model!r}: {error}") from error
+  return schedule
 
 
 def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionModel:

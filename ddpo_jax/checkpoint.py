@@ -43,11 +43,15 @@ class Restored:
 
 
 def run_of(path: str | os.PathLike) -> pathlib.Path:
-  """The run folder that a path names: itself, or that of its `checkpoints`, or of one in there."""
+  """The run folder that a path names: itself, or that of its `checkpoints`, or of one in there.
+
+  Runs may have such names, too: what has checkpoints of its own is a run.
+  """
   path = pathlib.Path(path).expanduser().resolve()
-  if path.name.isdigit() and path.parent.name == "checkpoints":
-    path = path.parent
-  return path.parent if path.name == "checkpoints" else path
+  is_run = (path / "checkpoints").is_dir()
+  if path.name.isdigit() and path.parent.name == "checkpoints" and not is_run:
+    return path.parent.parent
+  return path.parent if path.name == "checkpoints" and not is_run else path
 
 
 def find(path: str | os.PathLike, name: str = "resume_from") -> tuple[pathlib.Path, int]:

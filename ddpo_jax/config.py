@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 import dataclasses
 import difflib
+import json
 import math
 import os
 import pathlib
@@ -378,14 +379,15 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     value = float(value) if abs(value) < 2**31 else math.inf
   problem = _problem(kind, value, path)
   if problem is not None:
-    problems.append(f"{path}={shown(value)} {problem}")
+    # Arguments may be secrets.
+    problems.append(f"{path}={'{…}' if isinstance(value, Mapping) else shown(value)} {problem}")
   return value
 
 
 def _problem(kind: Any, value: Any, path: str) -> str | None:
   """What a field that is no group must be, if its value is something else."""
   if typing.get_origin(kind) is Mapping:
-    return None if isinstance(value, Mapping) else "must be a dict"
+    return _argument_problem(value)
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
     return f"must be of type {kind.__name__}"
   if isinstance(value, str) and not _is_usable(value):
@@ -397,6 +399,18 @@ def _problem(kind: Any, value: Any, path: str) -> str | None:
     return "must be a finite number"
   is_right, text = _RULES.get(path, (lambda value: True, ""))
   return None if is_right(value) else text
+
+
+def _argument_problem(value: Any) -> str | None:
+  """What a function's arguments must be, if they are something else."""
+  if not isinstance(value, Mapping):
+    return "must be a dict"
+  try:
+    json.dumps(value)
+  except (TypeError, ValueError, RecursionError) as error:
+    return (f"must hold nothing but texts, numbers, None, lists and dicts, which config.json can "
+            f"hold ({error})")
+  return None
 
 
 def _is_usable(text: str) -> bool:
@@ -419,7 +433,8 @@ def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
     if not is_number or not math.isfinite(weight) or weight == 0:
       problems.append(f"reward_fn: the weight {shown(weight)} of {shown(name)} must be a finite "
                       "number other than 0")
-  return dict(value)
+      return {}
+  return {name: float(weight) for name, weight in value.items()}
 
 
 def _check_timesteps(cfg: Config) -> list[str]:
@@ -486,6 +501,10 @@ def _check_processes(cfg: Config) -> list[str]:
 
 def _check_model(cfg: Config) -> list[str]:
   model = cfg.pretrained.model
+  if os.path.isfile(os.path.expanduser(model)):
+    return [f"pretrained.model={model!r} is a file; must be {model_names.FORMATS}. A folder is "
+            "what diffusers makes of it: StableDiffusionPipeline.from_single_file(file)"
+            ".save_pretrained(folder)"]
   if model_names.is_hub_id(model) or model_names.is_local(model):
     return []
   return [f"pretrained.model={model!r} does not exist; must be {model_names.FORMATS}"]

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
+from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
 from ddpo_jax.masking import is_secret
@@ -16,7 +17,11 @@ from ddpo_jax.model_names import absolute
 _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
                "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
                "tensorboard", "distributed", "sample.decode_batch_size",
-               "train.max_skipped_steps")
+               "train.max_skipped_steps", "train.gradient_checkpointing",
+               "train.timesteps_per_batch",
+               # Only what they come to must be the same: `check_sizes`.
+               "sample.batch_size", "sample.num_batches_per_epoch", "train.batch_size",
+               "train.gradient_accumulation_steps")
 # Of a reward's arguments: where and how it is computed, not what it is. Nor are its secrets.
 _ARGUMENTS_MAY_CHANGE = ("url", "timeout", "time_limit", "backoff", "max_parallel",
                          "batch_size", "api_key_env")
@@ -43,6 +48,45 @@ def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
     raise UserError("\n".join(problems))
 
 
+def check_sizes(cfg: Config, plan: BatchPlan, meta: Mapping[str, Any], where: str) -> None:
+  """Refuses to go on with another number of images per epoch or optimizer step than before.
+
+  Batch sizes may change with the number of devices.
+
+  Args:
+    cfg: of the run to be.
+    plan: what its sizes come to on the devices there are.
+    meta: what a checkpoint holds beside the state.
+    where: the checkpoint, for the message.
+
+  Raises:
+    UserError: one line for each number that is another one.
+  """
+  before = meta.get("sizes") or _sizes_on(plan.devices_of_config, meta["config"])
+  fields = {"images_per_epoch": (cfg.sample, "sample", "batch_size", "num_batches_per_epoch"),
+            "images_per_optimizer_step": (cfg.train, "train", "batch_size",
+                                          "gradient_accumulation_steps")}
+  problems = []
+  for name, number in plan.sizes.items():
+    group, prefix, *factors = fields[name]
+    if number != before[name]:
+      product = " × ".join(f"{prefix}.{factor}={getattr(group, factor)}" for factor in factors)
+      problems.append(
+          f"{product} × {plan.devices_of_config} devices makes {number} "
+          f"{name.replace('_', ' ')}, which contradicts {where}, with {before[name]}; must make "
+          "as many, or start a new run")
+  if problems:
+    raise UserError("\n".join(problems))
+
+
+def _sizes_on(devices: int, saved: Mapping[str, Any]) -> dict[str, int]:
+  """What a checkpoint without them must have had, if it was made on as many devices."""
+  sample, train = saved["sample"], saved["train"]
+  return {"images_per_epoch": devices * sample["batch_size"] * sample["num_batches_per_epoch"],
+          "images_per_optimizer_step":
+              devices * train["batch_size"] * train["gradient_accumulation_steps"]}
+
+
 def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], cfg: Config) -> bool:
   """Whether a field is not as it was, and has to be."""
   if any(name == free or name.startswith(f"{free}.") for free in _MAY_CHANGE):
@@ -54,7 +98,8 @@ def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], c
   if name == "pretrained.model":  # a folder may be given from where one is
     return absolute(now[name]) != absolute(before[name])
   if name in now and name in before:
-    return repr(now[name]) != repr(before[name])
+    written = lambda value: json.dumps(value, sort_keys=True)
+    return written(now[name]) != written(before[name])
   # One of them does not have it: a field of another version, or a reward's argument.
   return name.startswith("reward_kwargs.")
 

@@ -21,7 +21,7 @@ _MAX_SIDE = 65_500  # pixels of a JPEG file
 def encode_image(image: np.ndarray, file_format: str, **options: Any) -> bytes:
   """[H, W, 3] uint8 -> the bytes of a file such as "JPEG" or "PNG"; `options` are Pillow's."""
   buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, format=file_format, **options)
+  Image.fromarray(np.asarray(image)).save(buffer, format=file_format, **options)
   return buffer.getvalue()
 
 

@@ -69,8 +69,10 @@ def inject_lora(unet: nnx.Module, rank: int, key: jax.Array) -> None:
     key: `down` is drawn from it: normal with standard deviation 1/rank. `up` is zero.
 
   Raises:
-    ValueError: if the UNet has no attention to attach to.
+    ValueError: if the rank is below 1, or the UNet has no attention to attach to.
   """
+  if rank < 1:
+    raise ValueError(f"{rank=} must be at least 1")
   projections = list(attention_projections(unet))
   if not projections:
     raise ValueError("the UNet has no attention projections to attach LoRA to")

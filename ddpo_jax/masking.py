@@ -25,7 +25,7 @@ def is_secret(name: str) -> bool:
 def masked(value: Any) -> Any:
   """A value as it may be written down: keys, tokens and passwords in it become "***"."""
   if isinstance(value, Mapping):
-    return {name: _MASK if item and is_secret(str(name)) else masked(item)
+    return {name: _MASK if is_secret(str(name)) and item else masked(item)
             for name, item in value.items()}
   if isinstance(value, (list, tuple)):
     return type(value)(map(masked, value))

@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 from typing import Any
+import warnings
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -143,7 +144,9 @@ def _chart(title: str, plot: Callable[[Axes], None], *, y_label: str = "",
     for text in legend.get_texts():
       text.set_color(_INK)
   buffer = io.StringIO()
-  figure.savefig(buffer, format="svg", transparent=True)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as boxes
+    figure.savefig(buffer, format="svg", transparent=True)
   svg = buffer.getvalue()
   svg = svg[svg.index("<svg"):].replace(_INK, "currentColor")
   label = html.escape(title)
@@ -216,7 +219,8 @@ def _prompts_chart(rewards: Sequence[Mapping]) -> list[str]:
     axes.hlines(rows, before, after, color=_INK, alpha=0.4, lw=1)
     axes.plot(before, rows, "o", color=_SECOND, ms=4, label="first quarter")
     axes.plot(after, rows, "o", color=_ACCENT, ms=4, label="last quarter")
-    axes.set_yticks(rows, [_shorten(prompt) for prompt in prompts], fontsize=7)
+    # Without mathematics: a prompt may have dollar signs.
+    axes.set_yticks(rows, [_shorten(prompt) for prompt in prompts], fontsize=7, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(4))  # half of the width is the prompts'
     _add_legend(axes)
   return [_chart("Reward of the most frequent prompts", plot, x_label="reward")]

@@ -12,7 +12,7 @@ import numpy as np
 from ddpo_jax import checkpoint, distributed
 from ddpo_jax.build import Trainer
 from ddpo_jax.console import say
-from ddpo_jax.continuing import check_continues
+from ddpo_jax.continuing import check_continues, check_sizes
 from ddpo_jax.errors import UserError
 from ddpo_jax.types import TrainState
 
@@ -54,8 +54,9 @@ def _restore(trainer: Trainer, run: pathlib.Path, epoch: int
   damage = None
   with distributed.raising_together():
     try:
-      saved = checkpoint.restore_meta(run, epoch)["config"]
-      check_continues(trainer.cfg, saved, checkpoint.describe(run, epoch))
+      meta, where = checkpoint.restore_meta(run, epoch), checkpoint.describe(run, epoch)
+      check_continues(trainer.cfg, meta["config"], where)
+      check_sizes(trainer.cfg, trainer.plan, meta, where)
       restored = checkpoint.restore(run, epoch, trainer.state)
     except checkpoint.DamagedError as error:
       damage = error
@@ -78,7 +79,8 @@ def checkpoint_of(trainer: Trainer) -> tuple[TrainState, dict]:
   A copy, because the update overwrites the state, and on a CPU that would be the same memory.
   """
   state_of = lambda part: None if part is None else part.state_dict()
-  meta = {"config": trainer.cfg.to_dict(), "per_prompt_stats": state_of(trainer.stat_tracker),
+  meta = {"config": trainer.cfg.to_dict(), "sizes": trainer.plan.sizes,
+          "per_prompt_stats": state_of(trainer.stat_tracker),
           "reward_stats": state_of(trainer.combiner), "watch": trainer.watch.state_dict(),
           "skipped_in_a_row": trainer.skipped_in_a_row}
   return jax.tree.map(np.array, trainer.state), meta

@@ -22,7 +22,7 @@ from ddpo_jax import build, checkpoint, distributed, run_folder
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, any_of, fields_of
 from ddpo_jax.console import say
-from ddpo_jax.continuing import check_continues
+from ddpo_jax.continuing import check_continues, check_sizes
 from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, nearest_existing
@@ -178,7 +178,7 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
     problems.of(read_header, "lora.init_from",
                 pathlib.Path(cfg.lora.init_from).expanduser())
   if run is not None and cfg.resume_from and "resume_from" not in wrong:
-    problems.of(_check_resumes, cfg, run)
+    problems.of(_check_resumes, cfg, run, None if wrong else plan_batches(cfg))
   needed = ("pretrained.model", "use_lora", "lora.rank", "lora.init_from", "num_epochs",
             "save_freq", "num_checkpoint_limit")
   if not any_of(needed, wrong):
@@ -187,7 +187,7 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
       problems.of(_check_room, cfg, run, size)
 
 
-def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
+def _check_resumes(cfg: Config, run: pathlib.Path, plan: BatchPlan | None) -> None:
   """That there is a checkpoint to go on from, of the same experiment, and the run's newest."""
   source, epochs = checkpoint.to_resume(cfg.resume_from, run)
   if not epochs:
@@ -199,10 +199,13 @@ def _check_resumes(cfg: Config, run: pathlib.Path) -> None:
         f"({', '.join(map(str, sorted(later)))}), which going on from this one would overwrite; "
         "set run_name to go on in a new folder, or delete them first")
   try:
-    saved = checkpoint.restore_meta(source, epochs[0])["config"]
+    meta = checkpoint.restore_meta(source, epochs[0])
   except checkpoint.DamagedError:
     return  # the one before it may do; resuming finds out
-  check_continues(cfg, saved, checkpoint.describe(source, epochs[0]))
+  where = checkpoint.describe(source, epochs[0])
+  check_continues(cfg, meta["config"], where)
+  if plan is not None:
+    check_sizes(cfg, plan, meta, where)
 
 
 def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
@@ -249,8 +252,9 @@ def _check_model(cfg: Config) -> None:
   """Opens a model that is here and attaches LoRA, as the run will, without reading its weights."""
   if not is_local(cfg.pretrained.model):
     return
-  unet = build.open_model(cfg).shapes.unet
-  nnx.eval_shape(functools.partial(build.prepare_unet, cfg), unet)
+  shapes = build.open_model(cfg).shapes
+  nnx.eval_shape(functools.partial(build.prepare_unet, cfg), shapes.unet)
+  build.make_schedule(cfg, shapes.noise_schedule)
 
 
 def describe_memory(cfg: Config, plan: BatchPlan) -> str:

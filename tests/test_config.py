@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import json
+import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from configs import base, demo, dgx, single_gpu
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import field_type, resolve
-from ddpo_jax.continuing import check_continues
+from ddpo_jax.continuing import check_continues, check_sizes
 from ddpo_jax.errors import UserError
 
 EXPERIMENTS = [base.get_config,
@@ -221,3 +223,55 @@ def test_statistics_of_prompts_are_kept_or_not_as_before(before, now):
   check_continues(resolve(changed(per_prompt_stat_tracking=before)), saved, "it")
   with pytest.raises(UserError, match="per_prompt_stat_tracking.buffer_size=.* contradicts it"):
     check_continues(resolve(changed(per_prompt_stat_tracking=now)), saved, "it")
+
+
+def test_arguments_are_compared_by_what_they_say():
+  """Not by the order that they are given in, nor by whether a weight has a point."""
+  before = changed(prompt_fn_kwargs={"a": 1, "b": 2}, reward_fn={"x:y": 1, "z:y": 0.5})
+  now = changed(prompt_fn_kwargs={"b": 2, "a": 1}, reward_fn={"z:y": 0.5, "x:y": 1.0})
+  saved = json.loads(json.dumps(resolve(before).to_dict()))
+  check_continues(resolve(now), saved, "it")
+
+
+def test_batch_sizes_go_with_the_devices():
+  """A resumed run must have as many images an epoch and a step, however they are divided."""
+  def sizes(devices, **changes):
+    cfg = resolve(changed(**changes))
+    return cfg, BatchPlan.create(cfg, devices)
+
+  base_sizes = {"sample.batch_size": 8, "sample.num_batches_per_epoch": 4, "train.batch_size": 4,
+                "train.gradient_accumulation_steps": 2}
+  cfg, plan = sizes(2, **base_sizes)
+  meta = {"config": cfg.to_dict(), "sizes": plan.sizes}
+  for devices, same in ((1, {"sample.num_batches_per_epoch": 8,
+                             "train.gradient_accumulation_steps": 4}),
+                        (4, {"sample.batch_size": 4, "train.batch_size": 2}),
+                        (2, {"train.batch_size": 1, "train.gradient_accumulation_steps": 8})):
+    now, plan = sizes(devices, **base_sizes | same)
+    check_continues(now, meta["config"], "it")
+    check_sizes(now, plan, meta, "it")
+  with pytest.raises(UserError) as error:
+    check_sizes(*sizes(1, **base_sizes), meta, "it")
+  assert str(error.value).splitlines() == [
+      "sample.batch_size=8 × sample.num_batches_per_epoch=4 × 1 devices makes 32 images per epoch, "
+      "which contradicts it, with 64; must make as many, or start a new run",
+      "train.batch_size=4 × train.gradient_accumulation_steps=2 × 1 devices makes 8 images per "
+      "optimizer step, which contradicts it, with 16; must make as many, or start a new run"]
+  # A checkpoint of before there were such numbers in it.
+  old = {"config": meta["config"]}
+  check_sizes(*sizes(1, **base_sizes), old, "it")
+  with pytest.raises(UserError, match="makes 64 images per epoch"):
+    check_sizes(*sizes(1, **base_sizes | {"sample.num_batches_per_epoch": 8}), old, "it")
+
+
+@pytest.mark.parametrize("argument", ({1, 2}, np.ones(3), pathlib.Path("x")))
+def test_arguments_are_what_a_config_file_can_hold(argument):
+  with pytest.raises(UserError, match="^reward_kwargs={…} must hold nothing but texts") as error:
+    resolve(base.get_config().to_dict() | {"reward_kwargs": {"api_key": "secret", "x": argument}})
+  assert "secret" not in str(error.value)
+
+
+def test_a_single_file_is_no_model(tmp_path):
+  (tmp_path / "model.safetensors").write_text("")
+  with pytest.raises(UserError, match="model.safetensors' is a file; must be a folder"):
+    resolve(changed(**{"pretrained.model": str(tmp_path / "model.safetensors")}))

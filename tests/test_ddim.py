@@ -72,6 +72,19 @@ def extra(schedule, golden, nhwc, t):
                    1.0, noise=nhwc(cases["noise"]))
 
 
+def test_latents_without_a_batch_axis_are_refused(schedule_of):
+  """Their log-probability would be averaged over the wrong axes."""
+  x = jnp.zeros((8, 8, 4))
+  with pytest.raises(ValueError, match=r"latents \(8, 8, 4\) must be \[B, h, w, C\]"):
+    ddim_step(schedule_of(10), x, jnp.array([0]), x, 1.0, noise=x)
+
+
+def test_old_scheduler_files_mean_what_a_pipeline_makes_of_them():
+  for values in ({}, {"clip_sample": True, "steps_offset": 0}):
+    read = NoiseSchedule.of_pipeline({"beta_end": 0.012, **values})
+    assert (read.clip_sample, read.steps_offset, read.beta_end) == (False, 1, 0.012)
+
+
 def test_clip_sample(schedule_of, golden, nhwc):
   extras = golden("a_extras")
   schedule = schedule_of(10, clip_sample=True, clip_sample_range=1.0)

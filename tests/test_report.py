@@ -114,3 +114,13 @@ def test_numbers_beside_the_rewards(charts):
                  {"reward/a_mean": 1.0, "reward/a_std": 1.0, "reward/a/mass_mean": 0.5})
   assert "a, raw" in found and "a/mass, mean" in found
   assert "a/mass, raw" not in found
+
+
+@pytest.mark.filterwarnings("error")
+def test_prompts_are_no_mathematics_and_of_any_script(drawn):
+  prompts = ["a $5 circle and a $10 square", r"$\frac{1}{ broken $", "一只猫"]
+  axes = drawn("Reward of the most", [{}, {}], [
+      {"epoch": i, "prompts": prompts, "rewards": [-3.0, -2.75, -1.5]} for i in range(2)])
+  labels = axes.get_yticklabels()
+  assert {label.get_text() for label in labels} == set(prompts)
+  assert not any(label.get_parse_math() for label in labels)

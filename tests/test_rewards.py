@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import PIL
 import pytest
@@ -141,7 +142,8 @@ def test_wrong_values_name_function_sample_and_prompt(values, message):
   assert "my:reward" in str(error.value)
 
 
-@pytest.mark.parametrize("values", ([1, 2, 3], [True, False, True], np.float64([1, 2, 3])))
+@pytest.mark.parametrize("values", ([1, 2, 3], [True, False, True], np.float64([1, 2, 3]),
+                                    jnp.bfloat16([1, 2, 3])))
 def test_any_numbers_become_float32(values):
   assert check_rewards("f", values, PROMPTS).dtype == np.float32
 

@@ -131,7 +131,7 @@ def test_resuming_without_a_name_goes_on_in_the_same_folder(cfg, tmp_path):
 
 
 def test_a_run_may_lie_in_a_folder_called_checkpoints(cfg, tmp_path, monkeypatch):
-  run = tmp_path / "checkpoints" / "7a"
+  run = tmp_path / "checkpoints" / "7"
   (run / "checkpoints" / "7").mkdir(parents=True)
   (run / "config.json").write_text("{}")
   changes = {"logdir": str(run.parent), "resume_from": str(run)}

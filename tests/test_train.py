@@ -157,6 +157,21 @@ def test_several_rewards_resume_exactly(make_config):
   assert resumed[-1]["loss"] == lines[2]["loss"]
 
 
+def test_a_run_goes_on_in_smaller_batches(make_config):
+  """As on a smaller device: the images, and what each optimizer step takes, are the same."""
+  run = train.train(make_config(num_epochs=2))
+  expected = metrics_of(run)[1]
+  smaller = {"sample.batch_size": 2, "sample.num_batches_per_epoch": 2, "train.batch_size": 1,
+             "train.gradient_accumulation_steps": 2, "train.gradient_checkpointing": "blocks"}
+  other = {"run_name": "other", "resume_from": str(run / "checkpoints" / "0")}
+  resumed = metrics_of(train.train(make_config(num_epochs=2, **other, **smaller)))[-1]
+  assert resumed["reward_mean"] == pytest.approx(expected["reward_mean"], rel=1e-5)
+  assert resumed["optimizer_steps"] == expected["optimizer_steps"]
+  with pytest.raises(UserError, match="makes 8 images per epoch, which contradicts .*, with 4;"):
+    train.train(make_config(num_epochs=2, **other | {"run_name": "third"},
+                            **{"sample.num_batches_per_epoch": 2}))
+
+
 def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tmp_path,
                                                                  capsys):
   changes = dict(save_freq=1, resume_from="auto")

@@ -137,11 +137,13 @@ def ddim_step(
     summed) over the elements.
 
   Raises:
-    ValueError: if not exactly one of `noise` and `prev_latents` is given, or if `eta`
-      leaves the step without a density.
+    ValueError: if not exactly one of `noise` and `prev_latents` is given, if latents are not
+      [B, h, w, C], or if `eta` leaves the step without a density.
     UserError: if the model's schedule does (a step that begins at timestep 0).
   """
   check_density(schedule, eta)
+  if latents.ndim != 4:
+    raise ValueError(f"latents {latents.shape} must be [B, h, w, C]")
   if (noise is None) == (prev_latents is None):
     raise ValueError("give either noise (to sample) or prev_latents (to score)")
   mean, std = ddim_mean_and_std(schedule, model_output, step, latents, eta)

@@ -76,6 +76,15 @@ class NoiseSchedule:
     """
     return read_fields(cls, values)
 
+  @classmethod
+  def of_pipeline(cls, values: Mapping[str, Any]) -> NoiseSchedule:
+    """As `from_dict`, with what diffusers' StableDiffusionPipeline sets whatever the file says.
+
+    Old files lack clip_sample and steps_offset. Stable Diffusion's latents are not in [−1, 1], and
+    its timesteps begin at 1.
+    """
+    return cls.from_dict({**values, "clip_sample": False, "steps_offset": 1})
+
   @functools.cached_property
   def alphas_cumprod(self) -> Float32[np.ndarray, " num_train_timesteps"]:
     """ᾱ_t.

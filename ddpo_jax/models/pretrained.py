@@ -52,12 +52,18 @@ class StableDiffusion:
     return self.vae.config.scaling_factor
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts -> int32 [B, L], padded or cut to the L tokens that the encoder takes."""
+    """Prompts -> int32 [B, L], padded or cut to the L tokens that the encoder takes.
+
+    Raises:
+      TypeError: if they are a single text and not a list.
+    """
     return tokenize(self.tokenizer, prompts, self.text_encoder.config.max_position_embeddings)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
   """Prompts -> int32 [B, length], padded or cut."""
+  if isinstance(prompts, str):
+    raise TypeError(f"prompts must be a list of texts, not the text {prompts!r:.100}")
   encoded = tokenizer(list(prompts), padding="max_length", truncation=True,
                       max_length=length, return_tensors="np")
   return encoded.input_ids.astype(np.int32)
@@ -91,7 +97,7 @@ def open_pretrained(path: str | os.PathLike, revision: str | None = None,
   configs = {name: model_config.read(folder / name / "config.json", config_cls.from_dict)
              for name, (_, config_cls) in PARTS.items()}
   noise_schedule = model_config.read(folder / "scheduler" / "scheduler_config.json",
-                                     NoiseSchedule.from_dict)
+                                     NoiseSchedule.of_pipeline)
   files = {name: hub.find_weights(folder / name, stem)
            for name, stem in hub.WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")

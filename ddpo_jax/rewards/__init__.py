@@ -9,6 +9,7 @@ import functools
 import inspect
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Float32, UInt8
 import numpy as np
 
@@ -125,7 +126,7 @@ def check_rewards(name: str, rewards: Any, prompts: list[str]
   if array.shape != (len(prompts),):
     raise UserError(f"reward_fn={name!r} returned rewards of shape {array.shape}; must be "
                     f"({len(prompts)},), one for each image")
-  if not (np.issubdtype(array.dtype, np.floating) or
+  if not (jnp.issubdtype(array.dtype, jnp.floating) or  # bfloat16 is one to JAX alone
           np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
     raise UserError(f"reward_fn={name!r} returned rewards of type {array.dtype}; must be "
                     "numbers")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Float32
 import numpy as np
 
@@ -108,7 +109,8 @@ def _for_each_image(value: Any, count: int) -> Float32[np.ndarray, " B"] | list[
     if _is_list(value) and len(value) == count and all(map(_is_text, value)):
       return list(value)
     array = np.asarray(value)
-    if array.dtype.kind not in "biuf" or array.shape not in ((), (count,)):
+    is_number = array.dtype.kind in "biu" or jnp.issubdtype(array.dtype, jnp.floating)
+    if not is_number or array.shape not in ((), (count,)):
       return None
     with np.errstate(over="ignore"):
       return np.broadcast_to(array.astype(np.float32), (count,))
