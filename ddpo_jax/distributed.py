@@ -22,9 +22,12 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from ddpo_jax.config import DistributedConfig
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import Interrupted, UserError
 
 _VISIBLE_DEVICES = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
+
+
+_RAISED_TOGETHER = "_raised_together"  # an attribute of exceptions
 
 
 class OtherProcessFailed(RuntimeError):
@@ -62,8 +65,8 @@ def initialize(cfg: DistributedConfig) -> None:
         f"distributed.coordinator_address={cfg.coordinator_address!r}: the processes did not "
         f"find each other in {cfg.timeout} s; all of them must be running, and reach that "
         f"address ({reason})") from error
-  if alone_on_its_machine(os.environ):
-    # To each process of these launchers JAX has given one GPU.
+  if alone_on_its_machine(os.environ) or sees_one_gpu(os.environ):
+    # To each process of these launchers JAX has given the GPU of its number on the machine.
     for name, devices in visible.items():
       jax.config.update(name, devices)
 
@@ -83,6 +86,13 @@ def alone_on_its_machine(environment: os._Environ[str] | dict[str, str]) -> bool
     return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
   tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "8(x2),4"
   return all(re.fullmatch(r"1(\(x\d+\))?", count) for count in tasks.split(","))
+
+
+def sees_one_gpu(environment: os._Environ[str] | dict[str, str]) -> bool:
+  """Whether the launcher has given this process a GPU of its own, which is then number 0."""
+  lists = [environment.get(name, "") for name in
+           ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")]
+  return any(devices and "," not in devices for devices in lists)
 
 
 def check_devices() -> None:
@@ -145,6 +155,16 @@ def is_shared(folder: pathlib.Path) -> bool:
   return shared
 
 
+def raised_on_all(error: BaseException) -> bool:
+  """Whether the other processes have raised as well, and do not wait for this one.
+
+  So it is with what `raising_together` raises, with signals, which are agreed on, and with
+  numbers that are not finite, which all of them have.
+  """
+  return (jax.process_count() == 1 or hasattr(error, _RAISED_TOGETHER) or
+          isinstance(error, (OtherProcessFailed, Interrupted, FloatingPointError)))
+
+
 @contextlib.contextmanager
 def raising_together() -> Iterator[None]:
   """Raises on every process if the block raises on any. Collective.
@@ -161,6 +181,7 @@ def raising_together() -> Iterator[None]:
     failure = error
   failed = max_over_processes(int(failure is not None))
   if failure is not None:
+    failure.__dict__[_RAISED_TOGETHER] = True
     raise failure
   if failed:
     raise OtherProcessFailed("another process failed, and said why; this one stops with it")

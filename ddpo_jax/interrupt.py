@@ -17,6 +17,8 @@ from ddpo_jax.errors import Interrupted
 _SIGNALS = (signal.SIGTERM, signal.SIGINT,
             *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []))
 _STANDARD_ERROR = 2
+_STOPPING = (b"\nStopping after the current optimizer step or batch, and saving; a second signal "
+             b"ends at once, without\n")
 
 _ending = threading.Lock()
 
@@ -43,6 +45,8 @@ def interruptible() -> Iterator[Stop]:
   def request(signum: int, _) -> None:
     stop.signum = signum
     restore()
+    with contextlib.suppress(OSError):
+      os.write(_STANDARD_ERROR, _STOPPING)
 
   def restore() -> None:
     for each, handler in previous.items():

@@ -46,7 +46,7 @@ def model_size(cfg: Config) -> ModelSize | None:
   folder = hub.model_folder(model)
   shapes = {part: _shapes(folder / part, stem) for part, stem in hub.WEIGHT_NAMES.items()}
   unet, vae, text = (_read_config(folder / part / "config.json") for part in hub.WEIGHT_NAMES)
-  side = unet["sample_size"] if isinstance(unet.get("sample_size"), int) else 64
+  height, width = _sample_size(unet)
   channels = _number(vae, "latent_channels", VAEConfig.latent_channels)
   tokens = _number(text, "max_position_embeddings", CLIPTextConfig.max_position_embeddings)
   count = lambda shapes: sum(map(math.prod, shapes))
@@ -57,7 +57,7 @@ def model_size(cfg: Config) -> ModelSize | None:
   return ModelSize(
       weights=unet_weights + count(decoder), unet_weights=unet_weights,
       lora_weights_per_rank=sum(shape[0] + math.prod(shape[1:]) for shape in projections),
-      latent_size=side * side * channels,
+      latent_size=height * width * channels,
       embedding_size=tokens * _number(text, "hidden_size", CLIPTextConfig.hidden_size))
 
 
@@ -90,6 +90,16 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path)
   except UserError as error:
     raise UserError(f"pretrained.model: {error}") from error
+
+
+def _sample_size(unet: Mapping[str, Any]) -> tuple[int, int]:
+  """Height and width of the latents that a UNet's config says, else Stable Diffusion 1.5's."""
+  size = unet.get("sample_size")
+  if isinstance(size, int):
+    return size, size
+  if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size):
+    return size[0], size[1]
+  return 64, 64
 
 
 def _number(values: Mapping[str, Any], name: str, default: int) -> int:

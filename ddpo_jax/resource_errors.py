@@ -17,6 +17,11 @@ from ddpo_jax.run_folder import named_by
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new, old
 
+_ROOM_BESIDE_JAX = (
+    "the GPU has no memory left beside what JAX takes; another program may use it "
+    f"(nvidia-smi shows them). Else set {_MEMORY_FRACTIONS[0]}=0.65 in the environment, or lower "
+    "if it is set already")
+
 
 @contextlib.contextmanager
 def with_advice(cfg: Config) -> Iterator[None]:
@@ -33,6 +38,8 @@ def with_advice(cfg: Config) -> Iterator[None]:
     causes = list(_causes(error))
     if any(map(_is_full_disk, causes)):
       raise UserError(full_disk(cfg)) from error
+    if any(map(_is_without_room_beside_jax, causes)):
+      raise UserError(_ROOM_BESIDE_JAX) from error
     if any(map(_is_out_of_memory, causes)):
       raise UserError(out_of_memory(cfg)) from error
     raise
@@ -54,6 +61,17 @@ def _is_full_disk(error: BaseException) -> bool:
     return True
   # Checkpoints are written by a library of C++, whose errors have no number.
   return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def _is_without_room_beside_jax(error: BaseException) -> bool:
+  """Whether the driver, or a library of NVIDIA's, lacks memory that JAX has not taken or cannot.
+
+  XLA's names for it differ; the first is also RESOURCE_EXHAUSTED.
+  """
+  return type(error).__module__.partition(".")[0] in ("jax", "jaxlib") and any(
+      text in str(error) for text in ("instantiate command buffer", "CUDNN_STATUS_ALLOC_FAILED",
+                                      "DNN library initialization failed",
+                                      "CUDA_ERROR_OUT_OF_MEMORY"))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
+import sys
 import time
+import traceback
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +22,7 @@ from ddpo_jax import (
   distributed,
   memory,
   model_names,
+  resource_errors,
   run_folder,
   tracking,
   update,
@@ -25,7 +30,7 @@ from ddpo_jax import (
 )
 from ddpo_jax.build import Trainer, build, open_model
 from ddpo_jax.config import Config
-from ddpo_jax.console import say
+from ddpo_jax.console import say, write
 from ddpo_jax.devices import (
   AXIS,
   configure_devices,
@@ -34,7 +39,7 @@ from ddpo_jax.devices import (
   peak_memory_bytes,
   plan_batches,
 )
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import USAGE_ERROR, UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, interruptible
 from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
@@ -117,7 +122,9 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       run_epoch(trainer, tracker, epoch, stop, started)
       finished, state = epoch, checkpoint_of(trainer)
       evaluate(trainer, tracker, epoch + 1)
-    except BaseException:
+    except BaseException as error:
+      if not distributed.raised_on_all(error):
+        end_alone(cfg, error)
       # An epoch is a pure function of the state before it, so nothing is lost: neither by a
       # signal, nor where a reward fails or exits, or training gets no finite numbers.
       if finished >= 0:
@@ -131,13 +138,34 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       checkpointer.save(epoch, *state)
 
 
+def end_alone(cfg: Config, error: BaseException) -> NoReturn:
+  """Ends this process at once, because the others wait for it in a collective operation.
+
+  To save or to shut down takes all of them. They end when they find that this one is gone.
+  """
+  try:
+    with resource_errors.with_advice(cfg):
+      raise error
+  except UserError as known:
+    status = USAGE_ERROR
+    write(str(known), sys.stderr)
+  except BaseException:
+    status = 1
+    traceback.print_exc()
+  write(f"This happened on process {jax.process_index()} alone; all of them end, and the last "
+        "checkpoint is kept", sys.stderr)
+  sys.stderr.flush()
+  os._exit(status)
+
+
 def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Stop,
               started: float) -> None:
   """Samples, scores, updates, and logs one epoch."""
   first = int(trainer.state.step) == 0
   rollout = trainer.worker.run(trainer.state.params, epoch, check_stop=stop.check)
   if first:
-    check_predictions(trainer, rollout)
+    with distributed.raising_together():
+      check_predictions(trainer, rollout)
   rewards = total_rewards(trainer, rollout)
   batch = make_batch(trainer, rollout, rewards)
   training_started = time.perf_counter()

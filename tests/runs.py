@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from ddpo_jax import checkpoint, lora
+from ddpo_jax import checkpoint, lora, train
 from ddpo_jax.build import load_models
 from ddpo_jax.config import resolve
 
@@ -125,4 +125,17 @@ def no_more_prompts_on_process_one(rng, after):
 def fails_on_process_one(images, prompts, metadata):
   if jax.process_index() == 1:
     raise ConnectionError("the server is gone")
+  return images.mean(axis=(1, 2, 3)), {}
+
+
+_batches_scored = itertools.count()
+
+
+def loses_its_device_on_process_one(images, prompts, metadata):
+  """In the second epoch, and where no process asks whether the others are well."""
+  def fails(*_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+  if jax.process_index() == 1 and next(_batches_scored) >= 2:
+    train.make_batch = fails
   return images.mean(axis=(1, 2, 3)), {}

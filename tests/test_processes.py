@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 import types
 
 import jax
@@ -105,6 +106,18 @@ def test_a_reward_that_fails_on_one_stops_both(whole):
   assert "the server is gone" in errors[1]
 
 
+def test_a_device_that_fails_on_one_ends_both(whole):
+  """To save would take both, and the other waits in the optimizer step."""
+  started = time.monotonic()
+  codes, errors = finish(start_two(small_command(
+      whole, "device", "--config.save_freq=1",
+      "--config.reward_fn=tests.runs:loses_its_device_on_process_one")))
+  assert codes[1] == 1 and codes[0] != 0, errors
+  assert time.monotonic() - started < 150  # JAX's heartbeat, and what a run takes
+  assert "the device is gone" in errors[1] and "process 1 alone" in errors[1]
+  assert checkpoint.saved_epochs(whole / "device") == [0]
+
+
 @pytest.mark.parametrize("after,saved", [(4 + 8 + 3, []), (4 + 8 + 16 + 3, [0])])
 def test_a_prompt_that_fails_on_one_stops_both(whole, after, saved):
   """In the first epoch, of the prompts of all; or in the second: the first is saved, by both."""
@@ -163,6 +176,8 @@ def test_clusters_are_recognised(environment, expected):
     ({"SLURM_STEP_TASKS_PER_NODE": "2,1(x3)"}, False),
     ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
     ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "CUDA_VISIBLE_DEVICES": "3"}, True),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "CUDA_VISIBLE_DEVICES": "2,3"}, False),
 ))
 def test_a_process_alone_on_its_machine_has_all_its_gpus(monkeypatch, environment, expected):
   """JAX by itself gives a process of these launchers the GPU of its number on the machine."""

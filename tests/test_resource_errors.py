@@ -25,6 +25,21 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch):
       "mixed_precision='fp16'")
 
 
+@pytest.mark.parametrize("message", (
+    "RESOURCE_EXHAUSTED: ran out of memory trying to instantiate command buffer",
+    "FAILED_PRECONDITION: DNN library initialization failed.",
+    "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"))
+def test_memory_that_jax_has_taken_from_others_is_said_to_be_that(capsys, monkeypatch, message):
+  """To give JAX more of it would make it worse."""
+  def fails(cfg):
+    raise jax.errors.JaxRuntimeError(message)
+
+  monkeypatch.setattr(train, "train", fails)
+  assert cli.exit_status(lambda: cli.train(resolve(small_config()))) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "another program may use it" in line and "XLA_CLIENT_MEM_FRACTION=0.65" in line
+
+
 @pytest.mark.parametrize("variable", (None, *resource_errors._MEMORY_FRACTIONS))
 def test_out_of_memory_of_a_gpu(monkeypatch, variable):
   """JAX leaves a quarter of it alone, if nobody has said how much it may take."""

@@ -120,6 +120,7 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
       note(start=measure_start(ours))
     sides = start_sides(ours, command, options)
     note(machine={side.name: side.call("describe") for side in sides})
+    _check_one_gpu(results["machine"][_JAX], options)
     epochs = run_rounds(sides, options.rounds)
     sides = [side for side in sides if side.name in epochs]
     plan = BatchPlan.create(cfg, num_devices=1)
@@ -135,6 +136,13 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
     sides[0].close()
   note(of_peak=share_of_peak(cfg, results))
   return results
+
+
+def _check_one_gpu(machine: Mapping[str, Any], options: argparse.Namespace) -> None:
+  """Refuses to compare several GPUs with the one that the reference uses."""
+  if options.reference and machine["platform"] == "gpu" and machine["devices"] > 1:
+    raise UserError(f"--reference={options.reference} uses one GPU, and JAX finds "
+                    f"{machine['devices']}; set CUDA_VISIBLE_DEVICES=0 in the environment")
 
 
 def measure_start(command: Sequence[str]) -> dict[str, float]:
@@ -203,8 +211,10 @@ def share_of_peak(cfg: Config, results: Mapping[str, Any]) -> dict[str, float]:
   of = lambda part: flops[part]["counted"]
   image = cfg.sample.num_steps * of("denoising_step") + of("decode")  # prompts are known
   timestep = of("training_timestep") + _rescored(results) * of("denoising_step")
-  return {"sampling": image * rate["images_per_second"][0] / peak,
-          "training": timestep * rate["sample_timesteps_per_second"][0] / peak}
+  machine = results["machine"][_JAX]
+  devices = machine["devices"] if machine["platform"] == "gpu" else 1  # a CPU's are its cores
+  return {"sampling": image * rate["images_per_second"][0] / peak / devices,
+          "training": timestep * rate["sample_timesteps_per_second"][0] / peak / devices}
 
 
 def describe(results: Mapping[str, Any]) -> str:

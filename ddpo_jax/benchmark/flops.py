@@ -11,6 +11,7 @@ from jax.interpreters import partial_eval
 import jax.numpy as jnp
 
 from ddpo_jax import lora
+from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.models import StableDiffusion
 
 # JAX's calls of cuDNN, of queries and keys [B, T, N, H]: how many matrix products each stands
@@ -76,9 +77,9 @@ def of_models(models: StableDiffusion, guided: bool, use_lora: bool) -> dict[str
     For "denoising_step", "training_timestep" (forward and backward), "decode" and
     "text_encoder": {"counted": int, "compiled": float or None}.
   """
-  config, size = models.unet.config, models.unet.config.sample_size
+  config = models.unet.config
   branches = 2 if guided else 1
-  latents = jnp.ones((1, size, size, config.in_channels))
+  latents = jnp.ones((1, *native_size(models.unet), config.in_channels))
   timesteps = jnp.zeros(1, jnp.int32)
   tokens = jnp.zeros((1, models.text_encoder.config.max_position_embeddings), jnp.int32)
   context = jnp.ones((branches, tokens.shape[1], config.cross_attention_dim))

@@ -31,6 +31,7 @@ from ddpo_jax.devices import (
 )
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.diffusion.ddim import uses_guidance
+from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.models import StableDiffusion, Unread
 from ddpo_jax.models.hub import model_folder
@@ -110,9 +111,9 @@ class JaxSide:
 
   def decode(self) -> dict[str, Any]:
     """The autoencoder alone, as many images at a time as in sampling."""
-    config = self._shapes.unet.config
+    unet = self._shapes.unet
     count = min(self._cfg.sample.decode_batch_size, self._cfg.sample.batch_size)
-    latents = jnp.ones((count, config.sample_size, config.sample_size, config.in_channels))
+    latents = jnp.ones((count, *native_size(unet), unet.config.in_channels))
     graphdef, weights = nnx.split(_with_random_weights(self._shapes.vae))
     decode = jax.jit(lambda weights, x: nnx.merge(graphdef, weights).decode(x))
     return {"images": count, "seconds": median_seconds(

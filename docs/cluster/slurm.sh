@@ -22,7 +22,9 @@
 set -euo pipefail
 cd "${DDPO_JAX:-$SLURM_SUBMIT_DIR}"
 
-srun --kill-on-bad-exit=1 .venv/bin/python scripts/train.py \
+# srun does not take --cpus-per-task over from sbatch by itself (since SLURM 22.05).
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+  .venv/bin/python scripts/train.py \
   --config configs/dgx.py:compressibility \
   --config.sample.num_batches_per_epoch=2 \
   --config.train.gradient_accumulation_steps=1 \
