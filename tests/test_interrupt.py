@@ -41,14 +41,14 @@ def run(*arguments):
                         capture_output=True, timeout=SECONDS)
 
 
-def assert_ended_by(done, signum):
-  assert (done.returncode, done.stderr) == (128 + signum, f"{Interrupted(signum)}\n")
+def assert_ended_by(done, signum, said_before=""):
+  assert (done.returncode, done.stderr) == (128 + signum, f"{said_before}{Interrupted(signum)}\n")
   assert "came back" not in done.stdout
 
 
-def assert_program_ended_by(signum, program):
+def assert_program_ended_by(signum, program, said_before=""):
   done = run("-c", f"{SENDING}{textwrap.dedent(program)}\nprint('came back')")
-  assert_ended_by(done, signum)
+  assert_ended_by(done, signum, said_before)
   return done.stdout
 
 
@@ -86,7 +86,7 @@ def test_the_first_signal_is_a_request_and_the_second_ends_the_process(how, sign
         time.sleep(0.2)
         print(stop.signum, flush=True)
         {how}({int(signum)})
-      """)
+      """, said_before=interrupt._STOPPING.decode())
   assert said == f"{int(signum)}\n"
 
 
