@@ -15,7 +15,7 @@ from ddpo_jax.build import Trainer
 from ddpo_jax.console import hide_bars
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.shared_program import SharedProgram
-from ddpo_jax.types import Batch
+from ddpo_jax.types import Batch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +40,16 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
     if number == 0 and isinstance(trainer.update, SharedProgram):
       batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
     else:
-      trainer.state, metrics = trainer.update(trainer.state, trainer.frozen_unet, batch,
-                                              step.key, step.index)
+      trainer.state, metrics = _later_step(trainer, batch, step, stop)
     yield metrics
+
+
+def _later_step(trainer: Trainer, batch: Batch, step: _Step, stop: Stop
+                ) -> tuple[TrainState, update.UpdateMetrics]:
+  arguments = trainer.state, trainer.frozen_unet, batch, step.key, step.index
+  if isinstance(trainer.update, SharedProgram):  # which takes several programs, one by one
+    return trainer.update(*arguments, check_stop=stop.check)
+  return trainer.update(*arguments)
 
 
 def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
@@ -57,12 +64,12 @@ def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
     The batch for the other steps, and the metrics.
   """
   sums, batch, drift = program.begin_first_step(
-      trainer.state, trainer.frozen_unet, batch, steps[0].key, steps[0].index)
+      trainer.state, trainer.frozen_unet, batch, steps[0].key, steps[0].index, stop.check)
   count = num_rescored(trainer, float(jax.device_get(drift)))
   if count:  # before the policy changes
     for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
-      stop.check()
-      batch = program.rescore(trainer.state, trainer.frozen_unet, batch, step.key, step.index)
+      batch = program.rescore(trainer.state, trainer.frozen_unet, batch, step.key, step.index,
+                              stop.check)
   trainer.state, metrics = program.finish_first_step(trainer.state, trainer.frozen_unet, sums)
   return batch, metrics
 

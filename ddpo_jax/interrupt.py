@@ -17,8 +17,8 @@ from ddpo_jax.errors import Interrupted
 _SIGNALS = (signal.SIGTERM, signal.SIGINT,
             *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []))
 _STANDARD_ERROR = 2
-_STOPPING = (b"\nStopping after the current optimizer step or batch, and saving; a second signal "
-             b"ends at once, without\n")
+_STOPPING = (b"\nStopping once the devices are at rest, and saving the finished epochs; a second "
+             b"signal ends at once\n")
 
 _ending = threading.Lock()
 

@@ -210,12 +210,25 @@ class SharedProgram:
     return -(-samples // self._rows)
 
   def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
-               key: Key[Array, ""], index: Int[Array, ""]) -> tuple[TrainState, UpdateMetrics]:
-    sums, _ = self._visit_step(Mode.STEP, state, frozen, batch, key, index)
+               key: Key[Array, ""], index: Int[Array, ""],
+               check_stop: Callable[[], None] = lambda: None
+               ) -> tuple[TrainState, UpdateMetrics]:
+    """Takes an optimizer step, with the arguments of one of `make_update`, and one more.
+
+    Args:
+      state: donated.
+      frozen: the UNet's other weights.
+      batch: the epoch's.
+      key: of the inner epoch's shuffle.
+      index: of the step in the inner epoch.
+      check_stop: called before each group of microbatches, here and below; may raise to stop.
+    """
+    sums, _ = self._visit_step(Mode.STEP, state, frozen, batch, key, index, check_stop)
     return self._finish(state, frozen, sums)
 
   def begin_first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
-                       key: Key[Array, ""], index: Int[Array, ""]
+                       key: Key[Array, ""], index: Int[Array, ""],
+                       check_stop: Callable[[], None] = lambda: None
                        ) -> tuple[Sums, Batch, Float32[Array, ""]]:
     """Adds up an epoch's first gradient: the policy is still the sampler's, the ratio 1.
 
@@ -225,7 +238,7 @@ class SharedProgram:
       What `finish_first_step` is to be given; the batch with these log-probabilities; and the
       largest distance from 1 of the ratio to the log-probabilities given.
     """
-    sums, batch = self._visit_step(Mode.FIRST_STEP, state, frozen, batch, key, index)
+    sums, batch = self._visit_step(Mode.FIRST_STEP, state, frozen, batch, key, index, check_stop)
     return sums, batch, self._largest(sums.ratio_drift)
 
   def finish_first_step(self, state: TrainState, frozen: nnx.State, sums: Sums
@@ -234,22 +247,29 @@ class SharedProgram:
     return self._finish(state, frozen, sums)
 
   def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
-              key: Key[Array, ""], index: Int[Array, ""]) -> Batch:
+              key: Key[Array, ""], index: Int[Array, ""],
+              check_stop: Callable[[], None] = lambda: None) -> Batch:
     """Recomputes the log-probabilities that an update with these arguments will read."""
-    return self._visit_step(Mode.SCORE, state, frozen, batch, key, index)[1]
+    return self._visit_step(Mode.SCORE, state, frozen, batch, key, index, check_stop)[1]
 
   def _visit_step(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
-                  key: Key[Array, ""], index: Int[Array, ""]) -> tuple[Sums, Batch]:
+                  key: Key[Array, ""], index: Int[Array, ""], check_stop: Callable[[], None]
+                  ) -> tuple[Sums, Batch]:
     """Visits all pairs of an optimizer step."""
     constants = Constants(state.params, frozen, batch.negative_embedding,
                           state.loss_scale.scale)
     sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
+    visited: list[jax.Array] = []
     for group in map(jnp.int32, range(self._config.accumulation_steps)):
+      check_stop()
       work, trajectory = self._lay_out_training(batch, key, index, group)
       sums, trajectory = self._visit(constants, work, jnp.int32(self._group_size),
                                      jnp.int32(mode), sums, trajectory)
       if mode != Mode.STEP:
         log_probs = self._keep(log_probs, trajectory.log_probs, work.batch_index)
+      # One group ahead of the device at most, so that there is something left to stop.
+      visited.append(trajectory.log_probs)
+      jax.block_until_ready(visited[-2:-1])
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
     return sums, dataclasses.replace(batch, trajectory=trajectory)
 

@@ -19,6 +19,7 @@ from ddpo_jax.config import resolve
 from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.schedule import NoiseSchedule
+from ddpo_jax.errors import Interrupted
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.prompts import get_prompt_fn
@@ -239,6 +240,19 @@ def test_first_step_needs_no_rescoring(half):
   changed = new != old
   assert 0 < changed.sum() <= half.config.batch_size * STEPS  # of this step's samples only
   np.testing.assert_array_equal(new[changed], cured.batch.trajectory.log_probs[changed])
+
+
+@pytest.mark.parametrize("method", ("__call__", "begin_first_step", "rescore"))
+def test_a_step_can_be_stopped_on_its_way(half, method):
+  """A step takes minutes on some GPUs. The state is whole then."""
+  def check_stop():
+    raise Interrupted(15)
+
+  before = copy(half.state)
+  with pytest.raises(Interrupted):
+    getattr(half.program, method)(half.state, half.frozen, half.batch, jax.random.key(0),
+                                  jnp.int32(0), check_stop)
+  jax.tree.map(np.testing.assert_array_equal, before, half.state)
 
 
 @pytest.mark.parametrize("noise,expected", ((0.0, 0), (1e-3, 1)))
