@@ -33,7 +33,8 @@ def make_trainer(run):
   params = nnx.State({"weights": nnx.LoRAParam(jnp.ones(5))})
   state = update.init_state(params, update.make_optimizer(1e-3, weight_decay=0), False)
   return types.SimpleNamespace(
-      cfg=cfg, state=jax.device_put(state, replicated), stat_tracker=None, combiner=None,
+      cfg=cfg, plan=BatchPlan.create(cfg, jax.device_count()),
+      state=jax.device_put(state, replicated), stat_tracker=None, combiner=None,
       watch=diagnostics.Watch(cfg), skipped_in_a_row=0)
 
 
@@ -85,8 +86,7 @@ def main(folder, coordinator, index):
   if index == 1:
     model = dataclasses.replace(model, read=failing_once(model.read, OSError(errno.EIO, "")))
   build.compile_update = lambda *arguments: None
-  plan = BatchPlan.create(trainer.cfg, jax.device_count())
-  built = outcome(lambda: build.build(trainer.cfg, plan, lambda rng: ("", {}), {}, model))
+  built = outcome(lambda: build.build(trainer.cfg, trainer.plan, lambda rng: ("", {}), {}, model))
   assert distributed.is_main() == (index == 0)
   shared = [distributed.is_shared(run / "cache"), distributed.is_shared(run / f"cache_{index}")]
   print(json.dumps([unreadable, epoch, steps, built, *shared]))
