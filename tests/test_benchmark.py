@@ -135,6 +135,8 @@ def test_a_profile_sees_what_is_done():
 class FakeSide:
   """Answers at once; ends when it is asked for what is in `ends_at`."""
 
+  devices = 1
+
   def __init__(self, name, *ends_at):
     self.name, self.ends_at = name, ends_at
 
@@ -142,7 +144,7 @@ class FakeSide:
     if method in self.ends_at:
       raise UserError(f"{self.name} failed: no memory")
     return {"images": 4, "sampling_seconds": 1.0, "reward_seconds": 0.0,
-            "training_seconds": 1.0, "seconds": 1.0}
+            "training_seconds": 1.0, "seconds": 1.0, "platform": "gpu", "devices": self.devices}
 
   def close(self):
     pass
@@ -171,6 +173,16 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
   assert results["start"] == {"cold": 1.0, "warm": 1.0}
   assert results["rates"]["ddpo_jax"]["images_per_second"] == [4.0, 4.0, 4.0]
   assert set(results["epochs"]) == set(results["memory"]) == {"ddpo_jax", "torch"}
+
+
+def test_one_gpu_is_compared_with_one(monkeypatch):
+  """The reference uses one, whatever there is."""
+  monkeypatch.setattr(compare, "Side", lambda name, *_: FakeSide(name, "epoch"))
+  monkeypatch.setattr(FakeSide, "devices", 8)
+  options = argparse.Namespace(skip_start=True, reference=["torch"], torch_compile=False,
+                               rounds=1, profile=False, output=None)
+  with pytest.raises(UserError, match="^--reference torch uses one GPU, and JAX finds 8; set CUDA"):
+    compare.measure(resolve(demo.get_config()), ["benchmark.py"], options)
 
 
 def test_sides_leave_each_other_memory(monkeypatch):

@@ -141,7 +141,7 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
 def _check_one_gpu(machine: Mapping[str, Any], options: argparse.Namespace) -> None:
   """Refuses to compare several GPUs with the one that the reference uses."""
   if options.reference and machine["platform"] == "gpu" and machine["devices"] > 1:
-    raise UserError(f"--reference={options.reference} uses one GPU, and JAX finds "
+    raise UserError(f"--reference {options.reference[0]} uses one GPU, and JAX finds "
                     f"{machine['devices']}; set CUDA_VISIBLE_DEVICES=0 in the environment")
 
 
