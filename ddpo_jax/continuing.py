@@ -63,18 +63,17 @@ def check_sizes(cfg: Config, plan: BatchPlan, meta: Mapping[str, Any], where: st
     UserError: one line for each number that is another one.
   """
   before = meta.get("sizes") or _sizes_on(plan.devices_of_config, meta["config"])
-  fields = {"images_per_epoch": (cfg.sample, "sample", "batch_size", "num_batches_per_epoch"),
-            "images_per_optimizer_step": (cfg.train, "train", "batch_size",
-                                          "gradient_accumulation_steps")}
-  problems = []
-  for name, number in plan.sizes.items():
-    group, prefix, *factors = fields[name]
-    if number != before[name]:
-      product = " × ".join(f"{prefix}.{factor}={getattr(group, factor)}" for factor in factors)
-      problems.append(
-          f"{product} × {plan.devices_of_config} devices makes {number} "
-          f"{name.replace('_', ' ')}, which contradicts {where}, with {before[name]}; must make "
-          "as many, or start a new run")
+  products = {
+      "images_per_epoch": f"sample.batch_size={cfg.sample.batch_size} × "
+                          f"sample.num_batches_per_epoch={cfg.sample.num_batches_per_epoch}",
+      "images_per_optimizer_step":
+          f"train.batch_size={cfg.train.batch_size} × "
+          f"train.gradient_accumulation_steps={cfg.train.gradient_accumulation_steps}"}
+  problems = [
+      f"{products[name]} × {plan.devices_of_config} devices makes {number} "
+      f"{name.replace('_', ' ')}, which contradicts {where}, with {before[name]}; must make as "
+      "many, or start a new run"
+      for name, number in plan.sizes.items() if number != before[name]]
   if problems:
     raise UserError("\n".join(problems))
 
