@@ -139,7 +139,7 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
 
 
 def end_alone(cfg: Config, error: BaseException) -> NoReturn:
-  """Ends this process at once, because the others wait for it in a collective operation.
+  """Ends this process at once, because the others may wait for it in a collective operation.
 
   To save or to shut down takes all of them. They end when they find that this one is gone.
   """
@@ -152,8 +152,8 @@ def end_alone(cfg: Config, error: BaseException) -> NoReturn:
   except BaseException:
     status = 1
     traceback.print_exc()
-  write(f"This happened on process {jax.process_index()} alone; all of them end, and the last "
-        "checkpoint is kept", sys.stderr)
+  write(f"Process {jax.process_index()} ends without saving, because the others may wait for it; "
+        "the last checkpoint is kept", sys.stderr)
   sys.stderr.flush()
   os._exit(status)
 
