@@ -428,13 +428,15 @@ def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
     problems.append(f"reward_fn={shown(value)} must be the name of a reward function, or a dict "
                     "of names and weights")
     return {}
+  weights: dict[str, float] = {}
   for name, weight in value.items():
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or weight == 0:
+    if is_number and math.isfinite(weight) and weight != 0:
+      weights[name] = float(weight)
+    else:
       problems.append(f"reward_fn: the weight {shown(weight)} of {shown(name)} must be a finite "
                       "number other than 0")
-      return {}
-  return {name: float(weight) for name, weight in value.items()}
+  return weights
 
 
 def _check_timesteps(cfg: Config) -> list[str]:

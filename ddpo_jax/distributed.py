@@ -25,8 +25,6 @@ from ddpo_jax.config import DistributedConfig
 from ddpo_jax.errors import Interrupted, UserError
 
 _VISIBLE_DEVICES = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
-
-
 _RAISED_TOGETHER = "_raised_together"  # an attribute of exceptions
 
 

@@ -15,7 +15,7 @@ from ddpo_jax.build import Trainer
 from ddpo_jax.console import hide_bars
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.shared_program import SharedProgram
-from ddpo_jax.types import Batch, TrainState
+from ddpo_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,20 +36,15 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
            for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(trainer.plan.steps_per_inner_epoch)]
   for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
-    stop.check()
-    if number == 0 and isinstance(trainer.update, SharedProgram):
+    arguments = trainer.state, trainer.frozen_unet, batch, step.key, step.index
+    if not isinstance(trainer.update, SharedProgram):
+      stop.check()
+      trainer.state, metrics = trainer.update(*arguments)
+    elif number == 0:
       batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
     else:
-      trainer.state, metrics = _later_step(trainer, batch, step, stop)
+      trainer.state, metrics = trainer.update(*arguments, stop.check)
     yield metrics
-
-
-def _later_step(trainer: Trainer, batch: Batch, step: _Step, stop: Stop
-                ) -> tuple[TrainState, update.UpdateMetrics]:
-  arguments = trainer.state, trainer.frozen_unet, batch, step.key, step.index
-  if isinstance(trainer.update, SharedProgram):  # which takes several programs, one by one
-    return trainer.update(*arguments, check_stop=stop.check)
-  return trainer.update(*arguments)
 
 
 def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,

@@ -19,7 +19,7 @@ _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 _ROOM_BESIDE_JAX = (
     "the GPU has no memory left beside what JAX takes; another program may use it "
-    f"(nvidia-smi shows them). Else set {_MEMORY_FRACTIONS[0]}=0.65 in the environment, or lower "
+    f"(nvidia-smi shows which). Else set {_MEMORY_FRACTIONS[0]}=0.65 in the environment, or lower "
     "if it is set already")
 
 

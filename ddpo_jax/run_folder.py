@@ -24,13 +24,14 @@ def choose_run_name(cfg: Config) -> str:
   return cfg.run_name or datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")
 
 
-def _is_named_by_checkpoint(cfg: Config) -> bool:
+def is_named_by_checkpoint(cfg: Config) -> bool:
+  """Whether the run's folder is that of the checkpoint which it goes on from."""
   return bool(cfg.resume_from) and not cfg.run_name
 
 
 def named_by(cfg: Config) -> str:
   """The field, with its value, that says where the run's folder is: for messages."""
-  field = "resume_from" if _is_named_by_checkpoint(cfg) else "logdir"
+  field = "resume_from" if is_named_by_checkpoint(cfg) else "logdir"
   return f"{field}={getattr(cfg, field)!r}"
 
 
@@ -47,7 +48,7 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
     UserError: if a run that is not to be continued is already there.
   """
   name = cfg.run_name or name or choose_run_name(cfg)
-  if _is_named_by_checkpoint(cfg):  # and so not by "auto"
+  if is_named_by_checkpoint(cfg):  # and so not by "auto"
     return checkpoint.run_of(cfg.resume_from)
   run = pathlib.Path(cfg.logdir).expanduser() / name
   if (run / "config.json").exists() and not _continues(cfg, run):

@@ -259,7 +259,7 @@ class SharedProgram:
     constants = Constants(state.params, frozen, batch.negative_embedding,
                           state.loss_scale.scale)
     sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
-    visited: list[jax.Array] = []
+    before = log_probs
     for group in map(jnp.int32, range(self._config.accumulation_steps)):
       check_stop()
       work, trajectory = self._lay_out_training(batch, key, index, group)
@@ -268,8 +268,8 @@ class SharedProgram:
       if mode != Mode.STEP:
         log_probs = self._keep(log_probs, trajectory.log_probs, work.batch_index)
       # One group ahead of the device at most, so that there is something left to stop.
-      visited.append(trajectory.log_probs)
-      jax.block_until_ready(visited[-2:-1])
+      jax.block_until_ready(before)
+      before = trajectory.log_probs
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
     return sums, dataclasses.replace(batch, trajectory=trajectory)
 
@@ -382,7 +382,7 @@ class SharedProgram:
     return work, Trajectory(latents, jnp.zeros_like(noise, shape=(self._rows, steps)))
 
   def _training_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
-                     group: Int[Array, ""]) -> tuple[Work, Trajectory]:
+                      group: Int[Array, ""]) -> tuple[Work, Trajectory]:
     """Lays out what group number `group` of optimizer step `index` trains on."""
     batches, samples = batch.advantages.shape
     chosen = choose_microbatches(self._config, self._schedule.num_steps, batches, samples, key,

@@ -168,9 +168,9 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
                  problems: _Problems) -> None:
   """Folders that can be written, a model and weights that can be read, and room."""
   if run is not None:
-    field = run_folder.named_by(cfg)
-    if field.startswith("logdir") or run.is_dir():  # else resume_from is said to be wrong below
-      problems.of(_check_output_folder, field, run)
+    # A checkpoint's folder that does not exist is said to be wrong below.
+    if run.is_dir() or not run_folder.is_named_by_checkpoint(cfg):
+      problems.of(_check_output_folder, run_folder.named_by(cfg), run)
   cache = None if "compilation_cache" in wrong else cfg.compilation_cache_folder()
   if cache is not None and cfg.compilation_cache != "auto":
     problems.of(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
