@@ -73,20 +73,21 @@ def test_attention_to_an_odd_number_of_keys(length):
   assert {n % 8 for n in seen} == {0}
 
 
+def temporaries(function, *shape):
+  """Bytes of temporary memory, forward and backward."""
+  x = jax.ShapeDtypeStruct(shape, jnp.float32)
+  compiled = jax.jit(jax.grad(lambda x: function(x).sum())).lower(x).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
 def test_long_attention_holds_no_square():
   """4096 tokens of the VAE's single head of 512, forward and backward."""
   tokens = 4096
-  x = jax.ShapeDtypeStruct((1, tokens, 64), jnp.float32)
   square = 4 * tokens**2
-
-  def temporaries(function):
-    compiled = jax.jit(jax.grad(lambda x: function(x).sum())).lower(x).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
   plain = lambda x: attend(x[:, :, None], x[:, :, None], x[:, :, None])
-  assert temporaries(plain) > square
+  assert temporaries(plain, 1, tokens, 64) > square
   chunked = lambda x: attention.multi_head_attention(x, x, x, 1)
-  assert temporaries(chunked) < square
+  assert temporaries(chunked, 1, tokens, 64) < square
 
 
 @pytest.fixture
@@ -101,6 +102,15 @@ def on_a_gpu(monkeypatch):
   yield device
   for cached in caches:
     cached.cache_clear()
+
+
+@pytest.mark.parametrize("batch,tokens", ((1, 4096), (16, 1024)))
+def test_scores_held_at_once_do_not_grow(on_a_gpu, batch, tokens):
+  """On a GPU without flash attention, neither with the tokens nor with the batch."""
+  at_once = 4 * attention.MAX_SCORES
+  assert 4 * batch * 8 * tokens**2 > 8 * at_once
+  in_chunks = lambda x: attention.multi_head_attention(x, x, x, 8)
+  assert temporaries(in_chunks, batch, tokens, 64) < 5 * at_once
 
 
 @pytest.mark.parametrize("shape,dtype,expected", [

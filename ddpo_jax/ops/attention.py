@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 from ddpo_jax.ops.chunked_attention import attend_in_chunks
 from ddpo_jax.ops.cpu import attention as cpu
 
-# Above so many pairs of query and key XLA's attention goes by chunks: 512 × 4096.
-MAX_SCORES = 2**21
+# XLA's attention holds so many scores at once, of all samples and heads: 32 MiB in float32.
+MAX_SCORES = 2**23
 
 _logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
                          is_causal: bool = False) -> Float[Array, "n*B T N*H"]:
   """Scaled dot-product attention of N heads with H features each.
 
-  No buffer grows with T·S, except where flash attention is not to be had and that
-  product is small. Keys and values may be fewer than queries: of several queries in a row.
+  No buffer grows with T·S: flash attention has none, and elsewhere so many queries are
+  processed at a time that their scores fit `MAX_SCORES`. Keys and values may be fewer than queries: of several queries in a row.
   """
   dtype, shape = query.dtype, query.shape
   on_cpu = jax.default_backend() == "cpu"
@@ -99,11 +99,18 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
     out = cpu.attend(query, key, value)
   elif implementation(query, key) == "cudnn":
     out = attend_to_even(_flash_attention, query, key, value)
-  elif query.shape[1] * key.shape[1] > MAX_SCORES:
-    out = attend_in_chunks(_xla_attention, query, key, value, MAX_SCORES)
   else:
-    out = _xla_attention(query, key, value)
+    out = _attend_by_xla(query, key, value)
   return out.reshape(shape).astype(dtype)
+
+
+def _attend_by_xla(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
+                   value: Float[Array, "B S N H"]) -> Float[Array, "B T N H"]:
+  batch, length, heads, _ = query.shape
+  max_scores = MAX_SCORES // (batch * heads)  # of each sample and head
+  if length * key.shape[1] <= max_scores:
+    return _xla_attention(query, key, value)
+  return attend_in_chunks(_xla_attention, query, key, value, max_scores)
 
 
 def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
