@@ -1,4 +1,4 @@
-"""What the batch sizes of a config come to on the devices there are."""
+"""Batch arithmetic: samples and optimizer steps, per device, step and epoch."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpo_jax import advantages, diagnostics, distributed, lora, memory, streams, update
+from ddpo_jax import advantages, diagnostics, distributed, glibc, lora, rng_streams, update
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
@@ -27,7 +27,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.generation import (
   FrozenModels,
   Generate,
-  SamplingConfig,
+  GenerateConfig,
   make_generate,
   make_shared_generate,
 )
@@ -87,7 +87,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
     graphdef, params, frozen_unet = lora.partition(unet, cfg.use_lora)
     state = update.init_state(params, optimizer, uses_loss_scaling(cfg))
   frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
-  sampling = make_sampling_config(cfg, plan)
+  sampling = make_generate_config(cfg, plan)
   generate: Generate
   if isinstance(compiled, SharedProgram):
     _warn_of_wasted_samples(cfg, compiled.wasted_samples(sampling.batch_size))
@@ -160,7 +160,7 @@ def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionMode
   elif cfg.lora.init_from:
     lora.import_lora(unet, cfg.lora.init_from)
   else:
-    key = jax.random.fold_in(jax.random.key(cfg.seed), streams.LORA)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), rng_streams.LORA)
     lora.inject_lora(unet, cfg.lora.rank, key)
   return unet
 
@@ -181,8 +181,8 @@ def _read_into_host_memory(model: Unread[StableDiffusion]) -> StableDiffusion:
     return model.read()
 
 
-def make_sampling_config(cfg: Config, plan: BatchPlan) -> SamplingConfig:
-  return SamplingConfig(
+def make_generate_config(cfg: Config, plan: BatchPlan) -> GenerateConfig:
+  return GenerateConfig(
       batch_size=plan.sample_batch_size, num_batches=cfg.sample.num_batches_per_epoch,
       guidance_scale=cfg.sample.guidance_scale, eta=cfg.sample.eta,
       samples_at_once=samples_at_once(plan.sample_batch_size),
@@ -219,13 +219,7 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   Before anything is sampled, and not beside it: on a CPU both would use the same cores
   and hold memory at once; on a GPU the compiler times kernels, which nothing may disturb.
 
-  Args:
-    cfg: the run's.
-    plan: likewise.
-    mesh: the devices.
-    schedule: the sampler's.
-    optimizer: that will be used.
-    shapes: the model as it is read, with shapes in the place of its weights.
+  `shapes` is the model as it is read, with shapes in the place of its weights.
   """
   unet = nnx.eval_shape(functools.partial(prepare_unet, cfg), shapes.unet)
   graphdef, params, frozen = lora.partition(unet, cfg.use_lora)
@@ -246,7 +240,7 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
     compiled = program.lower(
         state, frozen, _batch_shapes(cfg, plan, mesh, latent_shape, embedding),
         jax.random.key(0), jnp.int32(0)).compile()
-  memory.return_freed_memory()  # the compiler's, or what reading its program took
+  glibc.return_freed_memory()  # the compiler's, or what reading its program took
   return compiled
 
 

@@ -22,7 +22,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.types import TrainState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # a file is not there, or not a file
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in the messages of tensorstore

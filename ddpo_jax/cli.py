@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   if set(argv) & set(_HELP):
     write(_USAGE, sys.stdout)
     return 0
+  run = dry_run if _DRY_RUN in argv else train
   rest = [argument for argument in argv if argument != _DRY_RUN]
-  return exit_status(lambda: (train if len(rest) == len(argv) else dry_run)(
-      read_config(rest)))
+  return exit_status(lambda: run(read_config(rest)))
 
 
 def exit_status(run: Callable[[], None]) -> int:

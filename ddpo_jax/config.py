@@ -3,7 +3,7 @@
 Imports nothing slow, so that a mistake in a config is answered at once.
 
 A new field goes into configs/base.py, which documents it, a dataclass here, and `_RULES`; into
-`_RELATIONS` if it depends on others, and `continuing._MAY_CHANGE` if a resumed run may have it
+`_RELATIONS` if it depends on others, and `resume_checks._MAY_CHANGE` if a resumed run may have it
 otherwise.
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 
 import ml_collections
 
-from ddpo_jax import model_names, streams
+from ddpo_jax import model_names, rng_streams
 from ddpo_jax.errors import UserError
-from ddpo_jax.masking import masked
 from ddpo_jax.messages import MAX_SHOWN, shown
+from ddpo_jax.redaction import redacted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Config:
   def to_dict(self) -> dict[str, Any]:
     """Plain nested dicts, ready for JSON and for other eyes: without keys and passwords."""
     values = dataclasses.asdict(self)
-    return {**values, **{name: masked(values[name]) for name in _FREE_FORM}}
+    return {**values, **{name: redacted(values[name]) for name in _FREE_FORM}}
 
   @property
   def reward_weights(self) -> Mapping[str, float] | None:
@@ -181,7 +181,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
                  "must be a plain folder name"),
     "seed": _within(0, 2**31, low_included=True, high_included=False),
     "logdir": (bool, "must not be empty"),
-    "num_epochs": _within(1, streams.LORA - 1, low_included=True),
+    "num_epochs": _within(1, rng_streams.LORA - 1, low_included=True),
     "save_freq": _at_least(1),
     "eval_freq": _at_least(0),
     "num_checkpoint_limit": _at_least(1),
@@ -527,7 +527,8 @@ def _check_resume(cfg: Config) -> list[str]:
 
 
 def _check_exists(name: str, path: str) -> list[str]:
-  return [f"{name}={path!r} does not exist"] if path and not _path(path).exists() else []
+  missing = path and not os.path.exists(os.path.expanduser(path))
+  return [f"{name}={path!r} does not exist"] if missing else []
 
 
 def _check_home(name: str, path: str) -> list[str]:
@@ -536,11 +537,6 @@ def _check_home(name: str, path: str) -> list[str]:
   except RuntimeError:
     return [f"{name}={path!r} begins with the home folder of a user who is not known here"]
   return []
-
-
-def _path(text: str) -> pathlib.Path:
-  """The path that a user means; "~nobody", of whom there is no folder, is a plain name."""
-  return pathlib.Path(text) if _check_home("", text) else pathlib.Path(text).expanduser()
 
 
 # Checks across fields: those that a check reads, and the check.

@@ -15,6 +15,7 @@ from ddpo_jax.devices import AXIS, compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.diffusion.sampler import sample_keys
+from ddpo_jax.lora import Split
 from ddpo_jax.models.vae import AutoencoderKL, to_uint8
 from ddpo_jax.parts import map_in_parts
 from ddpo_jax.shared_program import SharedProgram, join_parts
@@ -24,7 +25,7 @@ P = jax.sharding.PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class GenerateConfig:
   """What sampling needs to know; sizes are per device."""
 
   batch_size: int
@@ -63,7 +64,7 @@ class Generate(Protocol):
     ...
 
 
-def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx.GraphDef,
+def make_generate(config: GenerateConfig, vae: AutoencoderKL, unet_graphdef: nnx.GraphDef,
                   schedule: DDIMSchedule, mesh: jax.sharding.Mesh) -> Generate:
   """Builds the jitted sampling program.
 
@@ -80,12 +81,12 @@ def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx
                key: Key[Array, ""]) -> Generation:
     # Marked as differing between devices, as in the update.
     trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
-    unet = hoisting.cast_lora(*hoisting.hoist_weights(unet_graphdef, trained, rest))
+    unet = hoisting.cast_lora(hoisting.hoist_weights(Split(unet_graphdef, trained, rest)))
     keys = sample_keys(key, sample_indices)
 
     def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
       context = guidance_context(embeddings, negative_embedding, config.guidance_scale)
-      policy = nnx.merge(*hoisting.hoist_prompts(*unet, context))
+      policy = nnx.merge(*hoisting.hoist_prompts(unet, context))
       return sample(policy, schedule, embeddings, negative_embedding,
                     guidance_scale=config.guidance_scale, eta=config.eta, key=keys)
 
@@ -98,7 +99,7 @@ def make_generate(config: SamplingConfig, vae: AutoencoderKL, unet_graphdef: nnx
   return jax.jit(mapped, compiler_options=compiler_options())
 
 
-def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: SharedProgram,
+def make_shared_generate(config: GenerateConfig, vae: AutoencoderKL, program: SharedProgram,
                          mesh: jax.sharding.Mesh) -> Generate:
   """As `make_generate`, but samples with the update's own program, so that both round alike."""
   decode = _make_decode(config, vae)
@@ -121,7 +122,7 @@ def make_shared_generate(config: SamplingConfig, vae: AutoencoderKL, program: Sh
   return generate
 
 
-def _make_decode(config: SamplingConfig, vae: AutoencoderKL
+def _make_decode(config: GenerateConfig, vae: AutoencoderKL
                  ) -> Callable[[nnx.State, jax.Array], UInt8[Array, "B H W 3"]]:
   """Builds `decode(weights, latents)`, which decodes a few clean latents at a time."""
   graphdef, scaling_factor = nnx.graphdef(vae), vae.config.scaling_factor

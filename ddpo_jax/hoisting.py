@@ -83,17 +83,15 @@ def with_pullback(function: Callable[..., Split], unet: Split
     The hoisted network, and the pullback from its weights' gradient to that of the weights
     given.
   """
-  graphdef, trained, frozen = unet
-
   def split(trained: nnx.State) -> tuple[nnx.State, tuple[nnx.GraphDef, nnx.State]]:
-    hoisted, weights, rest = function(graphdef, trained, frozen)
-    return weights, (hoisted, rest)
+    hoisted = function(unet._replace(trained=trained))
+    return hoisted.trained, (hoisted.graphdef, hoisted.frozen)
 
-  weights, pullback, (hoisted, rest) = jax.vjp(split, trained, has_aux=True)
-  return Split(hoisted, weights, rest), pullback
+  trained, pullback, (graphdef, frozen) = jax.vjp(split, unet.trained, has_aux=True)
+  return Split(graphdef, trained, frozen), pullback
 
 
-def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
+def hoist_weights(unet: Split) -> Split:
   """Brings a network with LoRA in the form that is fastest for many calls.
 
   On CPUs, in float32:
@@ -112,47 +110,46 @@ def hoist_weights(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State)
   Returns:
     An equivalent network; the one given if it has no LoRA.
   """
-  unet = nnx.merge(graphdef, trained, frozen)
-  adapted = lora.adapted(unet)
+  model = nnx.merge(*unet)
+  adapted = lora.adapted(model)
   if not adapted:
-    return Split(graphdef, trained, frozen)
+    return unet
   if jax.default_backend() == "cpu" and all(x.dtype == jnp.float32 for x in adapted):
     for linear in adapted:
-      _add_lora(linear)
-    for _, module in nnx.iter_graph(unet):
+      _merge_lora(linear)
+    for _, module in nnx.iter_graph(model):
       if isinstance(module, layers.Conv):
         module.prepare()
   else:
     for linear in adapted:
       _pad_rank(linear)
-    for _, module in nnx.iter_graph(unet):
+    for _, module in nnx.iter_graph(model):
       if isinstance(module, layers.Attention) and not module.takes_context:
         _join_down(module)
       elif isinstance(module, layers.UpsampleConv):
         module.prepare()
-    _join_context(unet)
-  return lora.partition(unet)
+    _join_context(model)
+  return lora.partition(model)
 
 
-def cast_lora(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State) -> Split:
+def cast_lora(unet: Split) -> Split:
   """Casts LoRA's weights to the dtype that their layers compute in, once instead of in each call.
 
   Gradients of the result have that dtype too: add them up in float32, as the gradient of the
   weights given.
   """
-  unet = nnx.merge(graphdef, trained, frozen)
-  dtype = next((linear.dtype for _, linear in lora.attention_projections(unet)), None)
+  projections = lora.attention_projections(nnx.merge(*unet))
+  dtype = next((linear.dtype for _, linear in projections), None)
 
   def rounded(weight: nnx.Variable) -> nnx.Variable:
     is_lora = isinstance(weight, nnx.LoRAParam)
     return weight.replace(weight[...].astype(dtype)) if is_lora else weight
 
   is_leaf = lambda node: isinstance(node, nnx.Variable)
-  return Split(graphdef, jax.tree.map(rounded, trained, is_leaf=is_leaf), frozen)
+  return unet._replace(trained=jax.tree.map(rounded, unet.trained, is_leaf=is_leaf))
 
 
-def hoist_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
-                  context: Float[Array, "B L D"]) -> Split:
+def hoist_prompts(unet: Split, context: Float[Array, "B L D"]) -> Split:
   """Specialises a network that `hoist_weights` returned to these prompts.
 
   Attention's keys and values of the prompts become trained weights in place of the matrices
@@ -160,25 +157,23 @@ def hoist_prompts(graphdef: nnx.GraphDef, trained: nnx.State, frozen: nnx.State,
   with the prompts once.
 
   Args:
-    graphdef: of the network, and the next two are its weights, as `hoist_weights` returns them.
-    trained: those that gradients are wanted for.
-    frozen: the others.
+    unet: from `hoist_weights`.
     context: the embeddings that it will be called with.
 
   Returns:
     A network that ignores the context it is called with; or the one given, unless
     `hoist_weights` made the key and value matrices trained weights.
   """
-  unet = nnx.merge(graphdef, trained, frozen)
-  to_prompts = _attentions_to_prompts(unet)
-  if unet.context_projection is not None or not all(
+  model = nnx.merge(*unet)
+  to_prompts = _attentions_to_prompts(model)
+  if model.context_projection is not None or not all(
       isinstance(attention.to_k.kernel, nnx.LoRAParam) for attention in to_prompts):
-    return Split(graphdef, trained, frozen)
+    return unet
   for attention in to_prompts:
     for name in ("to_k", "to_v"):
       output = getattr(attention, name)(context)
       setattr(attention, name, _PrecomputedProjection(output, attention.num_heads))
-  return lora.partition(unet)
+  return lora.partition(model)
 
 
 def _join_context(unet: Any) -> None:
@@ -198,7 +193,7 @@ def _attentions_to_prompts(unet: nnx.Module) -> list[layers.Attention]:
           if isinstance(module, layers.Attention) and module.takes_context]
 
 
-def _add_lora(linear: layers.Linear) -> None:
+def _merge_lora(linear: layers.Linear) -> None:
   assert linear.lora_down is not None and linear.lora_up is not None
   update = linear.lora_down[...] @ linear.lora_up[...]
   linear.kernel = nnx.LoRAParam(linear.kernel[...] + update)

@@ -1,4 +1,4 @@
-"""An epoch's optimizer steps, with log-probabilities anew where rounding moved them too far."""
+"""An epoch's optimizer steps; recomputes log-probabilities where rounding moved them too far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
-from ddpo_jax import diagnostics, memory, streams, update
+from ddpo_jax import diagnostics, glibc, rng_streams, update
 from ddpo_jax.build import Trainer
 from ddpo_jax.console import hide_bars
 from ddpo_jax.interrupt import Stop
@@ -29,8 +29,8 @@ class _Step:
 def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
                     ) -> Iterator[update.UpdateMetrics]:
   """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
-  memory.return_freed_memory()  # sampling's, and its compiler's
-  shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), streams.SHUFFLE)
+  glibc.return_freed_memory()  # sampling's, and its compiler's
+  shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), rng_streams.SHUFFLE)
   shuffle = jax.random.fold_in(shuffle, epoch)
   steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index))
            for inner in range(trainer.cfg.train.num_inner_epochs)
@@ -60,7 +60,7 @@ def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
   """
   sums, batch, drift = program.begin_first_step(
       trainer.state, trainer.frozen_unet, batch, steps[0].key, steps[0].index, stop.check)
-  count = num_rescored(trainer, float(jax.device_get(drift)))
+  count = num_steps_rescored(trainer, float(jax.device_get(drift)))
   if count:  # before the policy changes
     for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
       batch = program.rescore(trainer.state, trainer.frozen_unet, batch, step.key, step.index,
@@ -81,7 +81,7 @@ def needs_rescoring(trainer: Trainer, drift: float) -> bool:
   return not acceptable and isinstance(trainer.update, SharedProgram)
 
 
-def num_rescored(trainer: Trainer, drift: float) -> int:
+def num_steps_rescored(trainer: Trainer, drift: float) -> int:
   """How many of an epoch's optimizer steps, from the second on, recompute log-probabilities."""
   if not needs_rescoring(trainer, drift):
     return 0

@@ -8,6 +8,11 @@ from typing import Any
 import jax
 
 
+def ceil_div(size: int, part: int) -> int:
+  """In how many parts of at most `part` something of `size` fits: size / part, rounded up."""
+  return -(-size // part)
+
+
 def largest_divisor(size: int, limit: int) -> int:
   """The largest divisor of `size` that is at most `limit`; both are at least 1."""
   return max(n for n in range(1, min(limit, size) + 1) if size % n == 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_jax import tiny_scenes, words
+from ddpo_jax import english, tiny_scenes
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 from ddpo_jax.types import PromptFn
@@ -113,7 +113,7 @@ def nouns_activities(rng: np.random.Generator, nouns_file: str, activities_file:
   """Such as "a cat washing dishes", from two lists."""
   noun = _choose(rng, load_lines(nouns_file, "prompt_fn_kwargs.nouns_file"))
   activity = _choose(rng, load_lines(activities_file, "prompt_fn_kwargs.activities_file"))
-  return f"{words.with_article(noun)} {activity}", {}
+  return f"{english.with_article(noun)} {activity}", {}
 
 
 def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
@@ -121,9 +121,9 @@ def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
   """Such as "three cats": `low` to `high` (included), with questions and answers."""
   if low > high:
     raise UserError(f"prompt_fn_kwargs.low={low} must be at most high={high}")
-  number = words.number(int(rng.integers(low, high + 1)))
+  number = english.number(int(rng.integers(low, high + 1)))
   noun = _choose(rng, load_lines(nouns_file, "prompt_fn_kwargs.nouns_file"))
-  plural = words.plural(noun)
+  plural = english.plural(noun)
   return f"{number} {plural}", {
       "questions": [f"How many {plural} are there in this image?",
                     "What animal is in this image?"],

@@ -12,8 +12,8 @@ import numpy as np
 from ddpo_jax import checkpoint, distributed
 from ddpo_jax.build import Trainer
 from ddpo_jax.console import say
-from ddpo_jax.continuing import check_continues, check_sizes
 from ddpo_jax.errors import UserError
+from ddpo_jax.resume_checks import check_continues, check_sizes
 from ddpo_jax.types import TrainState
 
 

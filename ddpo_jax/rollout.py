@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 import numpy as np
 from tqdm import tqdm
 
-from ddpo_jax import distributed, streams
+from ddpo_jax import distributed, rng_streams
 from ddpo_jax.console import hide_bars
 from ddpo_jax.daemon_threads import DaemonThreadPool
 from ddpo_jax.devices import AXIS
 from ddpo_jax.embeddings import PromptEncoder
-from ddpo_jax.generation import FrozenModels, Generate, Generation, SamplingConfig
+from ddpo_jax.generation import FrozenModels, Generate, GenerateConfig, Generation
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.prompts import draw_prompts
 from ddpo_jax.rewards import call_reward
@@ -70,7 +70,7 @@ class Rollout:
 class RolloutWorker:
   """Samples whole epochs. Rewards are computed in threads while the next batch samples."""
 
-  def __init__(self, config: SamplingConfig, models: StableDiffusion, generate: Generate,
+  def __init__(self, config: GenerateConfig, models: StableDiffusion, generate: Generate,
                frozen: FrozenModels, prompt_fn: PromptFn,
                reward_fns: Mapping[str, RewardFn], seed: int, mesh: jax.sharding.Mesh):
     self._config = config
@@ -160,8 +160,8 @@ class RolloutWorker:
     Returns:
       This process's images and prompts.
     """
-    key = jax.random.fold_in(jax.random.key(self._seed), streams.EVALUATION)
-    (drawn,) = self._draw_prompts(streams.EVALUATION, [0])
+    key = jax.random.fold_in(jax.random.key(self._seed), rng_streams.EVALUATION)
+    (drawn,) = self._draw_prompts(rng_streams.EVALUATION, [0])
     generation = self._launch(params, self._put(drawn.embeddings), 0, key)
     return _to_host(generation.images), drawn.prompts
 

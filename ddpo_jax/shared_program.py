@@ -31,6 +31,7 @@ from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
 from ddpo_jax.diffusion.sampler import draw_noise, sample_keys
 from ddpo_jax.lora import Split
+from ddpo_jax.parts import ceil_div
 from ddpo_jax.types import Batch, TrainState, Trajectory
 from ddpo_jax.update import (
   BATCH_SPECS,
@@ -58,7 +59,7 @@ class Mode(enum.IntEnum):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Constants:
+class CommonInputs:
   """What is the same for all samples of a call."""
 
   params: nnx.State
@@ -117,21 +118,23 @@ class SharedProgram:
     # microbatch, rounded up so that sampling fills whole microbatches; and microbatches in a
     # group of the same samples.
     self._pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
-    self._rows = -(-config.batch_size // self._pairs) * self._pairs
+    self._rows = ceil_div(config.batch_size, self._pairs) * self._pairs
     self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
     by_batch, by_row, replicated = P(None, AXIS), P(AXIS), P()
-    # Each of these is a method below, mapped over the devices and compiled.
+    # `_visit` is `_visit_on_device` mapped over the devices and compiled; so are the others.
     self._visit = self._jit(
-        self._visit_microbatches, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
+        self._visit_on_device, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
         by_row, donate_argnums=(4, 5))
-    self._zero_sums = self._jit(self._make_zero_sums, (replicated, replicated), by_row)
+    self._zero_sums = self._jit(self._zero_sums_on_device, (replicated, replicated), by_row)
     self._lay_out_sampling = self._jit(
-        self._sampling_part, (by_row, by_row, replicated, replicated), (_WORK_SPECS, by_row))
+        self._lay_out_sampling_on_device, (by_row, by_row, replicated, replicated),
+        (_WORK_SPECS, by_row))
     self._lay_out_training = self._jit(
-        self._training_group, (BATCH_SPECS, *[replicated] * 3), (_WORK_SPECS, by_row))
-    self._keep = self._jit(self._keep_log_probs, (by_batch, by_row, by_row), by_batch)
+        self._lay_out_training_on_device, (BATCH_SPECS, *[replicated] * 3), (_WORK_SPECS, by_row))
+    self._keep_log_probs = self._jit(
+        self._keep_log_probs_on_device, (by_batch, by_row, by_row), by_batch)
     self._largest = jax.jit(jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, P()))
-    self._finish = self._jit(self._finish_step, (replicated, replicated, by_row), replicated,
+    self._finish = self._jit(self._finish_on_device, (replicated, replicated, by_row), replicated,
                              donate_argnums=0)
 
   def _jit(self, function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
@@ -162,9 +165,8 @@ class SharedProgram:
     work, trajectory, sums, scale, number = jax.tree.map(
         placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
         (work, trajectory, sums, scale, number))
-    constants = Constants(state.params, frozen, embedding, scale)
-    self._visit = self._visit.lower(constants, work, number, number, sums,
-                                    trajectory).compile()
+    common = CommonInputs(state.params, frozen, embedding, scale)
+    self._visit = self._visit.lower(common, work, number, number, sums, trajectory).compile()
     # Its kernels are not timed, so sampling may run beside it; on a CPU they would share cores.
     if jax.default_backend() != "cpu":
       self._finish = compile_meanwhile(self._finish, state, frozen, sums)
@@ -190,24 +192,24 @@ class SharedProgram:
     Returns:
       The trajectories in parts, for `join_parts`.
     """
-    constants = Constants(params, frozen, negative_embedding, jnp.float32(1))
+    common = CommonInputs(params, frozen, negative_embedding, jnp.float32(1))
     sums, parts = self._zero_sums(params, frozen), []
     samples = len(sample_indices) // self._mesh.size
     count = self._num_parts(samples)
     for part in range(count):
       work, trajectory = self._lay_out_sampling(text_embeddings, sample_indices, key,
                                                 jnp.int32(part))
-      rows = -(-(samples - part) // count)  # those after them are padding
-      microbatches = -(-rows // self._pairs)
+      rows = ceil_div(samples - part, count)  # those after them are padding
+      microbatches = ceil_div(rows, self._pairs)
       sums, trajectory = self._visit(
-          constants, work, jnp.int32(microbatches * self._schedule.num_steps),
+          common, work, jnp.int32(microbatches * self._schedule.num_steps),
           jnp.int32(Mode.SAMPLE), sums, trajectory)
       parts.append(trajectory)
     return parts
 
   def _num_parts(self, samples: int) -> int:
     """In how many parts a device's samples of a batch are denoised."""
-    return -(-samples // self._rows)
+    return ceil_div(samples, self._rows)
 
   def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
                key: Key[Array, ""], index: Int[Array, ""],
@@ -256,17 +258,17 @@ class SharedProgram:
                   key: Key[Array, ""], index: Int[Array, ""], check_stop: Callable[[], None]
                   ) -> tuple[Sums, Batch]:
     """Visits all pairs of an optimizer step."""
-    constants = Constants(state.params, frozen, batch.negative_embedding,
+    common = CommonInputs(state.params, frozen, batch.negative_embedding,
                           state.loss_scale.scale)
     sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
     before = log_probs
     for group in map(jnp.int32, range(self._config.accumulation_steps)):
       check_stop()
       work, trajectory = self._lay_out_training(batch, key, index, group)
-      sums, trajectory = self._visit(constants, work, jnp.int32(self._group_size),
+      sums, trajectory = self._visit(common, work, jnp.int32(self._group_size),
                                      jnp.int32(mode), sums, trajectory)
       if mode != Mode.STEP:
-        log_probs = self._keep(log_probs, trajectory.log_probs, work.batch_index)
+        log_probs = self._keep_log_probs(log_probs, trajectory.log_probs, work.batch_index)
       # One group ahead of the device at most, so that there is something left to stop.
       jax.block_until_ready(before)
       before = trajectory.log_probs
@@ -275,12 +277,12 @@ class SharedProgram:
 
   # What follows runs on each device: arrays are one device's.
 
-  def _visit_microbatches(self, constants: Constants, work: Work, count: Int[Array, ""],
-                          mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
-                          ) -> tuple[Sums, Trajectory]:
+  def _visit_on_device(self, common: CommonInputs, work: Work, count: Int[Array, ""],
+                       mode: Int[Array, ""], sums: Sums, trajectory: Trajectory
+                       ) -> tuple[Sums, Trajectory]:
     """Visits the first `count` microbatches."""
-    hoisted = hoisting.hoist_weights(*self._varying_unet(constants.params, constants.frozen))
-    graphdef, weights, rest = hoisting.cast_lora(*hoisted)
+    hoisted = hoisting.hoist_weights(self._varying_unet(common.params, common.frozen))
+    graphdef, weights, rest = hoisting.cast_lora(hoisted)
     pack, _ = packing(hoisted.trained)
 
     def visit(i: jax.Array, carry: tuple[Sums, Trajectory]) -> tuple[Sums, Trajectory]:
@@ -289,9 +291,9 @@ class SharedProgram:
 
       def loss_fn(weights: nnx.State) -> tuple[jax.Array, Any]:
         unet = nnx.merge(graphdef, weights, rest)
-        loss, *others = self._visit_microbatch(unet, constants.negative_embedding, work,
+        loss, *others = self._visit_microbatch(unet, common.negative_embedding, work,
                                                trajectory, row, step, mode)
-        return loss * constants.loss_scale, (loss, *others)
+        return loss * common.loss_scale, (loss, *others)
 
       scaled, backward, (loss, info, trajectory) = jax.vjp(loss_fn, weights, has_aux=True)
 
@@ -339,13 +341,13 @@ class SharedProgram:
     # microbatch's gradient over them: that is done once, at the end of the step.
     return Split(self._graphdef, *jax.lax.pcast((params, frozen), AXIS, to="varying"))
 
-  def _make_zero_sums(self, params: nnx.State, frozen: nnx.State) -> Sums:
-    weights = hoisting.hoist_weights(*self._varying_unet(params, frozen)).trained
+  def _zero_sums_on_device(self, params: nnx.State, frozen: nnx.State) -> Sums:
+    weights = hoisting.hoist_weights(self._varying_unet(params, frozen)).trained
     pack, _ = packing(weights)
     return _by_device(Sums.zero(pack(weights)))
 
-  def _finish_step(self, state: TrainState, frozen: nnx.State, sums: Sums
-                   ) -> tuple[TrainState, UpdateMetrics]:
+  def _finish_on_device(self, state: TrainState, frozen: nnx.State, sums: Sums
+                        ) -> tuple[TrainState, UpdateMetrics]:
     """Averages what all devices added up, and takes the optimizer's step."""
     hoisted, pullback = hoisting.with_pullback(
         hoisting.hoist_weights, self._varying_unet(state.params, frozen))
@@ -357,9 +359,9 @@ class SharedProgram:
                              state.loss_scale.scale)
     return take_step(self._config, self._optimizer, state, grads, metrics)
 
-  def _sampling_part(self, text_embeddings: Float[Array, "B L D"],
-                     sample_indices: Int[Array, " B"], key: Key[Array, ""],
-                     part: Int[Array, ""]) -> tuple[Work, Trajectory]:
+  def _lay_out_sampling_on_device(
+      self, text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
+      key: Key[Array, ""], part: Int[Array, ""]) -> tuple[Work, Trajectory]:
     """Lays out a part of the batch's samples for sampling, with their noise; see `sample`.
 
     In a row of its own a sample is computed as in training (`update.choose_microbatches`),
@@ -381,8 +383,9 @@ class SharedProgram:
                 step=grid + visit % steps)
     return work, Trajectory(latents, jnp.zeros_like(noise, shape=(self._rows, steps)))
 
-  def _training_group(self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""],
-                      group: Int[Array, ""]) -> tuple[Work, Trajectory]:
+  def _lay_out_training_on_device(
+      self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""], group: Int[Array, ""]
+      ) -> tuple[Work, Trajectory]:
     """Lays out what group number `group` of optimizer step `index` trains on."""
     batches, samples = batch.advantages.shape
     chosen = choose_microbatches(self._config, self._schedule.num_steps, batches, samples, key,
@@ -405,9 +408,9 @@ class SharedProgram:
     most = max(denoising, self._group_size)
     return jnp.zeros_like(like, shape=(most, self._pairs))
 
-  def _keep_log_probs(self, log_probs: Float32[Array, "batches samples T"],
-                      new: Float32[Array, "rows T"], batch_index: Int[Array, " rows"]
-                      ) -> Float32[Array, "batches samples T"]:
+  def _keep_log_probs_on_device(
+      self, log_probs: Float32[Array, "batches samples T"], new: Float32[Array, "rows T"],
+      batch_index: Int[Array, " rows"]) -> Float32[Array, "batches samples T"]:
     """Writes the log-probabilities of a group's rows back into the batch's."""
     own = self._config.batch_size  # rows after these are padding
     flat = log_probs.reshape(-1, log_probs.shape[-1])

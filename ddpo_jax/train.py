@@ -20,7 +20,7 @@ from ddpo_jax import (
   checkpoint,
   diagnostics,
   distributed,
-  memory,
+  glibc,
   model_names,
   resource_errors,
   run_folder,
@@ -64,7 +64,7 @@ def train(cfg: Config) -> pathlib.Path:
     FloatingPointError: if training does not get finite numbers any more; likewise.
   """
   started = time.perf_counter()
-  memory.share_arenas()
+  glibc.share_arenas()
   distributed.initialize(cfg.distributed)
   configure_devices()
   distributed.check_devices()

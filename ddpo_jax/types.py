@@ -34,8 +34,8 @@ class PromptFn(Protocol):
 class Denoiser(Protocol):
   """The policy's network: predicts noise (or velocity, or the clean sample).
 
-  n latents in a row have the same prompt. n is 1 in sampling; in training several timesteps of a
-  sample may share a microbatch.
+  Row i of `latents` and `timesteps` belongs to `text_embeddings[i // n]`. n is 1 in sampling; in
+  training several timesteps of a sample may share a microbatch.
   """
 
   def __call__(

@@ -109,7 +109,7 @@ class Sums:
     return cls(jax.tree.map(jnp.zeros_like, grads), zero, zero, zero, zero)
 
   def add(self, loss: jax.Array, info: ppo.PPOInfo, summed_grads: Any) -> Sums:
-    """The sums with one more microbatch, whose gradient `summed_grads` has added to the others'."""
+    """Adds a microbatch; `summed_grads` is `self.grads` and its gradient, added already."""
     return Sums(grads=summed_grads, loss=self.loss + loss,
                 approx_kl=self.approx_kl + info.approx_kl,
                 clipfrac=self.clipfrac + info.clipfrac,
@@ -137,14 +137,7 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation,
 def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
                 optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
                 ) -> Update:
-  """Builds the jitted update.
-
-  Args:
-    config: sizes and coefficients.
-    graphdef: of the UNet, from `lora.partition`.
-    schedule: the sampler's.
-    optimizer: from `make_optimizer`.
-    mesh: one axis, "data".
+  """Builds the jitted update for a UNet's graphdef, from `lora.partition`.
 
   Returns:
     `update(state, frozen, batch, key, index) -> (state, metrics)`: the optimizer step
@@ -226,7 +219,7 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
 
 
 def _resize_for_cpu(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:
-  """On a CPU, makes microbatches as small as it is fastest with; their mean gradient is the same.
+  """On a CPU, regroups microbatches to the size that is fastest; the mean gradient is unchanged.
 
   In float32 it also puts as many steps of the same sample together as fit: attention's matmuls
   over the prompt are fewer and larger then. In half precision they stay as they are, to be
@@ -267,14 +260,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "groups M b t"]]:
   """Computes the gradient of the mean loss over all microbatches of all devices.
 
-  Args:
-    config: sizes and coefficients.
-    graphdef: of the UNet.
-    schedule: the sampler's.
-    state: the policy, and the loss scale.
-    frozen: the UNet's other weights.
-    batch: this device's samples, flat.
-    microbatches: this device's.
+  `batch` has this device's samples, flat, and `microbatches` says how it visits them.
 
   Returns:
     The gradient, the metrics, and this device's log-probabilities (for tests: an optimizer step
@@ -288,7 +274,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   # added up for the derived weights, and pulled back to the trained ones once.
   hoisted, pullback = hoisting.with_pullback(hoisting.hoist_weights,
                                              Split(graphdef, params, frozen))
-  unet = hoisting.cast_lora(*hoisted)
+  unet = hoisting.cast_lora(hoisted)
   pack, unpack = packing(hoisted.trained)
 
   def add_group(sums: Sums, group: Microbatches) -> tuple[Sums, Float32[Array, "M b t"]]:
@@ -345,7 +331,7 @@ def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
   of its own there, and LoRA for Stable Diffusion has 193 weights once it is hoisted.
 
   Returns:
-    What brings gradients in that form, and what brings their sum back.
+    `pack(grads)`, and its inverse `unpack`.
   """
   small = all(weight.size <= _LARGEST_PACKED for weight in jax.tree.leaves(weights))
   if jax.default_backend() == "cpu" or not small:

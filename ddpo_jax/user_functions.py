@@ -11,8 +11,8 @@ import typing
 from typing import Any
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.masking import masked
 from ddpo_jax.messages import one_line, place, shown, with_type
+from ddpo_jax.redaction import redacted
 
 _MODULE = re.compile(r"\w+(\.\w+)*")
 # What is checked of arguments, where a function says that they are nothing else.
@@ -74,12 +74,12 @@ def check_kwargs(field: str, name: str, function: Callable, positional: Sequence
   except TypeError as error:
     taken = [p.name for p in list(signature.parameters.values())[len(positional):]
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    raise UserError(f"{field}={name!r} with {arguments}={shown(masked(kwargs))}: {error}; it "
+    raise UserError(f"{field}={name!r} with {arguments}={shown(redacted(kwargs))}: {error}; it "
                     f"takes: {', '.join(taken) or 'none'}") from None
   for key, value in kwargs.items():
     wanted = _wanted(signature.parameters.get(key), value)
     if wanted:
-      raise UserError(f"{arguments}.{key}={shown(masked({key: value})[key])} must be of type "
+      raise UserError(f"{arguments}.{key}={shown(redacted({key: value})[key])} must be of type "
                       f"{wanted} ({field}={name!r})")
 
 

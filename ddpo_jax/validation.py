@@ -22,16 +22,16 @@ from ddpo_jax import build, checkpoint, distributed, run_folder
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, any_of, fields_of
 from ddpo_jax.console import say
-from ddpo_jax.continuing import check_continues, check_sizes
 from ddpo_jax.devices import configure_devices, plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, nearest_existing
-from ddpo_jax.masking import masked
 from ddpo_jax.messages import place, shown, with_type
 from ddpo_jax.model_names import is_local
 from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
 from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import check_drawn, get_prompt_fn, sample_rng
+from ddpo_jax.redaction import redacted
+from ddpo_jax.resume_checks import check_continues, check_sizes
 from ddpo_jax.rewards import REWARD_FACTORIES, get_reward, get_rewards
 from ddpo_jax.rewards.metadata import check_metadata
 from ddpo_jax.types import PromptFn, RewardFn
@@ -143,7 +143,7 @@ def _draw(cfg: Config) -> _Prompts:
   except Exception as error:  # the user's own code, or arguments of the wrong type
     raise UserError(
         f"prompt_fn={cfg.prompt_fn!r} with prompt_fn_kwargs="
-        f"{shown(masked(cfg.prompt_fn_kwargs))} raised {with_type(error)}{place(error)}"
+        f"{shown(redacted(cfg.prompt_fn_kwargs))} raised {with_type(error)}{place(error)}"
         ) from error
   _check_draws_from_rng(cfg, [prompt for prompt, _ in drawn])
   return _Prompts(function, drawn[0][1])

@@ -69,7 +69,7 @@ def test_attention_to_an_odd_number_of_keys(length):
     return attend(query, key, value, **kwargs)
 
   query, key, value = draw(16, length)
-  check_same(functools.partial(attention.attend_to_even, spy), query, key, value)
+  check_same(functools.partial(attention.attend_with_padded_keys, spy), query, key, value)
   assert {n % 8 for n in seen} == {0}
 
 

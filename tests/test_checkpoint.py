@@ -129,7 +129,7 @@ def test_other_errors_are_no_damage(run, monkeypatch, error, raised):
 def test_another_format(run):
   file = run / "checkpoints" / "3" / "meta" / "metadata"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))
-  with pytest.raises(UserError, match="format_version 1; must be 2") as error:
+  with pytest.raises(UserError, match="format_version 1; must be 3") as error:
     checkpoint.restore_meta(run, 3)
   assert not isinstance(error.value, checkpoint.DamagedError)
 

@@ -143,7 +143,7 @@ def test_computes_in_the_dtype_asked_for(folder, images):
   for dtype, name in (("float32", "f32"), ("bfloat16", "bf16")):
     products = []
 
-    def score(model, head, pixels, products=products):
+    def score(model, pixels, products=products):
       program = jax.jit(model.embed_images).lower(jax.ShapeDtypeStruct(
           pixels.shape, pixels.dtype)).as_text()
       for types in re.findall(r"(?:dot_general|convolution)\b.*: \((.*)\) ->", program):
@@ -151,7 +151,7 @@ def test_computes_in_the_dtype_asked_for(folder, images):
       return jnp.zeros(len(pixels))
 
     clip = load_clip(folder, dtype=jnp.dtype(dtype))
-    clip_rewards._Program(score, clip.images, clip.model, None, dtype, 8)(images)
+    clip_rewards._Program(score, clip.images, clip.model, dtype, 8)(images)
     assert len(products) > 10 and set(products) == {name}
 
 
@@ -189,10 +189,10 @@ def test_threads_get_their_own_scores(folder, images):
 
 
 def test_runs_on_one_local_device(folder, images):
-  program = clip_rewards._Program(
-      lambda model, head, pixels: pixels.mean((1, 2, 3)),
-      *(lambda clip: (clip.images, clip.model))(load_clip(folder)), None, "float32", 4)
-  leaves = jax.tree.leaves(program._weights)
+  clip = load_clip(folder)
+  program = clip_rewards._Program(lambda model, pixels: pixels.mean((1, 2, 3)), clip.images,
+                                  clip.model, "float32", 4)
+  leaves = jax.tree.leaves(program._networks)
   assert len(jax.local_devices()) > 1
   assert {device for x in leaves for device in x.devices()} == {jax.local_devices()[0]}
   assert program(images).shape == (6,)

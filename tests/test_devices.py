@@ -182,8 +182,8 @@ def test_options_that_xla_does_not_know_are_left_out():
 
 _COUNT_ARENAS = """
 import ctypes, re, sys, threading
-from ddpo_jax import memory
-memory.share_arenas()
+from ddpo_jax import glibc
+glibc.share_arenas()
 ready, libc = threading.Barrier(21), ctypes.CDLL("libc.so.6")
 libc.malloc.restype = ctypes.c_void_p
 def allocate():

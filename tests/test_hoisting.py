@@ -69,7 +69,7 @@ def check_gradient(ours, expected):
 def test_hoisted_weights(monkeypatch, network, direct, backend):
   graphdef, params, frozen = network
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
-  hoist = lambda params: hoisting.hoist_weights(graphdef, params, frozen)
+  hoist = lambda params: hoisting.hoist_weights(lora.Split(graphdef, params, frozen))
   hoisted, weights, rest = hoist(params)
   kinds = collections.Counter(map(kind, nnx.to_flat_state(weights).paths))
   # On a GPU a layer of self-attention has one `down` for three of its four projections, and
@@ -90,7 +90,8 @@ def test_hoisted_prompts(network, direct):
   graphdef, params, frozen = network
 
   def hoist(params):
-    return hoisting.hoist_prompts(*hoisting.hoist_weights(graphdef, params, frozen), PROMPTS)
+    split = lora.Split(graphdef, params, frozen)
+    return hoisting.hoist_prompts(hoisting.hoist_weights(split), PROMPTS)
 
   hoisted, weights, rest = hoist(params)
   known = [leaf[...] for path, leaf in nnx.to_flat_state(weights) if path[-1] == "output"]
@@ -109,14 +110,14 @@ def half_precision():
 
 def test_half_precision_keeps_its_matrices(half_precision):
   """LoRA stays beside them, of a padded rank, in float32 until it is rounded once."""
-  hoisted = hoisting.hoist_weights(*half_precision)
+  hoisted = hoisting.hoist_weights(half_precision)
   assert all(ours is given for ours, given in
-             zip(hoisting.hoist_prompts(*hoisted, PROMPTS), hoisted))
+             zip(hoisting.hoist_prompts(hoisted, PROMPTS), hoisted))
   before, after, rounded = (collections.Counter(
       (kind(path), weight.shape[axis], str(weight.dtype))
       for path, weight in nnx.to_flat_state(trained)
       for axis in [{"lora_down": 1, "lora_up": 0}[kind(path)]])
-      for trained in (half_precision[1], hoisted[1], hoisting.cast_lora(*hoisted)[1]))
+      for trained in (half_precision[1], hoisted[1], hoisting.cast_lora(hoisted)[1]))
   assert before == {(name, 3, "float32"): PROJECTIONS for name in ("lora_down", "lora_up")}
   joined, of_prompts = 3 * SELF_ATTENTIONS, 2 * CROSS_ATTENTIONS
   shapes = {("lora_down", 8): PROJECTIONS - joined - of_prompts,
@@ -128,7 +129,7 @@ def test_half_precision_keeps_its_matrices(half_precision):
 
 def test_rounded_lora_computes_the_same(half_precision):
   """To the last bit, as each layer would round it by itself; so are the gradients."""
-  rounded = hoisting.cast_lora(*half_precision)
+  rounded = hoisting.cast_lora(half_precision)
   ours, gradient = noise_and_gradient(*rounded)
   expected, expected_gradient = noise_and_gradient(*half_precision)
   np.testing.assert_array_equal(ours, expected)

@@ -73,7 +73,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
   text = text.reshape(-1, sample_batch, TOKENS, width)
   # Folded and compiled as the trainer's: in registers of another width fp16 rounds otherwise.
   def draw(params, embeddings, key):
-    split = hoisting.cast_lora(*hoisting.hoist_weights(graphdef, params, frozen))
+    split = hoisting.cast_lora(hoisting.hoist_weights(lora.Split(graphdef, params, frozen)))
     return sample(nnx.merge(*split), schedule, embeddings, negative,
                   guidance_scale=guidance_scale, eta=1.0, key=key)
 
@@ -309,14 +309,14 @@ def test_what_is_rescored(timesteps, inner_epochs, expected):
       plan=space(num_train_timesteps=timesteps, steps_per_inner_epoch=4),
       cfg=space(sample=space(num_steps=10),
                 train=space(num_inner_epochs=inner_epochs, clip_range=1e-4)))
-  assert inner_loop.num_rescored(trainer, drift=1.1e-5) == expected
-  assert inner_loop.num_rescored(trainer, drift=float("nan")) == expected
-  assert inner_loop.num_rescored(trainer, drift=0.9e-5) == 0
+  assert inner_loop.num_steps_rescored(trainer, drift=1.1e-5) == expected
+  assert inner_loop.num_steps_rescored(trainer, drift=float("nan")) == expected
+  assert inner_loop.num_steps_rescored(trainer, drift=0.9e-5) == 0
   trainer.plan.steps_per_inner_epoch = 1
-  assert inner_loop.num_rescored(trainer, drift=1.1e-5) == expected // 4
+  assert inner_loop.num_steps_rescored(trainer, drift=1.1e-5) == expected // 4
   assert inner_loop.needs_rescoring(trainer, drift=1.1e-5)  # with a single step as well
   trainer.update = lambda *_: None
-  assert inner_loop.num_rescored(trainer, drift=1.1e-5) == 0
+  assert inner_loop.num_steps_rescored(trainer, drift=1.1e-5) == 0
 
 
 def test_rescoring_changes_nothing_else(half):

@@ -78,12 +78,6 @@ def test_drift_is_shown_beside_what_is_tolerated(drawn):
   assert axes.get_ylim()[1] > 1e-5
 
 
-def test_charts_of_every_section_are_of_one_size(charts, tmp_path):
-  """Two charts in a row for three would be larger, and so would be their text."""
-  charts({}, {})
-  assert "repeat(auto-fill," in (tmp_path / "report.html").read_text()
-
-
 PROMPTS = [f"a yellow square beside a violet square on a {colour} background"
            for colour in ("white", "black", "green")]
 

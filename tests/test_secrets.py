@@ -8,10 +8,10 @@ import pytest
 from configs import base
 from ddpo_jax import tracking
 from ddpo_jax.config import resolve
-from ddpo_jax.continuing import check_continues
 from ddpo_jax.errors import UserError
-from ddpo_jax.masking import masked
+from ddpo_jax.redaction import redacted
 from ddpo_jax.report import write_report
+from ddpo_jax.resume_checks import check_continues
 from ddpo_jax.rewards import get_reward, get_rewards
 
 SECRET = "sk-12345"
@@ -58,10 +58,10 @@ def test_no_message_has_a_secret(call):
 @pytest.mark.parametrize("name", ("api_key", "API_KEY", "apikey", "hf_token", "password",
                                   "client-secret", "credentials"))
 def test_names_of_secrets(name):
-  assert masked({name: SECRET}) == {name: "***"}
-  assert masked({name: ""}) == {name: ""}
+  assert redacted({name: SECRET}) == {name: "***"}
+  assert redacted({name: ""}) == {name: ""}
 
 
 def test_paths_and_names_stay():
   values = {"path": str(pathlib.Path("/a:b@c")), "tokenizer": "x", "model": "a/b", "n": 3}
-  assert masked(values) == values
+  assert redacted(values) == values

@@ -18,7 +18,7 @@ import jaxlib
 import numpy as np
 from PIL import Image
 
-from ddpo_jax import build, inner_loop, memory, train
+from ddpo_jax import build, glibc, inner_loop, train
 from ddpo_jax.benchmark import flops, profile
 from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
@@ -45,7 +45,7 @@ class JaxSide:
   """This package: the trainer as scripts/train.py builds it."""
 
   def __init__(self, cfg: Config):
-    memory.share_arenas()
+    glibc.share_arenas()
     configure_devices()
     configure_jax(cfg)
     self._cfg = cfg
@@ -90,7 +90,7 @@ class JaxSide:
         "reward_seconds": rollout.reward_seconds,
         "training_seconds": time.perf_counter() - sampled,
         "images": self._plan.samples_per_epoch, "sampler_drift": drift,
-        "rescored": (inner_loop.num_rescored(trainer, drift)
+        "rescored": (inner_loop.num_steps_rescored(trainer, drift)
                      / self._plan.optimizer_steps_per_epoch)}
     return self._last
 

@@ -25,8 +25,8 @@ def uses_guidance(guidance_scale: float) -> bool:
 
 def guidance_context(text_embeddings: Float[Array, "B L D"],
                      negative_embeddings: Float[Array, "#B L D"],
-                     guidance_scale: float) -> Float[Array, "n*B L D"]:
-  """What `guided_prediction` calls the network with."""
+                     guidance_scale: float) -> Float[Array, "branches*B L D"]:
+  """The network's text input in `guided_prediction`: [negative; prompts], or prompts alone."""
   if not uses_guidance(guidance_scale):
     return text_embeddings
   negative = jnp.broadcast_to(negative_embeddings, text_embeddings.shape)

@@ -62,7 +62,7 @@ def sample(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, "
   """
   ddim.check_density(schedule, eta)
   batch = text_embeddings.shape[0]
-  keys = None if key is None else _sample_keys(key, batch)
+  keys = None if key is None else _one_key_per_sample(key, batch)
   if initial_latents is None:
     shape = (*(latent_size or native_size(unet)), unet.config.in_channels)
     initial_latents = draw_noise(keys, 0, shape)
@@ -97,7 +97,7 @@ def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, 
   """
   if not 0.0 <= eta <= 1.0:
     raise ValueError(f"{eta=} must be in [0, 1]")
-  keys = _sample_keys(key, text_embeddings.shape[0])
+  keys = _one_key_per_sample(key, text_embeddings.shape[0])
   latents = draw_noise(keys, 0, (*native_size(unet), unet.config.in_channels))
 
   def body(latents: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
@@ -111,7 +111,7 @@ def denoise(unet: Policy, schedule: DDIMSchedule, text_embeddings: Float[Array, 
   return jax.lax.scan(body, latents, jnp.arange(schedule.num_steps))[0]
 
 
-def _sample_keys(key: AnyKey, batch: int) -> Key[Array, " B"]:
+def _one_key_per_sample(key: AnyKey, batch: int) -> Key[Array, " B"]:
   """One key a sample, of the new type."""
   if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     key = jax.random.wrap_key_data(key)

@@ -19,8 +19,6 @@ from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
 from ddpo_jax.model_names import FORMATS, TINY, TINY_FOLDER, is_hub_id
 
-# The model in this package, for machines without any other.
-
 # Names of weights without their ending, by the folders that they are in.
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
                 "text_encoder": "model"}

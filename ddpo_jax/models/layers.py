@@ -49,14 +49,14 @@ class Conv(nnx.Conv):
     if self._is_padded_3x3 and self._stride == 1:
       self._prepared = nnx.Variable(convolution.prepare(self.kernel[...]))
 
-  def _what_was_prepared(self) -> Any:
+  def _prepared_value(self) -> Any:
     return None if self._prepared is None else self._prepared.get_value()
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     if not self._is_padded_3x3:
       return super().__call__(inputs, out_sharding)
     y = convolution.convolve(inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
-                             self._what_was_prepared(), stride=self._stride)
+                             self._prepared_value(), stride=self._stride)
     return _add_bias(self, y)
 
 
@@ -72,7 +72,7 @@ class UpsampleConv(Conv):
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     y = upsampling.upsample_and_convolve(
         inputs.astype(self.dtype), self.kernel[...].astype(self.dtype),
-        self._what_was_prepared())
+        self._prepared_value())
     return _add_bias(self, y)
 
   def cropped(self, inputs: jax.Array, height: int, width: int) -> jax.Array:
@@ -107,7 +107,7 @@ class Linear(nnx.Linear):
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None, *,
                low: Float[Array, "rows rank"] | None = None) -> jax.Array:
-    """`low` is what up is multiplied with, where down's product is known already."""
+    """`low` is inputs @ lora_down, where `Attention` has computed it for q, k and v at once."""
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
     rows = inputs.reshape(-1, inputs.shape[-1])
     rows = rows.astype(self.dtype)

@@ -60,7 +60,7 @@ def _cudnn_serves(device: jax.Device, query: jax.ShapeDtypeStruct, key: jax.Shap
     return True
 
   def there_and_back(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
-    out, backward = jax.vjp(functools.partial(attend_to_even, _flash_attention),
+    out, backward = jax.vjp(functools.partial(attend_with_padded_keys, _flash_attention),
                             query, key, value)
     return backward(out)
 
@@ -84,7 +84,8 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
   """Scaled dot-product attention of N heads with H features each.
 
   No buffer grows with T·S: flash attention has none, and elsewhere so many queries are
-  processed at a time that their scores fit `MAX_SCORES`. Keys and values may be fewer than queries: of several queries in a row.
+  processed at a time that their scores fit `MAX_SCORES`. Keys and values may be fewer than
+  queries: of several queries in a row.
   """
   dtype, shape = query.dtype, query.shape
   on_cpu = jax.default_backend() == "cpu"
@@ -98,7 +99,7 @@ def multi_head_attention(query: Float[Array, "n*B T N*H"], key: Float[Array, "B 
   elif on_cpu:
     out = cpu.attend(query, key, value)
   elif implementation(query, key) == "cudnn":
-    out = attend_to_even(_flash_attention, query, key, value)
+    out = attend_with_padded_keys(_flash_attention, query, key, value)
   else:
     out = _attend_by_xla(query, key, value)
   return out.reshape(shape).astype(dtype)
@@ -113,7 +114,7 @@ def _attend_by_xla(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
   return attend_in_chunks(_xla_attention, query, key, value, max_scores)
 
 
-def attend_to_even(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
+def attend_with_padded_keys(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
                    key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]
                    ) -> Float[Array, "B T N H"]:
   """Attention to an odd number of keys (the 77 tokens of a prompt) by a kernel that refuses it.

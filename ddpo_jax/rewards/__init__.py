@@ -14,8 +14,8 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.masking import masked
 from ddpo_jax.messages import one_line
+from ddpo_jax.redaction import redacted
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from ddpo_jax.types import RewardFn
@@ -72,7 +72,7 @@ def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
     return {spec: get_reward(spec, **kwargs)}
   for name, value in kwargs.items():
     if name not in spec or not isinstance(value, Mapping):
-      raise UserError(f"reward_kwargs.{name}={masked({name: value})[name]!r}: with several "
+      raise UserError(f"reward_kwargs.{name}={redacted({name: value})[name]!r}: with several "
                       "rewards, must be the arguments of one of them, by its name: "
                       f"{', '.join(spec)}")
   return {name: get_reward(name, **kwargs.get(name, {})) for name in spec}

@@ -8,14 +8,12 @@ first device of each process, whatever threads ask for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import math
 import os
 import threading
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +22,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.models import CLIP, load_clip, load_clip_tokenizer
 from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig
 from ddpo_jax.models.pretrained import tokenize
+from ddpo_jax.parts import ceil_div
 from ddpo_jax.rewards.aesthetic_head import HEAD_SHA256, AestheticHead, load_aesthetic_head
 from ddpo_jax.types import RewardFn
 
@@ -61,8 +60,7 @@ def make_aesthetic_score(*, model: str = VIT_L_14, revision: str | None = None,
     raise UserError(f"reward_kwargs.model={model!r} makes embeddings of {width} numbers; "
                     f"must be {predictor.in_features}, which the head takes")
   del clip.model.text_model, clip.model.text_projection  # a third of the memory
-  program = _Program(_aesthetic_score, clip.images, clip.model, predictor, dtype,
-                     batch_size)
+  program = _Program(_aesthetic_score, clip.images, (clip.model, predictor), dtype, batch_size)
   return lambda images, prompts, metadata: (program(images), {})
 
 
@@ -189,18 +187,16 @@ def _bicubic(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
   return np.minimum(positions, old - 1).astype(np.int32), whole.astype(np.int32)
 
 
-def _aesthetic_score(model: CLIPModel, head: AestheticHead, images: jax.Array
-                     ) -> jax.Array:
+def _aesthetic_score(networks: tuple[CLIPModel, AestheticHead], images: jax.Array) -> jax.Array:
+  model, head = networks
   return head(_normalise(model.embed_images(images)))
 
 
-def _clip_score(model: CLIPModel, _: None, images: jax.Array, token_ids: jax.Array
-                ) -> jax.Array:
+def _clip_score(model: CLIPModel, images: jax.Array, token_ids: jax.Array) -> jax.Array:
   return jnp.maximum(100 * _cosine(model, images, token_ids), 0)
 
 
-def _pick_score(model: CLIPModel, _: None, images: jax.Array, token_ids: jax.Array
-                ) -> jax.Array:
+def _pick_score(model: CLIPModel, images: jax.Array, token_ids: jax.Array) -> jax.Array:
   return jnp.exp(model.logit_scale[...]) * _cosine(model, images, token_ids)
 
 
@@ -220,7 +216,7 @@ def _text_and_image_reward(score: Callable[..., jax.Array], clip: CLIP,
                            ) -> RewardFn:
   config = clip.model.config.text_config
   to_token_ids = _Tokenize(load_clip_tokenizer(tokenizer), tokenizer, config)
-  program = _Program(score, clip.images, clip.model, None, dtype, batch_size)
+  program = _Program(score, clip.images, clip.model, dtype, batch_size)
   return lambda images, prompts, metadata: (program(images, to_token_ids(prompts)), {})
 
 
@@ -244,54 +240,41 @@ class _Tokenize:
       return tokenize(self._tokenizer, prompts, self._length)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Weights:
-  """What the program reads and nothing changes."""
-
-  model: nnx.State
-  head: AestheticHead | None
-
-
 class _Program:
   """Scores any number of images, in batches, on one device. May be called by any thread."""
 
   def __init__(self, score: Callable[..., jax.Array], images: CLIPImageConfig,
-               model: nnx.Module, head: AestheticHead | None, dtype: str,
-               batch_size: int):
-    """Puts the weights on the device.
+               networks: Any, dtype: str, batch_size: int):
+    """Puts the networks on the device.
 
     Args:
-      score: `(model, head, pixels [B, S, S, 3] float32, …) -> [B] float32`.
+      score: `(networks, pixels [B, S, S, 3] float32, …) -> [B] float32`.
       images: how images become pixels.
-      model: any module.
-      head: passed on.
-      dtype: that the model computes in.
+      networks: a pytree, such as a module or a tuple of modules.
+      dtype: that the networks compute in.
       batch_size: at most so many images at a time.
     """
-    graphdef, state = nnx.split(model)
     self._device = jax.local_devices()[0]
-    self._weights = jax.device_put(_Weights(state, head), self._device)
+    self._networks = jax.device_put(networks, self._device)
     self._batch_size = batch_size
 
-    def program(weights: _Weights, batch: jax.Array, *inputs: jax.Array) -> jax.Array:
+    def program(networks: Any, batch: jax.Array, *inputs: jax.Array) -> jax.Array:
       # Not the process's own setting, which may let a GPU round float32 to TF32.
       precision = "highest" if dtype == "float32" else "default"
       with jax.default_matmul_precision(precision):
-        return score(nnx.merge(graphdef, weights.model), weights.head,
-                     preprocess(batch, images), *inputs)
+        return score(networks, preprocess(batch, images), *inputs)
 
     self._program = jax.jit(program)
 
   def __call__(self, images: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
     """Scores images: [B, H, W, 3] uint8, and arrays [B, …], -> [B] float32; B from 1."""
     count = len(images)
-    batches = -(-count // self._batch_size)
-    size = -(-count // batches)  # equal batches: least of the last one is padding
+    batches = ceil_div(count, self._batch_size)
+    size = ceil_div(count, batches)  # equal batches: least of the last one is padding
     scores = []
     for start in range(0, count, size):
       batch = [_pad(x[start:start + size], size) for x in (images, *inputs)]
-      scores.append(self._program(self._weights, *jax.device_put(batch, self._device)))
+      scores.append(self._program(self._networks, *jax.device_put(batch, self._device)))
     return np.concatenate(jax.device_get(scores))[:count]
 
 

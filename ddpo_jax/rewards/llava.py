@@ -20,8 +20,9 @@ import numpy as np
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.images import encode_image
+from ddpo_jax.parts import ceil_div
 from ddpo_jax.rewards import remote
-from ddpo_jax.rewards.metadata import checks_metadata
+from ddpo_jax.rewards.metadata import checks_metadata, questions_and_answers
 from ddpo_jax.types import RewardFn
 
 _QUERY = "Answer concisely: what is going on in this image?"
@@ -66,11 +67,11 @@ def make_llava_strict_satisfaction(
   name = "llava_strict_satisfaction"
   server = _connect(name, url, batch_size, max_parallel, timeout, time_limit, backoff)
 
-  @checks_metadata(functools.partial(remote.questions_and_answers, name))
+  @checks_metadata(functools.partial(questions_and_answers, name))
   def reward_fn(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
                 ) -> tuple[np.ndarray, dict[str, Any]]:
     del prompts
-    questions, answers = zip(*remote.questions_and_answers(name, metadata))
+    questions, answers = zip(*questions_and_answers(name, metadata))
     if len({len(q) for q in questions}) > 1:  # the server lays them out as an array
       raise UserError(f"reward_fn={name!r} got {sorted({len(q) for q in questions})} "
                       "questions for different samples; must be the same number for each")
@@ -181,7 +182,7 @@ def _connect(name: str, url: str, batch_size: int, max_parallel: int, timeout: f
 def _batches(count: int, batch_size: int) -> list[list[int]]:
   """Splits 0..count-1 in as few batches as possible, of even size."""
   return [part.tolist() for part in
-          np.array_split(np.arange(count), -(-count // batch_size))]
+          np.array_split(np.arange(count), ceil_div(count, batch_size))]
 
 
 def _jpegs(images: np.ndarray, indices: list[int]) -> list[bytes]:

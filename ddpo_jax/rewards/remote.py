@@ -19,7 +19,7 @@ import urllib3.exceptions
 
 from ddpo_jax.daemon_threads import DaemonThreadPool
 from ddpo_jax.errors import UserError
-from ddpo_jax.masking import masked
+from ddpo_jax.redaction import redacted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -109,7 +109,7 @@ class Server:
     self.reward = reward
     self.url = url
     self.limits = limits
-    self._where = f"reward_fn={reward!r}, reward_kwargs.url={masked(url)!r}"
+    self._where = f"reward_fn={reward!r}, reward_kwargs.url={redacted(url)!r}"
     self._pool = DaemonThreadPool(limits.max_parallel, reward)
     try:
       parts = urllib.parse.urlsplit(url)
@@ -281,38 +281,12 @@ def is_loopback(url: str) -> bool:
     return host == "localhost"
 
 
-def questions_and_answers(reward: str, metadata: Sequence[dict[str, Any]]
-                          ) -> list[tuple[list[str], list[str]]]:
-  """Each image's questions with their right answers, as the prompt function gave them.
-
-  Raises:
-    UserError: if an image has none, or not an answer to each question.
-  """
-  found = []
-  for i, entry in enumerate(metadata):
-    questions, answers = entry.get("questions", ()), entry.get("answers", ())
-    if not (_are_texts(questions) and _are_texts(answers)
-            and len(questions) == len(answers)):
-      raise UserError(
-          f"reward_fn={reward!r} got metadata {entry!r} for sample {i}; must have questions "
-          "and as many answers, both lists of strings: use prompt_fn='counting', or your own "
-          "that gives them (without questions: llava_bertscore, or vlm_score with "
-          "mode='probability')")
-    found.append(([str(q) for q in questions], [str(a) for a in answers]))
-  return found
-
-
 def _session(url: str) -> requests.Session:
   """For one request: sessions must not be shared between threads."""
   session = requests.Session()
   session.trust_env = not is_loopback(url)
   session.headers["Accept-Encoding"] = "identity"
   return session
-
-
-def _are_texts(value: Any) -> bool:
-  return (isinstance(value, (list, tuple)) and len(value) > 0
-          and all(isinstance(x, str) and x for x in value))
 
 
 def _is_number(value: Any) -> bool:

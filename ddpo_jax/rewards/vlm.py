@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_jax import words
+from ddpo_jax import english
 from ddpo_jax.errors import UserError
 from ddpo_jax.images import encode_image
 from ddpo_jax.rewards import remote
-from ddpo_jax.rewards.metadata import checks_metadata
+from ddpo_jax.rewards.metadata import checks_metadata, questions_and_answers
 from ddpo_jax.types import RewardFn
 
 _NAME = "vlm_score"
@@ -98,11 +98,11 @@ def _make_probability(server: remote.Server, client: _Client, model: str, questi
 
 def _make_strict(server: remote.Server, client: _Client, model: str) -> RewardFn:
 
-  @checks_metadata(functools.partial(remote.questions_and_answers, _NAME))
+  @checks_metadata(functools.partial(questions_and_answers, _NAME))
   def strict(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]
              ) -> tuple[np.ndarray, dict[str, Any]]:
     del prompts
-    pairs = remote.questions_and_answers(_NAME, metadata)
+    pairs = questions_and_answers(_NAME, metadata)
     items = [(i, text) for i, (questions, _) in enumerate(pairs) for text in questions]
 
     def ask(item: tuple[int, str], timeout: float) -> str:
@@ -156,8 +156,8 @@ def has_answer(reply: str, answer: str) -> bool:
   """
   # No larger ones: the two threads that score share inflect, which keeps the place of the
   # digits in itself.
-  in_words = re.sub(r"\b[0-9]{1,2}\b", lambda m: words.number(m[0]), reply)
-  forms = "|".join(re.escape(form) for form in (answer, words.plural(answer)))
+  in_words = re.sub(r"\b[0-9]{1,2}\b", lambda m: english.number(m[0]), reply)
+  forms = "|".join(re.escape(form) for form in (answer, english.plural(answer)))
   return any(re.search(rf"(?<!\w)(?:{forms})(?!\w)", text, re.IGNORECASE)
              for text in (reply, in_words))
 

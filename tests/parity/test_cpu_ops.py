@@ -136,6 +136,9 @@ def test_half_precision_is_not_transformed():
   """It would lose digits that it does not have."""
   x, kernel = draw((3, 4, 4, 32), (3, 3, 32, 32))
   check(cpu_convolution.convolve, torch_convolution, x, kernel, dtype=jnp.bfloat16, tolerance=2e-2)
+  by_winograd = lambda dtype: cpu_convolution._by_winograd(x.astype(dtype), kernel.astype(dtype),
+                                                           None)
+  assert by_winograd(jnp.float32) and not by_winograd(jnp.bfloat16)
 
 
 def test_doubled_image_of_many_channels_in_half_precision():

@@ -178,7 +178,7 @@ def _shift_and_add(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def _sum_of_shifted(products: Float[Array, "B h w 9 C"], order: Sequence[int]
                     ) -> Float[Array, "B h w C"]:
-  """Adds up those of a pixel's neighbours, row by row, `order` saying which of each one's."""
+  """Sums over each pixel's 3×3 neighbourhood, taking product `order[k]` of its k-th neighbour."""
   height, width = products.shape[1:3]
   parts = jnp.pad(products, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
   return jnp.sum(jnp.stack([

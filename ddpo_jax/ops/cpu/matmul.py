@@ -20,7 +20,7 @@ def dot(x: Float[Array, "... n k"], y: Float[Array, "... k m"]) -> Float[Array, 
 
 
 def transpose(x: Float[Array, "... n m"]) -> Float[Array, "... m n"]:
-  """Laid out anew in memory."""
+  """Transposed in memory, not by a layout that XLA gives the matmul to read it in."""
   return jax.lax.optimization_barrier(x.swapaxes(-1, -2))
 
 

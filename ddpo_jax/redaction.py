@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
-_MASK = "***"
+_REDACTED = "***"
 # "api_key" and "token", not "api_key_env", which names a variable, nor "tokenizer".
 _SECRET_NAME = re.compile(
     r"(^|[_-])(api_?key|key|token|secret|password|passwd|passphrase|credentials?|"
@@ -22,14 +22,14 @@ def is_secret(name: str) -> bool:
   return _SECRET_NAME.search(name) is not None
 
 
-def masked(value: Any) -> Any:
+def redacted(value: Any) -> Any:
   """A value as it may be written down: keys, tokens and passwords in it become "***"."""
   if isinstance(value, Mapping):
-    return {name: _MASK if is_secret(str(name)) and item else masked(item)
+    return {name: _REDACTED if is_secret(str(name)) and item else redacted(item)
             for name, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return type(value)(map(masked, value))
+    return type(value)(map(redacted, value))
   if isinstance(value, str):
     for pattern in _SECRETS_IN_URLS:
-      value = pattern.sub(rf"\g<1>{_MASK}", value)
+      value = pattern.sub(rf"\g<1>{_REDACTED}", value)
   return value

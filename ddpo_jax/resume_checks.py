@@ -10,8 +10,8 @@ from typing import Any
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
-from ddpo_jax.masking import is_secret
 from ddpo_jax.model_names import absolute
+from ddpo_jax.redaction import is_secret
 
 # What a resumed run may have otherwise than before.
 _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
@@ -62,7 +62,7 @@ def check_sizes(cfg: Config, plan: BatchPlan, meta: Mapping[str, Any], where: st
   Raises:
     UserError: one line for each number that is another one.
   """
-  before = meta.get("sizes") or _sizes_on(plan.devices_of_config, meta["config"])
+  before = meta["sizes"]
   products = {
       "images_per_epoch": f"sample.batch_size={cfg.sample.batch_size} × "
                           f"sample.num_batches_per_epoch={cfg.sample.num_batches_per_epoch}",
@@ -76,14 +76,6 @@ def check_sizes(cfg: Config, plan: BatchPlan, meta: Mapping[str, Any], where: st
       for name, number in plan.sizes.items() if number != before[name]]
   if problems:
     raise UserError("\n".join(problems))
-
-
-def _sizes_on(devices: int, saved: Mapping[str, Any]) -> dict[str, int]:
-  """What a checkpoint without them must have had, if it was made on as many devices."""
-  sample, train = saved["sample"], saved["train"]
-  return {"images_per_epoch": devices * sample["batch_size"] * sample["num_batches_per_epoch"],
-          "images_per_optimizer_step":
-              devices * train["batch_size"] * train["gradient_accumulation_steps"]}
 
 
 def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], cfg: Config) -> bool:
