@@ -40,9 +40,13 @@ class Stop:
 @contextlib.contextmanager
 def interruptible() -> Iterator[Stop]:
   """Turns the first of these signals into a request; a second signal acts as it did before."""
-  stop = Stop()
+  stop, run = Stop(), os.getpid()
 
   def request(signum: int, _) -> None:
+    if os.getpid() != run:  # a worker that a reward forked: its pool waits for it to end
+      signal.signal(signum, signal.SIG_DFL)
+      os.kill(os.getpid(), signum)
+      return
     stop.signum = signum
     restore()
     with contextlib.suppress(OSError):

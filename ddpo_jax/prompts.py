@@ -14,9 +14,9 @@ import numpy as np
 
 from ddpo_jax import english, tiny_scenes
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import one_line
+from ddpo_jax.messages import one_line, shown
 from ddpo_jax.types import PromptFn
-from ddpo_jax.user_functions import check_kwargs, resolve_function
+from ddpo_jax.user_functions import calling, check_kwargs, resolve_function
 
 _ASSETS = importlib.resources.files("ddpo_jax") / "assets"
 
@@ -43,8 +43,13 @@ def draw_prompts(prompt_fn: PromptFn, seed: int, epoch: int, indices: Iterable[i
   Raises:
     UserError: if the function does not return a prompt and a dict.
   """
-  drawn = [check_drawn(prompt_fn(sample_rng(seed, epoch, i)),
-                       f"prompt_fn, for sample {i} of epoch {epoch},") for i in indices]
+  def draw(index: int) -> tuple[str, dict[str, Any]]:
+    what = f"prompt_fn, for sample {index} of epoch {epoch},"
+    with calling(what):
+      drawn = prompt_fn(sample_rng(seed, epoch, index))
+    return check_drawn(drawn, what)
+
+  drawn = list(map(draw, indices))
   return [prompt for prompt, _ in drawn], [metadata for _, metadata in drawn]
 
 
@@ -62,6 +67,11 @@ def check_drawn(drawn: Any, source: str) -> tuple[str, dict[str, Any]]:
   if not is_pair or not isinstance(drawn[0], str) or not isinstance(drawn[1], Mapping):
     returned = " and a ".join(type(x).__name__ for x in (drawn if is_pair else [drawn]))
     raise UserError(f"{source} returned a {returned}; must return a prompt (str) and a dict")
+  try:
+    drawn[0].encode()
+  except UnicodeEncodeError:  # half of a surrogate pair
+    raise UserError(f"{source} returned {shown(drawn[0])}; must be text that UTF-8 can encode"
+                    ) from None
   return drawn[0], dict(drawn[1])
 
 
@@ -77,11 +87,16 @@ def from_file(rng: np.random.Generator, path: str, low: int | None = None,
   The path is of a local file, or of one of the lists in this package.
   """
   lines = load_lines(path, "prompt_fn_kwargs.path")
-  chosen = lines[low:high]
+  chosen = _slice(path, low, high)
   if not chosen:
     raise UserError(f"prompt_fn_kwargs.low={low} and high={high} leave no line of {path!r}; "
                     f"must leave some of lines 0 to {len(lines) - 1}")
   return _choose(rng, chosen), {}
+
+
+@functools.cache
+def _slice(path: str, low: int | None, high: int | None) -> list[str]:
+  return load_lines(path, "prompt_fn_kwargs.path")[low:high]
 
 
 def _choose(rng: np.random.Generator, lines: Sequence[str]) -> str:
@@ -172,7 +187,8 @@ def load_lines(path: str, field: str = "") -> list[str]:
       raise UserError(f"{named} {there}; {must_be}")
     file = asset
   try:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines, which also ends a line at characters that may be within a prompt.
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{named} cannot be read as text: {one_line(error)}; {must_be}") from error
   lines = [line for line in lines if line]

@@ -9,17 +9,17 @@ from typing import Any
 _REDACTED = "***"
 # "api_key" and "token", not "api_key_env", which names a variable, nor "tokenizer".
 _SECRET_NAME = re.compile(
-    r"(^|[_-])(api_?key|key|token|secret|password|passwd|passphrase|credentials?|"
-    r"authorization|bearer)$", re.IGNORECASE)
-_SECRETS_IN_URLS = (
-    re.compile(r"(\w://[^/@:\s]*:)[^/@\s]+(?=@)"),
-    re.compile(r"([?&](?:api_?key|key|token|secret|password|sig|signature)=)[^&#\s]+",
-               re.IGNORECASE))
+    r"(^|[_-])(api_?key|key|token|secret|password|passwd|pwd|passphrase|credentials?|"
+    r"authorization|auth|bearer|sig|signature)$", re.IGNORECASE)
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_PASSWORD = re.compile(r"(\w://[^/@:\s]*:)[^/@\s]+(?=@)")
+_USER_ALONE = re.compile(r"(\w://)[^/@:\s]+(?=@)")  # some servers take a token in its place
+_PARAMETER = re.compile(r"([?&]([^=&#\s]+)=)([^&#\s]+)")
 
 
 def is_secret(name: str) -> bool:
   """Whether values of this name are keys, tokens or passwords."""
-  return _SECRET_NAME.search(name) is not None
+  return _SECRET_NAME.search(_CAMEL.sub("_", name)) is not None
 
 
 def redacted(value: Any) -> Any:
@@ -30,6 +30,13 @@ def redacted(value: Any) -> Any:
   if isinstance(value, (list, tuple)):
     return type(value)(map(redacted, value))
   if isinstance(value, str):
-    for pattern in _SECRETS_IN_URLS:
+    for pattern in (_PASSWORD, _USER_ALONE):
       value = pattern.sub(rf"\g<1>{_REDACTED}", value)
+    return _PARAMETER.sub(_redacted_parameter, value)
   return value
+
+
+def _redacted_parameter(found: re.Match[str]) -> str:
+  """Of a URL: "?name=value". Azure's keys are called a code there."""
+  prefix, name, value = found.groups()
+  return prefix + (_REDACTED if is_secret(name) or name == "code" else value)

@@ -13,6 +13,7 @@ from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
 from ddpo_jax.run_folder import named_by
+from ddpo_jax.user_functions import raised_by_user
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new, old
@@ -36,11 +37,13 @@ def with_advice(cfg: Config) -> Iterator[None]:
     raise
   except Exception as error:  # of JAX, NumPy, orbax, the system: each has its own
     causes = list(_causes(error))
-    if any(map(_is_full_disk, causes)):
+    # A user's function may have another disk, or its own need of memory, but not another GPU.
+    of_run = not any(map(raised_by_user, causes))
+    if of_run and any(map(_is_full_disk, causes)):
       raise UserError(full_disk(cfg)) from error
     if any(map(_is_without_room_beside_jax, causes)):
       raise UserError(_ROOM_BESIDE_JAX) from error
-    if any(map(_is_out_of_memory, causes)):
+    if any(map(_is_out_of_memory if of_run else _is_out_of_device_memory, causes)):
       raise UserError(out_of_memory(cfg)) from error
     raise
 
@@ -75,9 +78,12 @@ def _is_without_room_beside_jax(error: BaseException) -> bool:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-  return isinstance(error, MemoryError) or (
-      type(error).__module__.partition(".")[0] in ("jax", "jaxlib")
-      and "RESOURCE_EXHAUSTED" in str(error))
+  return isinstance(error, MemoryError) or _is_out_of_device_memory(error)
+
+
+def _is_out_of_device_memory(error: BaseException) -> bool:
+  return (type(error).__module__.partition(".")[0] in ("jax", "jaxlib")
+          and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def full_disk(cfg: Config) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import importlib
 import inspect
 import re
@@ -18,6 +19,7 @@ _MODULE = re.compile(r"\w+(\.\w+)*")
 # What is checked of arguments, where a function says that they are nothing else.
 _TYPES: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str",
                           type(None): "None"}
+_RAISED_BY = "raised by "
 
 
 def resolve_function(field: str, name: str, known: dict[str, Callable],
@@ -43,7 +45,7 @@ def resolve_function(field: str, name: str, known: dict[str, Callable],
     raise UserError(f"{field}={name!r} cannot be imported: {wrong}; must be such as {example!r}")
   try:
     function = getattr(importlib.import_module(module_name), function_name)
-  except Exception as error:  # the module is the user's own code
+  except (Exception, SystemExit) as error:  # the module is the user's own code
     raise UserError(f"{field}={name!r} cannot be imported: "
                     f"{_import_problem(module_name, error)}") from error
   if not callable(function):
@@ -51,7 +53,28 @@ def resolve_function(field: str, name: str, known: dict[str, Callable],
   return function
 
 
-def _import_problem(module_name: str, error: Exception) -> str:
+@contextlib.contextmanager
+def calling(what: str) -> Iterator[None]:
+  """Around a call of a user's function: its errors say whose they are.
+
+  Raises:
+    RuntimeError: where it exits, as the run would end as if all was done.
+  """
+  try:
+    yield
+  except SystemExit as error:
+    raise RuntimeError(f"{what} ended its process: {with_type(error)}") from error
+  except Exception as error:
+    error.add_note(_RAISED_BY + what)
+    raise
+
+
+def raised_by_user(error: BaseException) -> bool:
+  """Whether an error comes out of a call of a user's function."""
+  return any(note.startswith(_RAISED_BY) for note in getattr(error, "__notes__", ()))
+
+
+def _import_problem(module_name: str, error: BaseException) -> str:
   if isinstance(error, ModuleNotFoundError) and error.name in (
       module_name, module_name.partition(".")[0]):
     return f"{one_line(error)} (PYTHONPATH=. finds modules in this folder)"

@@ -140,7 +140,7 @@ def _draw(cfg: Config) -> _Prompts:
              for _ in range(_DRAWS)]
   except UserError:
     raise
-  except Exception as error:  # the user's own code, or arguments of the wrong type
+  except (Exception, SystemExit) as error:  # the user's own, or arguments of the wrong type
     raise UserError(
         f"prompt_fn={cfg.prompt_fn!r} with prompt_fn_kwargs="
         f"{shown(redacted(cfg.prompt_fn_kwargs))} raised {with_type(error)}{place(error)}"

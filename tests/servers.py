@@ -141,17 +141,17 @@ def truncate(handler: Handler):
   handler.close_connection = True
 
 
-def trickle(handler: Handler):
+def trickle(handler: Handler, code: int = 200):
   """Sends a byte at a time, each well before any timeout of one read."""
-  handler.reply(200, b"", Content_Length="1000000")
+  handler.reply(code, b"", Content_Length="1000000")
   while not handler.server.stopping.wait(0.02):
     handler.wfile.write(b"x")
   handler.close_connection = True
 
 
-def endless(handler: Handler):
+def endless(handler: Handler, code: int = 200):
   """Sends without end, in chunks, without saying how much."""
-  handler.send_response(200)
+  handler.send_response(code)
   handler.send_header("Transfer-Encoding", "chunked")
   handler.end_headers()
   while not handler.server.stopping.is_set():

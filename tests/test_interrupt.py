@@ -90,6 +90,23 @@ def test_the_first_signal_is_a_request_and_the_second_ends_the_process(how, sign
   assert said == f"{int(signum)}\n"
 
 
+def test_a_process_that_a_reward_forks_ends_at_once():
+  """Its pool ends its workers by SIGTERM, and waits for them."""
+  said = assert_program_ended_by(signal.SIGTERM, """
+      from ddpo_jax import interrupt
+      interrupt.end_at_signals()
+      with interrupt.interruptible() as stop:
+        worker = os.fork()
+        if not worker:
+          time.sleep(30)
+        time.sleep(0.2)
+        os.kill(worker, signal.SIGTERM)
+        print(os.WTERMSIG(os.waitpid(worker, 0)[1]), stop.signum, flush=True)
+      in_a_c_library(signal.SIGTERM)
+      """)
+  assert said == "15 None\n"
+
+
 def test_nohup_is_respected():
   said = assert_program_ended_by(signal.SIGTERM, """
       signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,5 +1,7 @@
 """Prompt functions: what they draw, that it repeats, and what they refuse."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -46,12 +48,30 @@ def test_what_no_prompt_is_names_the_sample(drawn, said):
     draw_prompts(lambda rng: drawn, 0, 1, [3])
 
 
+def test_a_prompt_is_text_that_can_be_written_down():
+  with pytest.raises(UserError, match="for sample 3 of epoch 1, returned 'a .*UTF-8"):
+    draw_prompts(lambda rng: ("a \ud83d", {}), 0, 1, [3])
+
+
+def test_a_prompt_function_that_exits_is_an_error():
+  with pytest.raises(RuntimeError, match="^prompt_fn, for sample 3 of epoch 1, ended its process"):
+    draw_prompts(lambda rng: sys.exit(0), 0, 1, [3])
+
+
 def test_file_by_path(tmp_path):
   """The reference crashes on any file that is not its own."""
   path = tmp_path / "prompts.txt"
   path.write_text("a cat\n\n  a dog \na cow\n")
   function = get_prompt_fn("from_file", path=str(path), low=1)
   assert set(draw_prompts(function, 0, 0, range(20))[0]) == {"a dog", "a cow"}
+
+
+@pytest.mark.parametrize("content", ("\ufeffa cat\r\na\u2028dog", "a cat\n\na\u2028dog\r\n"))
+def test_files_of_any_editor(tmp_path, content):
+  path = tmp_path / "prompts.txt"
+  path.write_bytes(content.encode())
+  function = get_prompt_fn("from_file", path=str(path))
+  assert set(draw_prompts(function, 0, 0, range(20))[0]) == {"a cat", "a\u2028dog"}
 
 
 @pytest.mark.parametrize("content", ("", "\n \n"))
@@ -190,6 +210,7 @@ def test_arguments_that_a_function_takes_are_named():
     ("mine_syntax", "\ndef f(:\n", r"SyntaxError: .*mine_syntax\.py, line 2\)"),
     ("mine_name", "\n\nnope\n", r"NameError: name 'nope' .*mine_name\.py, line 3\)"),
     ("mine_import", "import no_such\n", r"No module named 'no_such' .*import\.py, line 1\)"),
+    ("mine_exit", "import sys\nsys.exit(0)\n", r"SystemExit: 0 .*mine_exit\.py, line 2\)"),
     ("mine_empty", "", "has no attribute 'f'$"),
 ])
 def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, module, source, message):

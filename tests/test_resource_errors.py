@@ -1,5 +1,8 @@
 """What is said where memory or disk space runs out."""
 
+import contextlib
+import errno
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +10,8 @@ from small_model import small_config
 
 from ddpo_jax import cli, resource_errors, train
 from ddpo_jax.config import resolve
+from ddpo_jax.errors import UserError
+from ddpo_jax.user_functions import calling
 
 
 def allocate_too_much():
@@ -23,6 +28,22 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch):
       "train.batch_size=1 with train.gradient_accumulation_steps=2; "
       "sample.decode_batch_size=2; sample.batch_size=2 with sample.num_batches_per_epoch=2; "
       "mixed_precision='fp16'")
+
+
+@pytest.mark.parametrize("error", (OSError(errno.ENOSPC, "No space left on device"), MemoryError()))
+@pytest.mark.parametrize("users", (True, False))
+def test_what_a_users_function_lacks_is_not_the_runs(error, users):
+  error = type(error)(*error.args)
+  with pytest.raises(type(error) if users else UserError):
+    with resource_errors.with_advice(resolve(small_config())):
+      with calling("reward_fn='mine:f'") if users else contextlib.nullcontext():
+        raise error
+
+
+def test_a_users_function_shares_the_devices():
+  with pytest.raises(UserError, match="^out of memory"):
+    with resource_errors.with_advice(resolve(small_config())), calling("reward_fn='mine:f'"):
+      allocate_too_much()
 
 
 @pytest.mark.parametrize("message", (

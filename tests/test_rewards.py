@@ -3,8 +3,11 @@ and the check of what a reward returns.
 """
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import json
+import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +28,7 @@ from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rewards.info import InfoCollector
 
 PROMPTS = ["a cat", "a dog", "a cow"]
+IMAGES = np.ones((3, 2, 2, 3), np.uint8)
 
 
 def scaled(images, prompts, metadata, factor):
@@ -46,6 +50,7 @@ def writing(images, prompts, metadata):
   prompts.clear()
   for each in metadata:
     each["seen"] = True
+    each.get("deep", []).clear()
   return np.ones(len(images)), {}
 
 
@@ -137,7 +142,7 @@ def test_a_reward_may_name_what_it_takes_as_it_likes():
     ([1e39, 0.0, 0.0], "sample 0"),
 ])
 def test_wrong_values_name_function_sample_and_prompt(values, message):
-  with np.errstate(over="ignore"), pytest.raises(UserError, match=message) as error:
+  with pytest.raises(UserError, match=message) as error:
     check_rewards("my:reward", values, PROMPTS)
   assert "my:reward" in str(error.value)
 
@@ -155,11 +160,46 @@ def test_async_rewards_are_awaited():
   assert rewards.tolist() == [0, 1, 2]
 
 
+def test_async_rewards_keep_what_belongs_to_their_loop():
+  """A client of HTTP, say, with its open connections."""
+  loops = []
+
+  async def reward(images, prompts, metadata):
+    loops.append(asyncio.get_running_loop())
+    return [1.0] * len(images), {}
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    calls = [pool.submit(call_reward, "a", reward, IMAGES, PROMPTS, [{}] * 3) for _ in range(4)]
+    assert all(call.result()[0].tolist() == [1, 1, 1] for call in calls)
+  assert len(loops) == 4 and len(set(loops)) == 1
+
+
+async def exits_later(images, prompts, metadata):
+  sys.exit(0)
+
+
+@pytest.mark.parametrize("reward", (lambda *_: sys.exit(0), exits_later))
+def test_a_reward_that_exits_is_an_error(reward):
+  """Else the run would end with status 0."""
+  with pytest.raises(RuntimeError, match="^reward_fn='mine:f' ended its process: SystemExit: 0"):
+    call_reward("mine:f", reward, IMAGES, PROMPTS, [{}] * 3)
+
+
+def test_errors_of_rewards_say_whose_they_are():
+  def fails(images, prompts, metadata):
+    raise OSError("No space left on device")
+
+  with pytest.raises(OSError) as error:
+    call_reward("mine:f", fails, IMAGES, PROMPTS, [{}] * 3)
+  assert error.value.__notes__ == ["raised by reward_fn='mine:f'"]
+
+
 def test_what_a_reward_writes_into_its_arguments_reaches_nobody():
-  images, prompts, metadata = np.ones((3, 2, 2, 3), np.uint8), list(PROMPTS), [{}, {}, {}]
+  images, prompts = np.ones((3, 2, 2, 3), np.uint8), list(PROMPTS)
+  metadata = [{"deep": [1]}, {}, {"no copy": threading.Lock()}]
   rewards, _ = call_reward("writing", writing, images, prompts, metadata)
   assert rewards.tolist() == [1, 1, 1]
-  assert images.all() and prompts == PROMPTS and metadata == [{}, {}, {}]
+  assert images.all() and prompts == PROMPTS and metadata[:2] == [{"deep": [1]}, {}]
 
 
 def test_a_reward_without_info_is_refused():

@@ -56,12 +56,22 @@ def test_no_message_has_a_secret(call):
 
 
 @pytest.mark.parametrize("name", ("api_key", "API_KEY", "apikey", "hf_token", "password",
-                                  "client-secret", "credentials"))
+                                  "client-secret", "credentials", "auth", "accessToken", "pwd",
+                                  "api-key"))
 def test_names_of_secrets(name):
   assert redacted({name: SECRET}) == {name: "***"}
   assert redacted({name: ""}) == {name: ""}
 
 
+@pytest.mark.parametrize("url", (
+    "http://me:{}@host/v1", "https://{}@host/v1", "https://host/v1?access_token={}",
+    "https://host?n=3&api-key={}", "https://host?subscription-key={}#x", "https://host?code={}",
+    "https://host?a=b&X-Amz-Signature={}&c=d"))
+def test_urls_are_shown_without_secrets(url):
+  assert redacted([url.format(SECRET)]) == [url.format("***")]
+
+
 def test_paths_and_names_stay():
-  values = {"path": str(pathlib.Path("/a:b@c")), "tokenizer": "x", "model": "a/b", "n": 3}
+  values = {"path": str(pathlib.Path("/a:b@c")), "tokenizer": "x", "model": "a/b", "n": 3,
+            "url": "http://host:8000/v1?model=a&encode=b", "keys": "x", "author": "me"}
   assert redacted(values) == values

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import functools
 import io
 import json
 import math
@@ -117,7 +118,8 @@ def test_strict(server):
     ("A cat", "cat", True), ("cats", "cat", True), ("a category", "cat", False),
     ("Two wolves!", "wolf", True), ("concatenate", "cat", False), ("", "cat", False),
     ("a polar\nbear", "polar bear", False), ("Polar bears", "polar bear", True),
-    ("C++ (code)", "c++", True), ("2026", "twenty", False), ("٣", "three", False)])
+    ("C++ (code)", "c++", True), ("2026", "twenty", False), ("٣", "three", False),
+    ("three", "3", True), ("There is one cat.", "1", True), ("13", "3", False)])
 def test_answers_are_words(reply, answer, found):
   assert has_answer(reply, answer) == found
 
@@ -162,17 +164,23 @@ def truncated_error(handler):
 TRANSIENT = {"500": servers.status(500, b'{"error": {"message": "out of memory"}}'),
              "503": servers.status(503), "429": servers.status(429), "drop": servers.drop,
              "hang": servers.hang, "truncate": servers.truncate, "trickle": servers.trickle,
-             "truncated 500": truncated_error}
+             "truncated 500": truncated_error,
+             "trickling 500": functools.partial(servers.trickle, code=500),
+             "endless 500": functools.partial(servers.endless, code=500)}
 SAID = {"500": "HTTP status 500.*out of memory", "503": "HTTP status 503",
         "429": "HTTP status 429", "drop": "RemoteProtocolError", "hang": "no reply within",
         "truncate": "RemoteProtocolError", "trickle": "did not end in time",
-        "truncated 500": "500 Internal Server Error"}
+        "truncated 500": "HTTP status 500",
+        "trickling 500": "HTTP status 500", "endless 500": "HTTP status 500"}
+
+
+SLOW = ("hang", "trickle", "trickling 500")
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_transient_faults_are_tried_again(server, fault):
   server.faults = [TRANSIENT[fault]] * 2
-  score(server, timeout=0.6 if fault in ("hang", "trickle") else 10.0)
+  score(server, timeout=0.6 if fault in SLOW else 10.0)
   assert len(server.requests) == 3
 
 
@@ -181,7 +189,7 @@ def test_lasting_faults_end_at_the_time_limit(server, fault):
   server.always = TRANSIENT[fault]
   start = time.monotonic()
   with pytest.raises(remote.RewardError, match=SAID[fault]) as error:
-    score(server, timeout=0.15 if fault in ("hang", "trickle") else 10.0, time_limit=0.5)
+    score(server, timeout=0.15 if fault in SLOW else 10.0, time_limit=0.5)
   assert time.monotonic() - start < 5
   for part in ("'vlm_score'", server.url, "time_limit=0.5"):
     assert part in str(error.value)
@@ -205,6 +213,7 @@ def top(*entries):
 
 UNUSABLE = {
     "404": (servers.status(404, b'{"detail": "no model x"}'), "HTTP status 404.*no model x"),
+    "302": (servers.status(302, Location="http://127.0.0.1:9/"), "HTTP status 302"),
     "not json": (servers.body(b"<html>"), "it is not JSON"),
     "cut": (servers.body(servers.completion("Yes", {"Yes": 1.0})[:-9]), "it is not JSON"),
     "not text": (servers.body(b"\xff\xfe\x00"), "it is not JSON"),
@@ -271,6 +280,20 @@ def test_the_key_is_never_shown(server, monkeypatch):
       shown = getattr(shown, "value", shown)
       assert KEY not in str(shown)
       shown = shown.__cause__
+
+
+@pytest.mark.parametrize("key", ("sk-secret\n", " sk-secret "))
+def test_a_key_from_a_file_ends_in_a_newline(server, monkeypatch, key):
+  monkeypatch.setenv("OPENAI_API_KEY", key)
+  score(server)
+
+
+@pytest.mark.parametrize("key", ("sk-sécret", "sk-secret\nsk-other", "sk-\x01secret"))
+def test_a_key_that_is_none_is_refused_unseen(server, monkeypatch, key):
+  monkeypatch.setenv("OPENAI_API_KEY", key)
+  with pytest.raises(UserError, match="^reward_kwargs.api_key_env='OPENAI_API_KEY'") as error:
+    score(server)
+  assert "cret" not in str(error.value)
 
 
 def test_unreachable_servers_are_said_so_at_once(server):

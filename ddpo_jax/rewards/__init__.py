@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Mapping
 import copy
 import functools
 import inspect
+import threading
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,12 +15,12 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import one_line
+from ddpo_jax.messages import one_line, shown
 from ddpo_jax.redaction import redacted
 from ddpo_jax.rewards.color import color_alignment
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from ddpo_jax.types import RewardFn
-from ddpo_jax.user_functions import check_kwargs, resolve_function
+from ddpo_jax.user_functions import calling, check_kwargs, resolve_function
 
 REWARD_FUNCTIONS = {f.__name__: f for f in (jpeg_compressibility, jpeg_incompressibility,
                                             color_alignment)}
@@ -90,17 +91,43 @@ def call_reward(name: str, function: RewardFn, images: UInt8[np.ndarray, "B H W 
     UserError: if it is not a pair of rewards, one finite number for each image, and a
       dict; names the function.
   """
-  result = function(images.copy(), list(prompts), list(map(copy.copy, metadata)))
+  what = f"reward_fn={name!r}"
+  with calling(what):
+    result = function(images.copy(), list(prompts), list(map(_copy, metadata)))
   if inspect.isawaitable(result):
-    result = asyncio.run(_wait_for(result))
+    result = asyncio.run_coroutine_threadsafe(_wait_for(result, what), _event_loop()).result()
   if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
     raise UserError(f"reward_fn={name!r} returned {_kind(result)}; must be a pair of "
                     "rewards and a dict: return rewards, {}")
   return check_rewards(name, result[0], prompts), result[1]
 
 
-async def _wait_for(result: Awaitable[Any]) -> Any:
-  return await result
+def _copy(metadata: dict[str, Any]) -> dict[str, Any]:
+  try:
+    return copy.deepcopy(metadata)
+  except Exception:  # it holds what cannot be copied
+    return copy.copy(metadata)
+
+
+async def _wait_for(result: Awaitable[Any], what: str) -> Any:
+  with calling(what):  # an exit would end the loop's thread, and be waited for for ever
+    return await result
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+  """Where async rewards run: one loop, as what they keep between calls belongs to it."""
+  with _starting_loop:
+    return _start_loop()
+
+
+_starting_loop = threading.Lock()
+
+
+@functools.cache
+def _start_loop() -> asyncio.AbstractEventLoop:
+  loop = asyncio.new_event_loop()
+  threading.Thread(target=loop.run_forever, name="async_rewards", daemon=True).start()
+  return loop
 
 
 def _kind(result: Any) -> str:
@@ -130,8 +157,9 @@ def check_rewards(name: str, rewards: Any, prompts: list[str]
           np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
     raise UserError(f"reward_fn={name!r} returned rewards of type {array.dtype}; must be "
                     "numbers")
-  array = array.astype(np.float32)
+  with np.errstate(over="ignore"):  # found below
+    array = array.astype(np.float32)
   for i in np.flatnonzero(~np.isfinite(array)):
     raise UserError(f"reward_fn={name!r} returned {array[i]} for sample {i}, prompt "
-                    f"{prompts[i]!r}; must be finite")
+                    f"{shown(prompts[i])}; must be finite, in float32")
   return array

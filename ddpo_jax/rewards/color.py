@@ -9,6 +9,7 @@ import numpy as np
 
 from ddpo_jax import tiny_scenes
 from ddpo_jax.errors import UserError
+from ddpo_jax.messages import shown
 from ddpo_jax.rewards.metadata import checks_metadata
 
 _NAMES = list(tiny_scenes.COLORS)
@@ -55,7 +56,7 @@ def _colors(metadata: dict[str, Any]) -> tuple[int, int]:
     return _NAMES.index(metadata["color"]), _NAMES.index(metadata["background"])
   except (KeyError, ValueError):
     raise UserError(
-        f"reward_fn='color_alignment' got metadata {metadata}; must have a 'color' and a "
+        f"reward_fn='color_alignment' got metadata {shown(metadata)}; must have a 'color' and a "
         f"'background' among {', '.join(_NAMES)}: use prompt_fn='tiny_shapes'") from None
 
 

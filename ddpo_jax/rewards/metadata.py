@@ -7,6 +7,7 @@ import functools
 from typing import Any, TypeVar
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.messages import shown
 from ddpo_jax.types import RewardFn
 
 F = TypeVar("F", bound=Callable)
@@ -48,7 +49,7 @@ def questions_and_answers(reward: str, metadata: Sequence[dict[str, Any]]
     if not (_are_texts(questions) and _are_texts(answers)
             and len(questions) == len(answers)):
       raise UserError(
-          f"reward_fn={reward!r} got metadata {entry!r} for sample {i}; must have questions "
+          f"reward_fn={reward!r} got metadata {shown(entry)} for sample {i}; must have questions "
           "and as many answers, both lists of strings: use prompt_fn='counting', or your own "
           "that gives them (without questions: llava_bertscore, or vlm_score with "
           "mode='probability')")

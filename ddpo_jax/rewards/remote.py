@@ -143,7 +143,7 @@ class Server:
                     allow_redirects=False).close()
     except requests.Timeout:
       raise self.unreachable(f"no answer within {self.check_timeout:g} s") from None
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # the latter: no name of a host
       raise self.unreachable(root_cause(error)) from None
 
   def map(self, attempt: Callable[[T, float], R], items: Sequence[T]) -> list[R]:

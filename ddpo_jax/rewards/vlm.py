@@ -70,12 +70,25 @@ def make_vlm_score(
   remote.check_count("top_logprobs", top_logprobs)
   server = remote.Server(_NAME, url,
                          remote.Limits(timeout, time_limit, backoff, max_parallel))
-  client = _Client(server, os.environ.get(api_key_env) or _NO_KEY)
+  client = _Client(server, _read_key(api_key_env) or _NO_KEY)
   model = client.find_model(model, api_key_env)
 
   if mode == "probability":
     return _make_probability(server, client, model, question, top_logprobs)
   return _make_strict(server, client, model)
+
+
+def _read_key(variable: str) -> str:
+  """The API key in an environment variable, or "".
+
+  Raises:
+    UserError: if an HTTP header cannot hold it, without showing it.
+  """
+  key = os.environ.get(variable, "").strip()  # files of secrets end in a newline
+  if not (key.isascii() and key.isprintable()):
+    raise UserError(f"reward_kwargs.api_key_env={variable!r}: the key in it has characters that "
+                    "no key has; must be printable ASCII")
+  return key
 
 
 def _make_probability(server: remote.Server, client: _Client, model: str, question: str,
@@ -156,10 +169,11 @@ def has_answer(reply: str, answer: str) -> bool:
   """
   # No larger ones: the two threads that score share inflect, which keeps the place of the
   # digits in itself.
-  in_words = re.sub(r"\b[0-9]{1,2}\b", lambda m: english.number(m[0]), reply)
-  forms = "|".join(re.escape(form) for form in (answer, english.plural(answer)))
+  in_words = lambda text: re.sub(r"\b[0-9]{1,2}\b", lambda m: english.number(m[0]), text)
+  answers = {answer, in_words(answer)}
+  forms = "|".join(re.escape(form) for each in answers for form in (each, english.plural(each)))
   return any(re.search(rf"(?<!\w)(?:{forms})(?!\w)", text, re.IGNORECASE)
-             for text in (reply, in_words))
+             for text in (reply, in_words(reply)))
 
 
 class _Client:
@@ -176,7 +190,9 @@ class _Client:
     self._api_key = api_key
     self._client = openai.OpenAI(
         base_url=server.url, api_key=api_key, max_retries=0,
-        http_client=openai.DefaultHttpxClient(trust_env=not remote.is_loopback(server.url)))
+        http_client=openai.DefaultHttpxClient(
+            trust_env=not remote.is_loopback(server.url), follow_redirects=False,
+            event_hooks={"response": [self._check_status]}))
 
   def find_model(self, model: str | None, api_key_env: str) -> str:
     """Makes sure that the server answers; returns `model`, or the first that it lists.
@@ -234,13 +250,9 @@ class _Client:
       raise
     except self._openai.APITimeoutError:
       raise remote.timed_out(timeout) from None
-    except self._openai.APIStatusError as error:
-      text = error.response.text
-      if self._api_key != _NO_KEY:  # servers have been seen to quote the key that they refuse
-        text = text.replace(self._api_key, "***")
-      raise remote.status_error(error.status_code, error.response.headers.get("Retry-After"),
-                                text) from None
     except self._openai.APIConnectionError as error:
+      if isinstance(error.__cause__, remote.AttemptError):  # of the hook below
+        raise error.__cause__ from None
       raise remote.broken(error) from error
     except Exception as error:
       # While it streams, the client lets errors of its HTTP library through.
@@ -252,6 +264,21 @@ class _Client:
     except (ValueError, RecursionError):
       raise remote.ReplyError("it is not JSON; must be from an OpenAI-compatible "
                               "server") from None
+
+
+  def _check_status(self, response: Any) -> None:
+    """Called with each response before its body is read: the client would read it without end."""
+    if response.is_success:
+      return
+    timeout = response.request.extensions["timeout"]["read"]
+    try:
+      body = remote.read_reply(response.iter_bytes(), time.monotonic() + timeout)
+    except Exception:  # the status says more than why the rest did not come
+      body = b""
+    text = body.decode(errors="replace")
+    if self._api_key != _NO_KEY:  # servers have been seen to quote the key that they refuse
+      text = text.replace(self._api_key, "***")
+    raise remote.status_error(response.status_code, response.headers.get("Retry-After"), text)
 
 
 def _get(value: Any, kind: type | tuple[type, ...], *path: str | int) -> Any:
