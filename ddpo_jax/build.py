@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
 import functools
+import os
 from typing import Any
 
 from flax import nnx
@@ -31,7 +32,7 @@ from ddpo_jax.generation import (
   make_generate,
   make_shared_generate,
 )
-from ddpo_jax.models import StableDiffusion, Unread, open_pretrained
+from ddpo_jax.models import LazyModel, StableDiffusion, open_pretrained
 from ddpo_jax.models.layers import set_compute_dtype
 from ddpo_jax.models.placement import place_weights, placed_shapes, replicate
 from ddpo_jax.models.unet import UNet2DConditionModel
@@ -64,7 +65,7 @@ class Trainer:
 
 
 def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
-          reward_fns: Mapping[str, RewardFn], model: Unread[StableDiffusion]) -> Trainer:
+          reward_fns: Mapping[str, RewardFn], model: LazyModel[StableDiffusion]) -> Trainer:
   """Compiles the update, reads the model meanwhile, and puts it where training needs it."""
   mesh = make_mesh(plan)
   replicated = jax.sharding.NamedSharding(mesh, P())
@@ -121,10 +122,12 @@ def _warn_of_wasted_samples(cfg: Config, wasted: int) -> None:
         f"{wasted} samples are computed and dropped")
 
 
-def open_model(cfg: Config) -> Unread[StableDiffusion]:
+def open_model(cfg: Config) -> LazyModel[StableDiffusion]:
   """The pretrained model in the dtype asked for; a hub's is downloaded."""
-  return open_pretrained(cfg.pretrained.model, cfg.pretrained.revision,
-                         DTYPES[cfg.mixed_precision])
+  dtype = DTYPES[cfg.mixed_precision]
+  # What is trained is kept in float32, and so loses nothing by being read.
+  return open_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype,
+                         unet_dtype=dtype if cfg.use_lora else jnp.float32)
 
 
 def load_models(cfg: Config) -> StableDiffusion:
@@ -158,7 +161,7 @@ def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionMode
     nnx.update(unet, weights)
     set_compute_dtype(unet, DTYPES[cfg.mixed_precision])
   elif cfg.lora.init_from:
-    lora.import_lora(unet, cfg.lora.init_from)
+    lora.import_lora(unet, os.path.expanduser(cfg.lora.init_from))
   else:
     key = jax.random.fold_in(jax.random.key(cfg.seed), rng_streams.LORA)
     lora.inject_lora(unet, cfg.lora.rank, key)
@@ -176,7 +179,7 @@ def _with_actual_rank(cfg: Config, unet: UNet2DConditionModel) -> Config:
   return dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, rank=rank))
 
 
-def _read_into_host_memory(model: Unread[StableDiffusion]) -> StableDiffusion:
+def _read_into_host_memory(model: LazyModel[StableDiffusion]) -> StableDiffusion:
   with host_memory():
     return model.read()
 

@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import json
+import math
 import os
 import pathlib
 import re
@@ -19,6 +21,7 @@ import orbax.checkpoint as ocp
 from ddpo_jax import distributed
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
+from ddpo_jax.files import read_jsonl
 from ddpo_jax.messages import one_line
 from ddpo_jax.types import TrainState
 
@@ -95,11 +98,33 @@ def to_resume(resume_from: str, run: pathlib.Path) -> tuple[pathlib.Path, list[i
   """Which run's checkpoints `run` goes on from, the newest first; none where "auto" finds none.
 
   Raises:
-    UserError: if `resume_from` is a path without a checkpoint.
+    UserError: if `resume_from` is a path without a checkpoint, or the run has lost its own.
   """
-  if resume_from == "auto":
-    return run.resolve(), saved_epochs(run)
-  return find_all(resume_from)
+  if resume_from != "auto":
+    return find_all(resume_from)
+  epochs = saved_epochs(run)
+  if not epochs:
+    _check_none_is_lost(run)
+  return run.resolve(), epochs
+
+
+def _check_none_is_lost(run: pathlib.Path) -> None:
+  """Refuses to begin a run again whose checkpoints were there: that would delete its metrics."""
+  folder = run / "checkpoints"
+  advice = f"resume_from='auto': {folder} {{}}; bring it back, or choose another run_name"
+  if folder.is_symlink() and not folder.exists():
+    raise UserError(advice.format(f"is a link to {os.readlink(folder)}, which does not exist"))
+  epochs = len(read_jsonl(run / "metrics.jsonl"))
+  # Each checkpoint is finished before the next epoch is; a run may end in between.
+  if epochs > _save_freq(run) + 1:
+    raise UserError(advice.format(f"has no checkpoint, though {epochs} epochs are finished"))
+
+
+def _save_freq(run: pathlib.Path) -> float:
+  try:
+    return float(json.loads((run / "config.json").read_text(encoding="utf-8"))["save_freq"])
+  except (OSError, ValueError, LookupError, TypeError):
+    return math.inf
 
 
 class Checkpointer:
@@ -127,9 +152,12 @@ class Checkpointer:
     self.finish_writing()
     if epoch in self._manager.all_steps():
       return
-    self._manager.save(epoch, args=ocp.args.Composite(
+    saved = self._manager.save(epoch, args=ocp.args.Composite(
         state=ocp.args.StandardSave(_flatten(state)),
         meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, **meta})))
+    if not saved:  # orbax declines an epoch before those that are there
+      raise RuntimeError(f"{describe(self.run, epoch)} was not saved: there are later ones, of "
+                         "another run")
 
   def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
     """As `save`, for a run's last checkpoint: waits until it is written, else tries once more."""
@@ -273,7 +301,7 @@ def _as_damage(where: str) -> Iterator[None]:
     while cause.__cause__ is not None:
       cause = cause.__cause__
     reason = " ".join(str(cause).partition(" [tensorstore_spec")[0].split())[:300]
-    if not isinstance(cause, (ValueError, LookupError, EOFError, OSError)) or (
+    if not isinstance(cause, (ValueError, TypeError, LookupError, EOFError, OSError)) or (
         "RESOURCE_EXHAUSTED" in reason):
       raise
     number = _os_error(cause)

@@ -206,7 +206,8 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "train.max_grad_norm": _above(0),
     "train.num_inner_epochs": _at_least(1),
     "train.adv_clip_max": _above(0),
-    "train.clip_range": _within(0, 1),
+    # Below, 1 ± clip_range is 1 in float32.
+    "train.clip_range": _within(1e-7, 1, low_included=True),
     "train.timestep_fraction": _within(0, 1),
     "train.timesteps_per_batch": _at_least(1),
     "train.gradient_checkpointing": _one_of("none", "blocks", "full"),

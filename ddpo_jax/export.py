@@ -19,7 +19,8 @@ from ddpo_jax.models.weights import save_module
 _LORA_FILE = ".safetensors"
 
 
-def export_run(run: str, output: pathlib.Path, file_format: str = "diffusers") -> None:
+def export_run(run: str, output: pathlib.Path, file_format: str = "diffusers",
+               base_model: str | None = None) -> None:
   """What scripts/export_lora.py does: a LoRA file, or a folder for a whole UNet.
 
   Raises:
@@ -27,7 +28,7 @@ def export_run(run: str, output: pathlib.Path, file_format: str = "diffusers") -
   """
   folder, _ = checkpoint.find(run, "--run")
   _check_export(config_of(folder, "no"), output, file_format)
-  tuned = load_run(run, mixed_precision="no")
+  tuned = load_run(run, mixed_precision="no", base_model=base_model)
   try:
     if tuned.cfg.use_lora:
       output.parent.mkdir(parents=True, exist_ok=True)

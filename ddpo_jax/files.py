@@ -22,18 +22,20 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects of a file with one JSON object on each line; none if it is absent.
+  """The objects of a file with one JSON object for each epoch; none if it is absent.
 
-  A line that was cut off while it was written is left out.
+  What is no object with an epoch, such as a line that was cut off, is left out.
   """
   if not path.exists():
     return []
   objects = []
   for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
     try:
-      objects.append(json.loads(line))
+      found = json.loads(line)
     except ValueError:
       continue
+    if isinstance(found, dict) and isinstance(found.get("epoch"), int):
+      objects.append(found)
   return objects
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -23,6 +24,7 @@ from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.errors import UserError
+from ddpo_jax.model_names import is_local
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.hub import WEIGHT_NAMES, find_weights, model_folder
 from ddpo_jax.models.placement import place_weights
@@ -40,18 +42,23 @@ class FineTuned:
   epoch: int  # the last finished one
 
 
-def load_run(path: str, mixed_precision: str | None = None) -> FineTuned:
+def load_run(path: str, mixed_precision: str | None = None, base_model: str | None = None
+             ) -> FineTuned:
   """Loads the model that a run has trained.
 
   Args:
     path: the run's folder (its newest checkpoint is taken) or one checkpoint in it.
     mixed_precision: what to compute in; the run's own where absent.
+    base_model: where the model that it began with is, if not where it was.
 
   Raises:
     UserError: if there is no checkpoint, or its base model is not there any more.
   """
   run, epoch = checkpoint.find(path, "--run")
-  cfg = config_of(run, mixed_precision)
+  cfg = config_of(run, mixed_precision, base_model)
+  if not base_model and os.path.isabs(cfg.pretrained.model) and not is_local(cfg.pretrained.model):
+    raise UserError(f"--run={path}: its base model {cfg.pretrained.model!r} does not exist any "
+                    "more; must be there, or elsewhere with --base_model")
   with host_memory():
     models = build.load_models(cfg)
   graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
@@ -70,14 +77,14 @@ def load_base_unet(tuned: FineTuned) -> UNet2DConditionModel:
     graphdef, trained, frozen = lora.partition(tuned.models.unet)
     return nnx.merge(graphdef, jax.tree.map(jnp.zeros_like, trained), frozen)
   folder = model_folder(cfg.pretrained.model, cfg.pretrained.revision) / "unet"
-  make = functools.partial(UNet2DConditionModel, tuned.models.unet.config,
-                           dtype=build.DTYPES[cfg.mixed_precision])
+  make = functools.partial(UNet2DConditionModel, tuned.models.unet.config, dtype=jnp.float32)
   with host_memory():
     unet: Any = load_module(make, find_weights(folder, WEIGHT_NAMES["unet"]))
     return build.prepare_unet(cfg, unet)
 
 
-def config_of(run: pathlib.Path, mixed_precision: str | None) -> Config:
+def config_of(run: pathlib.Path, mixed_precision: str | None, base_model: str | None = None
+              ) -> Config:
   """The config that a run wrote, to load its checkpoints with.
 
   Raises:
@@ -93,6 +100,8 @@ def config_of(run: pathlib.Path, mixed_precision: str | None) -> Config:
                     "wrote") from error
   if mixed_precision is not None:
     values["mixed_precision"] = mixed_precision
+  if base_model is not None:
+    values["pretrained"]["model"] = base_model
   return resolve(values)
 
 

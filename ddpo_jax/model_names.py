@@ -21,6 +21,11 @@ def is_local(model: str) -> bool:
   return model == TINY or os.path.isdir(os.path.expanduser(model))
 
 
+def is_moved(model: str, before: str) -> bool:
+  """Whether a folder that is here can be one that was elsewhere before, as on another machine."""
+  return is_local(model) and os.path.isabs(before) and not is_local(before)
+
+
 def absolute(model: str) -> str:
   """A local model's folder, as it is called from any other; everything else as it is."""
   if model == TINY or not is_local(model):

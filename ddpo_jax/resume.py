@@ -13,6 +13,7 @@ from ddpo_jax import checkpoint, distributed
 from ddpo_jax.build import Trainer
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
+from ddpo_jax.model_names import is_moved
 from ddpo_jax.resume_checks import check_continues, check_sizes
 from ddpo_jax.types import TrainState
 
@@ -38,6 +39,11 @@ def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
     say(f"{restored}. Trying the one before it")
   say(f"Resuming after {restored.epoch + 1} epochs, with "
       f"{checkpoint.describe(source, restored.epoch)}")
+  model, before = (config["pretrained"]["model"]
+                   for config in (trainer.cfg.to_dict(), restored.meta["config"]))
+  if is_moved(model, before):
+    say(f"Warning: pretrained.model={model!r} must hold the same weights as {before!r}, which is "
+        "not there any more")
   trainer.state = restored.state
   if trainer.stat_tracker is not None:
     trainer.stat_tracker.load_state_dict(restored.meta["per_prompt_stats"])

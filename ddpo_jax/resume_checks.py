@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import json
+import os
 from typing import Any
 
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
-from ddpo_jax.model_names import absolute
+from ddpo_jax.model_names import absolute, is_moved
 from ddpo_jax.redaction import is_secret
 
 # What a resumed run may have otherwise than before.
@@ -86,8 +87,11 @@ def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], c
     return False
   if name == "lora.init_from" and not cfg.lora.init_from:  # it may be gone: it is not read again
     return False
-  if name == "pretrained.model":  # a folder may be given from where one is
-    return absolute(now[name]) != absolute(before[name])
+  if name == "pretrained.model":
+    return absolute(now[name]) != absolute(before[name]) and not is_moved(now[name], before[name])
+  if name == "lora.init_from":
+    of = lambda path: os.path.abspath(os.path.expanduser(path))
+    return of(now[name]) != of(before[name])
   if name in now and name in before:
     written = lambda value: json.dumps(value, sort_keys=True)
     return written(now[name]) != written(before[name])

@@ -51,7 +51,8 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
   if is_named_by_checkpoint(cfg):  # and so not by "auto"
     return checkpoint.run_of(cfg.resume_from)
   run = pathlib.Path(cfg.logdir).expanduser() / name
-  if (run / "config.json").exists() and not _continues(cfg, run):
+  parts = ("config.json", "checkpoints", "metrics.jsonl")
+  if any((run / part).exists() for part in parts) and not _continues(cfg, run):
     _check_nothing_is_lost(run, name)
   return run
 

@@ -49,6 +49,7 @@ class SampleRequest:
   output: str | os.PathLike[str]  # a folder wherever it ends in a slash
   run: str | None = None  # this or the next
   model: str | None = None
+  base_model: str | None = None  # of the run; None: where it was
   prompts: Sequence[str] = ()
   prompts_file: str | None = None
   compare: bool = False
@@ -62,6 +63,8 @@ class SampleRequest:
   def __post_init__(self) -> None:
     if self.run is None and self.model is None:
       raise UserError("--run or --model is missing; one of them must name what to draw with")
+    if self.base_model is not None and self.run is None:
+      raise UserError("--base_model needs --run, whose base model it is")
     if self.compare and self.run is None:
       raise UserError("--compare needs --run: a fine-tuned model to compare with its base")
     for name, (is_right, text) in _RULES.items():
@@ -126,7 +129,7 @@ def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]
       models = _load_base(request.model, build.DTYPES[request.mixed_precision or "no"])
     generate = _generator(models, request.sampling_options(None), len(prompts))
     return [generate(models.unet, prompts, "Base model")]
-  tuned = load_run(request.run, request.mixed_precision)
+  tuned = load_run(request.run, request.mixed_precision, request.base_model)
   options = request.sampling_options(tuned.cfg)
   generate = _generator(tuned.models, options, len(prompts) * (2 if request.compare else 1))
   columns = [generate(load_base_unet(tuned), prompts, "Base model")] if request.compare else []

@@ -75,9 +75,7 @@ def train(cfg: Config) -> pathlib.Path:
     prepared = validation.prepare(cfg, run_name)
   configure_jax(cfg)
   say(plan.describe())
-  # So that the run is of use in any folder.
-  cfg = dataclasses.replace(cfg, pretrained=dataclasses.replace(
-      cfg.pretrained, model=model_names.absolute(cfg.pretrained.model)))
+  cfg = with_absolute_paths(cfg)
   with distributed.raising_together():
     model = open_model(cfg)
   with interruptible() as stop, contextlib.ExitStack() as closing:
@@ -85,12 +83,13 @@ def train(cfg: Config) -> pathlib.Path:
       claim = run_folder.claim(prepared.run, cfg)
       closing.callback(claim.release)
     run = pathlib.Path(distributed.broadcast_from_main(str(claim.path)))
+    writes_to = run.absolute()  # a reward may change the working folder
     say("Compiling, and reading the model")
     trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
     cfg = trainer.cfg  # with the rank of lora.init_from
     first_epoch, damaged = resume(trainer, run) if cfg.resume_from else (0, [])
     with distributed.raising_together():
-      tracker = tracking.Tracker(run, cfg, first_epoch)
+      tracker = tracking.Tracker(writes_to, cfg, first_epoch)
     closing.callback(tracker.close)
     set_aside_damaged(run, damaged)
     checkpointer = checkpoint.Checkpointer(run, cfg.num_checkpoint_limit)
@@ -101,6 +100,15 @@ def train(cfg: Config) -> pathlib.Path:
     say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
         f"scripts/sample.py --run {run} draws from the result")
   return run
+
+
+def with_absolute_paths(cfg: Config) -> Config:
+  """The config with its files as they are called from any folder."""
+  init_from = cfg.lora.init_from and os.path.abspath(os.path.expanduser(cfg.lora.init_from))
+  return dataclasses.replace(
+      cfg, lora=dataclasses.replace(cfg.lora, init_from=init_from),
+      pretrained=dataclasses.replace(
+          cfg.pretrained, model=model_names.absolute(cfg.pretrained.model)))
 
 
 def run_epochs(trainer: Trainer, tracker: tracking.Tracker,

@@ -23,6 +23,7 @@ from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, any_of, fields_of
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_devices, plan_batches
+from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, nearest_existing
 from ddpo_jax.messages import place, shown, with_type
@@ -254,6 +255,7 @@ def _check_model(cfg: Config) -> None:
     return
   shapes = build.open_model(cfg).shapes
   nnx.eval_shape(functools.partial(build.prepare_unet, cfg), shapes.unet)
+  native_size(shapes.unet)
   build.make_schedule(cfg, shapes.noise_schedule)
 
 

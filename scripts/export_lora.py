@@ -25,9 +25,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--output", type=pathlib.Path, required=True,
                       help="a .safetensors file; a folder for a run with use_lora=False")
   parser.add_argument("--format", choices=("diffusers", "kohya"), default="diffusers")
+  parser.add_argument("--base_model", help="the run's base model, if it is not where it was")
   args = parser.parse_args(argv)
   from ddpo_jax import cli, export  # imports JAX: only once the arguments are right
-  return cli.exit_status(lambda: export.export_run(args.run, args.output, args.format))
+  return cli.exit_status(
+      lambda: export.export_run(args.run, args.output, args.format, args.base_model))
 
 
 if __name__ == "__main__":

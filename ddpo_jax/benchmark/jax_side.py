@@ -33,7 +33,7 @@ from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.diffusion.ddim import uses_guidance
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.interrupt import Stop
-from ddpo_jax.models import StableDiffusion, Unread
+from ddpo_jax.models import LazyModel, StableDiffusion
 from ddpo_jax.models.hub import model_folder
 from ddpo_jax.models.pretrained import PARTS, load_clip_tokenizer
 from ddpo_jax.models.weights import ConstantRngs
@@ -153,7 +153,7 @@ class JaxSide:
             "seconds_one_by_one": median_seconds(one_by_one, repeats=1)}
 
 
-def random_model(cfg: Config) -> Unread[StableDiffusion]:
+def random_model(cfg: Config) -> LazyModel[StableDiffusion]:
   """The model that the config names, with random weights: no file is read.
 
   Time and memory do not depend on the weights' values. (Of a hub id, whatever it is, the
@@ -175,7 +175,7 @@ def random_model(cfg: Config) -> Unread[StableDiffusion]:
     drawn: Any = {name: _with_random_weights(module) for name, module in modules.items()}
     return dataclasses.replace(model, **drawn)
 
-  return Unread(model, read)
+  return LazyModel(model, read)
 
 
 def _with_random_weights(shapes: nnx.Module) -> Any:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt32
 
 from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.schedule import DDIMSchedule
+from ddpo_jax.errors import UserError
 from ddpo_jax.types import Policy, Trajectory
 
 AnyKey = Key[Array, "*B"] | UInt32[Array, "*B words"]  # of jax.random.key, of PRNGKey
@@ -138,8 +139,14 @@ def draw_noise(keys: Key[Array, " B"] | None, index: Int[Array, "#B"] | Int[Arra
 
 
 def native_size(unet: Policy) -> tuple[int, int]:
-  """Height and width of the latents that the network was trained for."""
+  """Height and width of the latents that the network was trained for.
+
+  Raises:
+    UserError: if its config does not say.
+  """
   size = unet.config.sample_size
-  if size is None:
-    raise ValueError("the UNet's config has no sample_size: give latent_size")
-  return (size, size) if isinstance(size, int) else tuple(size)
+  sizes = (size, size) if isinstance(size, int) else tuple(size or ())
+  if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
+    raise UserError(f"the UNet's config: sample_size={size!r} must be the size of its latents, "
+                    "such as 64, or their height and width (`sample` takes latent_size, too)")
+  return sizes

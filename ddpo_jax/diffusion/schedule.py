@@ -18,6 +18,7 @@ from ddpo_jax.model_config import read_fields
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_OTHER_PROCESSES = ("FlowMatch", "EDM")  # what their schedulers' names begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,11 @@ class NoiseSchedule:
     Raises:
       UserError: if it asks for what is not built here, or its betas are no schedule.
     """
+    name = values.get("_class_name")
+    if values.get("use_flow_sigmas") or str(name).startswith(_OTHER_PROCESSES):
+      raise UserError(f"scheduler config: _class_name={name!r} with use_flow_sigmas="
+                      f"{values.get('use_flow_sigmas', False)} is of another process; must be one "
+                      "of Stable Diffusion's, such as 'DDIMScheduler'")
     return read_fields(cls, values)
 
   @classmethod

@@ -8,7 +8,7 @@ from ddpo_jax.models.pretrained import (
     load_pretrained,
     open_pretrained,
 )
-from ddpo_jax.models.weights import Unread
+from ddpo_jax.models.weights import LazyModel
 
-__all__ = ["CLIP", "StableDiffusion", "Unread", "load_clip", "load_clip_tokenizer",
+__all__ = ["CLIP", "StableDiffusion", "LazyModel", "load_clip", "load_clip_tokenizer",
            "load_pretrained", "open_pretrained"]

@@ -42,8 +42,11 @@ class CLIPTextConfig:
     """Reads a config.json; a missing field has transformers' default.
 
     Raises:
-      UserError: for an activation that is not built.
+      UserError: for an activation, or a mask of the padding, that is not built.
     """
+    if values.get("use_attention_mask"):
+      raise UserError("text encoder config: use_attention_mask=True is not supported; must be "
+                      "absent or False")
     config = model_config.read_fields(cls, values)
     _check_tower("text encoder", config)
     return config

@@ -27,7 +27,7 @@ from ddpo_jax.models.clip import (
 )
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
-from ddpo_jax.models.weights import Unread
+from ddpo_jax.models.weights import LazyModel
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 # A pipeline's networks, by their folders: the module and its config.
@@ -87,10 +87,11 @@ def load_pretrained(path: str | os.PathLike, revision: str | None = None,
 
 
 def open_pretrained(path: str | os.PathLike, revision: str | None = None,
-                    dtype: DTypeLike = jnp.float32) -> Unread[StableDiffusion]:
+                    dtype: DTypeLike = jnp.float32, unet_dtype: DTypeLike | None = None
+                    ) -> LazyModel[StableDiffusion]:
   """`load_pretrained` without the weights: downloads and checks, so that only these are left.
 
-  Its arguments are the same, and what it raises.
+  Its arguments are the same, and what it raises; `unet_dtype` is the UNet's, if it is another.
   """
   folder = hub.model_folder(path, revision)
   _check_pipeline(folder)
@@ -102,14 +103,15 @@ def open_pretrained(path: str | os.PathLike, revision: str | None = None,
            for name, stem in hub.WEIGHT_NAMES.items()}
   tokenizer = _load_tokenizer(folder / "tokenizer")
   _check_parts_fit(folder, **configs, tokens=len(tokenizer))
-  parts = {name: weights.open_module(functools.partial(cls, configs[name], dtype=dtype),
+  dtypes = dict.fromkeys(PARTS, dtype) | ({"unet": unet_dtype} if unet_dtype else {})
+  parts = {name: weights.open_module(functools.partial(cls, configs[name], dtype=dtypes[name]),
                                      files[name])
            for name, (cls, _) in PARTS.items()}
 
   def model(modules: dict[str, Any]) -> StableDiffusion:
     return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
 
-  return Unread(shapes=model({name: part.shapes for name, part in parts.items()}),
+  return LazyModel(shapes=model({name: part.shapes for name, part in parts.items()}),
                 read=lambda: model({name: part.read() for name, part in parts.items()}))
 
 

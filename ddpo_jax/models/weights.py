@@ -41,8 +41,8 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Unread(Generic[T]):
-  """A model whose files are known to hold it, and whose weights are still to be read."""
+class LazyModel(Generic[T]):
+  """A model whose files were checked, and whose weights are still to be read."""
 
   shapes: T  # the model, with shapes and dtypes in the place of its weights
   read: Callable[[], T]
@@ -65,7 +65,7 @@ def load_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
 
 
 def open_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
-                renames: Sequence[tuple[str, str]] = _RENAMES) -> Unread[nnx.Module]:
+                renames: Sequence[tuple[str, str]] = _RENAMES) -> LazyModel[nnx.Module]:
   """`load_module` without the weights: of the files it reads what tensors they hold."""
   shapes = _abstract(build, files[0].parent)
   graphdef, state = nnx.split(shapes)
@@ -81,7 +81,7 @@ def open_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
           loaded.append((source.path, source.variable.replace(jnp.asarray(tensor, dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
-  return Unread(shapes, read)
+  return LazyModel(shapes, read)
 
 
 @dataclasses.dataclass(frozen=True)
