@@ -32,7 +32,5 @@ lint: setup
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy
 
-test: setup
-	$(BIN)/python -m ruff check --quiet
-	$(BIN)/python -m mypy --no-error-summary
+test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -27,7 +27,7 @@ def export_run(run: str, output: pathlib.Path, file_format: str = "diffusers",
     UserError: if the run cannot be read or the output cannot be written.
   """
   folder, _ = checkpoint.find(run, "--run")
-  _check_export(config_of(folder, "no"), output, file_format)
+  _check_export(config_of(folder, "no", base_model), output, file_format)
   tuned = load_run(run, mixed_precision="no", base_model=base_model)
   try:
     if tuned.cfg.use_lora:

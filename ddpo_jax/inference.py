@@ -56,9 +56,6 @@ def load_run(path: str, mixed_precision: str | None = None, base_model: str | No
   """
   run, epoch = checkpoint.find(path, "--run")
   cfg = config_of(run, mixed_precision, base_model)
-  if not base_model and os.path.isabs(cfg.pretrained.model) and not is_local(cfg.pretrained.model):
-    raise UserError(f"--run={path}: its base model {cfg.pretrained.model!r} does not exist any "
-                    "more; must be there, or elsewhere with --base_model")
   with host_memory():
     models = build.load_models(cfg)
   graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
@@ -85,23 +82,26 @@ def load_base_unet(tuned: FineTuned) -> UNet2DConditionModel:
 
 def config_of(run: pathlib.Path, mixed_precision: str | None, base_model: str | None = None
               ) -> Config:
-  """The config that a run wrote, to load its checkpoints with.
+  """The config that a run wrote, to load its checkpoints with; see `load_run`.
 
   Raises:
-    UserError: if it cannot be read.
+    UserError: if it cannot be read, or its base model is not there.
   """
   file = run / "config.json"
   try:
     values = json.loads(file.read_text(encoding="utf-8"))
     # The checkpoint's weights replace what these would load.
     values["resume_from"] = values["lora"]["init_from"] = ""
+    model = base_model or str(values["pretrained"]["model"])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"{file} cannot be read: {error}; must be the config that the run "
                     "wrote") from error
   if mixed_precision is not None:
     values["mixed_precision"] = mixed_precision
-  if base_model is not None:
-    values["pretrained"]["model"] = base_model
+  values["pretrained"]["model"] = model
+  if os.path.isabs(model) and not is_local(model):
+    raise UserError(f"the run's base model {model!r} does not exist; must be there, or where "
+                    "--base_model says")
   return resolve(values)
 
 

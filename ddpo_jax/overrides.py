@@ -1,4 +1,9 @@
-"""`--config.FIELD=VALUE`: what the command line changes in a config."""
+"""`--config.FIELD=VALUE`: what the command line changes in a config.
+
+Not by `ml_collections.config_flags`, which ends with a traceback at the first problem: here all of
+them are said at once, a line each. And a new prompt or reward function drops the old one's
+arguments.
+"""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class _Problems:
   def __init__(self) -> None:
     self.lines: list[str] = []
 
-  def of(self, check: Callable[..., T], *args: Any) -> T | None:
+  def collect(self, check: Callable[..., T], *args: Any) -> T | None:
     """What the check returns; None if it says what the user should correct."""
     try:
       return check(*args)
@@ -91,14 +91,14 @@ def prepare(cfg: Config, run_name: str = "") -> Prepared:
     UserError: a line for each problem.
   """
   problems = _Problems()
-  prompts = problems.of(_draw, cfg)
-  run = problems.of(run_folder.choose_run_folder, cfg, run_name)
+  prompts = problems.collect(_draw, cfg)
+  run = problems.collect(run_folder.choose_run_folder, cfg, run_name)
   _check_files(cfg, run, set(), problems)
   with retries_in_one_line():
-    reward_fns = problems.of(get_rewards, cfg.reward_fn, cfg.reward_kwargs)
+    reward_fns = problems.collect(get_rewards, cfg.reward_fn, cfg.reward_kwargs)
   if prompts is not None and reward_fns is not None:
     for function in reward_fns.values():
-      problems.of(check_metadata, function, [prompts.metadata])
+      problems.collect(check_metadata, function, [prompts.metadata])
   if problems.lines:
     raise UserError("\n".join(_once(problems.lines)))
   assert run is not None and prompts is not None and reward_fns is not None
@@ -116,16 +116,16 @@ def other_problems(cfg: Config, wrong: Set[str]) -> list[str]:
   problems = _Problems()
   prompts = None
   if not wrong & {"prompt_fn", "prompt_fn_kwargs"}:
-    prompts = problems.of(_draw, dataclasses.replace(cfg, seed=0))  # any will do
+    prompts = problems.collect(_draw, dataclasses.replace(cfg, seed=0))  # any will do
   run = None
   if not wrong & {"run_name", "logdir", "resume_from"}:
-    run = problems.of(run_folder.choose_run_folder, cfg)
+    run = problems.collect(run_folder.choose_run_folder, cfg)
   _check_files(cfg, run, wrong, problems)
   if not wrong & {"reward_fn", "reward_kwargs"} and isinstance(cfg.reward_fn, str):
     if cfg.reward_fn not in REWARD_FACTORIES:
-      function = problems.of(lambda: get_reward(str(cfg.reward_fn), **cfg.reward_kwargs))
+      function = problems.collect(lambda: get_reward(str(cfg.reward_fn), **cfg.reward_kwargs))
       if prompts is not None and function is not None:
-        problems.of(check_metadata, function, [prompts.metadata])
+        problems.collect(check_metadata, function, [prompts.metadata])
   return [line for line in _once(problems.lines) if not fields_of([line]) & wrong]
 
 
@@ -171,21 +171,21 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
   if run is not None:
     # A checkpoint's folder that does not exist is said to be wrong below.
     if run.is_dir() or not run_folder.is_named_by_checkpoint(cfg):
-      problems.of(_check_output_folder, run_folder.named_by(cfg), run)
+      problems.collect(_check_output_folder, run_folder.named_by(cfg), run)
   cache = None if "compilation_cache" in wrong else cfg.compilation_cache_folder()
   if cache is not None and cfg.compilation_cache != "auto":
-    problems.of(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
+    problems.collect(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
   if not any_of(["lora.init_from"], wrong) and cfg.lora.init_from:
-    problems.of(read_header, "lora.init_from",
+    problems.collect(read_header, "lora.init_from",
                 pathlib.Path(cfg.lora.init_from).expanduser())
   if run is not None and cfg.resume_from and "resume_from" not in wrong:
-    problems.of(_check_resumes, cfg, run, None if wrong else plan_batches(cfg))
+    problems.collect(_check_resumes, cfg, run, None if wrong else plan_batches(cfg))
   needed = ("pretrained.model", "use_lora", "lora.rank", "lora.init_from", "num_epochs",
             "save_freq", "num_checkpoint_limit")
   if not any_of(needed, wrong):
-    size = problems.of(model_size, cfg)
+    size = problems.collect(model_size, cfg)
     if size is not None and run is not None:
-      problems.of(_check_room, cfg, run, size)
+      problems.collect(_check_room, cfg, run, size)
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path, plan: BatchPlan | None) -> None:

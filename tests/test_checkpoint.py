@@ -126,6 +126,39 @@ def test_other_errors_are_no_damage(run, monkeypatch, error, raised):
     assert found.value.__cause__ is error
 
 
+@pytest.mark.parametrize("written", ("[1]", "7", "null"))
+def test_what_is_no_object_is_damage(run, written):
+  (run / "checkpoints" / "3" / "meta" / "metadata").write_text(written)
+  with pytest.raises(checkpoint.DamagedError):
+    checkpoint.restore_meta(run, 3)
+
+
+@pytest.mark.parametrize("epochs,lost", ((0, False), (3, False), (4, True)))
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(tmp_path, epochs, lost):
+  """One every two epochs: the first is finished before the fourth epoch is."""
+  (tmp_path / "config.json").write_text('{"save_freq": 2}')
+  (tmp_path / "metrics.jsonl").write_text(
+      "".join(f'{{"epoch": {epoch}}}\n' for epoch in range(epochs)))
+  if lost:
+    with pytest.raises(UserError, match="checkpoints has no checkpoint, though 4 epochs are fin"):
+      checkpoint.to_resume("auto", tmp_path)
+  else:
+    assert checkpoint.to_resume("auto", tmp_path) == (tmp_path, [])
+
+
+def test_a_disk_that_is_not_mounted_is_no_new_run(tmp_path):
+  (tmp_path / "checkpoints").symlink_to("/nowhere/checkpoints")
+  with pytest.raises(UserError, match="is a link to /nowhere/checkpoints, which does not exist"):
+    checkpoint.to_resume("auto", tmp_path)
+
+
+def test_a_checkpoint_that_orbax_declines_is_not_taken_for_saved(run):
+  checkpointer = checkpoint.Checkpointer(run, keep=10)
+  with pytest.raises(RuntimeError, match="checkpoints/1 was not saved"):
+    checkpointer.save(1, make_state(), {"config": {}})
+  checkpointer.close()
+
+
 def test_another_format(run):
   file = run / "checkpoints" / "3" / "meta" / "metadata"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 1}))

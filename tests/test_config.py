@@ -14,6 +14,7 @@ from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import field_type, resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.resume_checks import check_continues, check_sizes
+from ddpo_jax.train import with_absolute_paths
 
 EXPERIMENTS = [base.get_config,
                *(functools.partial(dgx.get_config, name) for name in dgx.EXPERIMENTS),
@@ -67,7 +68,8 @@ def test_the_batch_arithmetic_is_shown():
     ("sample.eta", 0.0), ("sample.eta", 1.5), ("sample.eta", float("nan")),
     ("sample.num_steps", 0), ("sample.num_steps", 1001), ("sample.num_steps", 1.5),
     ("sample.guidance_scale", -1.0), ("sample.batch_size", 0),
-    ("train.clip_range", 0.0), ("train.learning_rate", 0.0), ("train.adam_beta1", 1.0),
+    ("train.clip_range", 0.0), ("train.clip_range", 1e-8), ("train.learning_rate", 0.0),
+    ("train.adam_beta1", 1.0),
     ("train.use_8bit_adam", True), ("train.timestep_fraction", 0.0),
     ("train.timestep_fraction", 1.1), ("train.gradient_checkpointing", "some"),
     ("train.max_grad_norm", float("nan")), ("lora.rank", 0), ("wandb.mode", "on"),
@@ -215,6 +217,30 @@ def test_a_resumed_run_learns_as_before():
   check_continues(resolve(changed(num_epochs=7, **{"wandb.mode": "disabled"})), before, "it")
   with pytest.raises(UserError, match="seed=7 contradicts it, which has 42"):
     check_continues(resolve(changed(seed=7)), before, "it")
+
+
+def test_a_base_model_may_have_moved(tmp_path):
+  """To another machine, with another mount; not to another model while the first is there."""
+  first, second = tmp_path / "a", tmp_path / "b"
+  first.mkdir(), second.mkdir()
+  saved = resolve(changed(**{"pretrained.model": str(first)})).to_dict()
+  now = resolve(changed(**{"pretrained.model": str(second)}))
+  with pytest.raises(UserError, match="^pretrained.model="):
+    check_continues(now, saved, "it")
+  first.rmdir()
+  check_continues(now, saved, "it")
+  with pytest.raises(UserError, match="^pretrained.model="):
+    check_continues(resolve(changed(**{"pretrained.model": "owner/name"})), saved, "it")
+
+
+def test_weights_to_begin_with_may_be_called_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "l.safetensors").touch()
+  given = resolve(changed(**{"lora.init_from": "l.safetensors"}))
+  saved = with_absolute_paths(given)
+  assert saved.lora.init_from == str(tmp_path / "l.safetensors")
+  check_continues(given, saved.to_dict(), "it")
+  assert with_absolute_paths(resolve(base.get_config())).lora.init_from == ""
 
 
 @pytest.mark.parametrize("before, now", ((None, {"buffer_size": 16, "min_count": 8}),

@@ -67,6 +67,25 @@ def test_load_run_has_the_checkpoints_weights(run):
   assert parts[0][0] == parts[1][0] and not any(leaf.any() for leaf in jax.tree.leaves(parts[1][1]))
 
 
+def test_a_run_whose_base_model_has_moved(run, tmp_path):
+  config = run / "config.json"
+  text = config.read_text()
+  config.write_text(text.replace(str(small_model()), "/nowhere/model"))
+  try:
+    with pytest.raises(UserError, match="base model '/nowhere/model' does not exist.*--base_model"):
+      export.export_run(str(run), tmp_path / "lora.safetensors")
+    export.export_run(str(run), tmp_path / "moved.safetensors", base_model=str(small_model()))
+    sample(tmp_path / "grid.png", run=str(run), base_model=str(small_model()))
+  finally:
+    config.write_text(text)
+  export.export_run(str(run), tmp_path / "there.safetensors")
+  moved, there = (load_file(tmp_path / f"{name}.safetensors")
+                  for name in ("moved", "there"))
+  assert moved.keys() == there.keys() and all((moved[k] == there[k]).all() for k in there)
+  with pytest.raises(UserError, match="--base_model needs --run"):
+    sample(tmp_path / "grid.png", model="tiny", base_model="tiny")
+
+
 def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path):
   before, after = check_compare(run, tmp_path)
   assert np.abs(before - after).max() > 1

@@ -17,7 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_model import small_config, small_model
 
+from ddpo_jax import build
+from ddpo_jax.config import resolve
+from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import hub as model_hub
 from ddpo_jax.models import load_pretrained, pretrained, weights
@@ -221,11 +225,32 @@ def test_damaged_folders_are_refused_by_name(folder, damage, message):
     (CLIPTextConfig, "num_attention_heads", 7), (VAEConfig, "scaling_factor", 0),
     (VAEConfig, "up_block_types", ["AttnUpDecoderBlock2D"]),
     (VAEConfig, "use_quant_conv", False),
-    (CLIPTextConfig, "hidden_act", "swish2"),
+    (CLIPTextConfig, "hidden_act", "swish2"), (CLIPTextConfig, "use_attention_mask", True),
 ])
 def test_configs_that_ask_for_more_are_refused_by_field(config, field, value):
   with pytest.raises(UserError, match=field):
     config.from_dict({field: value})
+
+
+@pytest.mark.parametrize("values", (
+    {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"_class_name": "EDMEulerScheduler"},
+    {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}))
+def test_schedulers_of_other_processes_are_refused(values):
+  with pytest.raises(UserError, match="^scheduler config: _class_name='.* is of another process"):
+    NoiseSchedule.of_pipeline(values)
+  NoiseSchedule.of_pipeline({"_class_name": "DPMSolverMultistepScheduler",
+                             "use_flow_sigmas": False})
+
+
+def test_weights_that_are_trained_are_read_in_float32(tmp_path):
+  """A checkpoint or an export in half precision would have lost the digits of the others."""
+  cfg = resolve(small_config(mixed_precision="fp16", use_lora=False))
+  model, expected = build.open_model(cfg).read(), load_pretrained(small_model())
+  for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m.unet)) for m in (model, expected))):
+    np.testing.assert_array_equal(ours, theirs)
+  assert model.vae.decoder.conv_in.kernel.dtype == jnp.float16
+  lora = build.open_model(resolve(small_config(mixed_precision="fp16"))).shapes
+  assert lora.unet.conv_in.kernel.dtype == jnp.float16
 
 
 # What the hub's files say, and how many parameters their networks have.

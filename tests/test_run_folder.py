@@ -38,6 +38,19 @@ def test_finished_epochs_are_never_written_over(cfg, saved, advice):
     assert choose_run_folder(dataclasses.replace(cfg, resume_from=again)) == run
 
 
+@pytest.mark.parametrize("left", ("checkpoints", "metrics"))
+def test_what_is_left_of_a_run_is_not_another_ones(cfg, left):
+  """A copy without its config: orbax would keep the old checkpoints, and save none of the new."""
+  run = choose_run_folder(cfg)
+  if left == "checkpoints":
+    (run / "checkpoints" / "5").mkdir(parents=True)
+  else:
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"epoch": 0}\n')
+  with pytest.raises(UserError, match="run_name='run'.*already holds a run"):
+    choose_run_folder(cfg)
+
+
 def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg):
   run = choose_run_folder(cfg)
   held = claim(run, cfg)

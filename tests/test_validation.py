@@ -407,6 +407,10 @@ DAMAGE = {
     "scheduler_config.json does not exist": lambda f: shutil.rmtree(f / "scheduler"),
     "merges.txt has no merge rules": lambda f: (f / "tokenizer" / "merges.txt").write_text(""),
     "in_channels=9": lambda f: change_config(f / "unet", in_channels=9, out_channels=9),
+    "sample_size=None must be the size of its latents": lambda f: change_config(
+        f / "unet", sample_size=None),
+    "sample_size=0 must be": lambda f: change_config(f / "unet", sample_size=0),
+    "sample_size=(16,) must be": lambda f: change_config(f / "unet", sample_size=[16]),
     "tensors misshapen": lambda f: change_config(f / "vae", block_out_channels=[16, 16]),
     "sample.num_steps=6 with pretrained.model=": lambda f: (
         f / "scheduler" / "scheduler_config.json").write_text('{"num_train_timesteps": 5}')}
