@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 
 from flax import nnx
@@ -132,6 +135,7 @@ class Checkpointer:
 
   def __init__(self, run: pathlib.Path, keep: int):
     """Opens `run`/checkpoints, of which at most `keep` stay."""
+    _hide_tracebacks()
     self.run = run
     policy = ocp.checkpoint_managers.LatestN(keep)
     self._manager = ocp.CheckpointManager(
@@ -185,6 +189,23 @@ class Checkpointer:
   def close(self) -> None:
     """Waits for what is being written."""
     self._manager.close()
+
+
+@functools.cache
+def _hide_tracebacks() -> None:
+  """Of a checkpoint that cannot be written there would be hundreds of lines for the one above.
+
+  Each thread of orbax logs its error, and each file left to write finds its event loop closed.
+  """
+  logging.getLogger("absl").addFilter(
+      lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+  others = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+      others(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def set_aside(run: pathlib.Path, epoch: int) -> pathlib.Path:

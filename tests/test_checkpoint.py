@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 import types
 
 from flax import nnx
@@ -157,6 +159,31 @@ def test_a_checkpoint_that_orbax_declines_is_not_taken_for_saved(run):
   with pytest.raises(RuntimeError, match="checkpoints/1 was not saved"):
     checkpointer.save(1, make_state(), {"config": {}})
   checkpointer.close()
+
+
+CANNOT_WRITE = """
+import pathlib, resource, signal, sys
+import numpy as np
+import optax
+from ddpo_jax import checkpoint, update
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+weights = {"w": np.random.default_rng(0).normal(size=10_000)}
+state = update.init_state(weights, optax.sgd(1.0), False)
+checkpointer = checkpoint.Checkpointer(pathlib.Path(sys.argv[1]), 1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as little as a full disk takes
+checkpointer.save(0, state, {"config": {}})
+sys.exit(0 if checkpointer.finish_writing() else 3)
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_line(tmp_path):
+  """Of each of its threads, orbax would log the traceback."""
+  done = subprocess.run([sys.executable, "-c", CANNOT_WRITE, tmp_path], capture_output=True,
+                        text=True)
+  assert done.returncode == 3, done.stderr
+  (line,) = done.stdout.splitlines()
+  assert line.startswith("Warning: a checkpoint could not be written (")
+  assert "Traceback" not in done.stderr
 
 
 def test_another_format(run):
