@@ -81,7 +81,8 @@ def find_all(path: str | os.PathLike, name: str = "resume_from"
   given = f"{name}={str(path)!r}"
   path, run = pathlib.Path(path).expanduser().resolve(), run_of(path)
   if not path.is_dir():
-    raise UserError(f"{given} does not exist; must be a run folder or a checkpoint in it")
+    problem = "is a file" if path.exists() else "does not exist"
+    raise UserError(f"{given} {problem}; must be a run folder or a checkpoint in it")
   if path.parent == run / "checkpoints":
     return run, [int(path.name)]
   epochs = saved_epochs(run)

@@ -26,6 +26,7 @@ def export_run(run: str, output: pathlib.Path, file_format: str = "diffusers",
   Raises:
     UserError: if the run cannot be read or the output cannot be written.
   """
+  output = output.expanduser()
   folder, _ = checkpoint.find(run, "--run")
   _check_export(config_of(folder, "no", base_model), output, file_format)
   tuned = load_run(run, mixed_precision="no", base_model=base_model)

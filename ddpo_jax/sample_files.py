@@ -99,7 +99,7 @@ def sample_to_files(request: SampleRequest) -> None:
              *(load_lines(request.prompts_file) if request.prompts_file else [])]
   if not prompts:
     raise UserError("--prompts is empty; give prompts there or with --prompts_file")
-  output = pathlib.Path(request.output)
+  output = pathlib.Path(request.output).expanduser()
   _check_picture_output(request, output)
   try:
     columns = _columns(request, prompts)

@@ -86,6 +86,14 @@ def test_a_run_whose_base_model_has_moved(run, tmp_path):
     sample(tmp_path / "grid.png", model="tiny", base_model="tiny")
 
 
+def test_outputs_may_be_in_ones_home(run, tmp_path, monkeypatch):
+  """A shell leaves --output=~/lora.safetensors as it is."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  export.export_run(str(run), pathlib.Path("~/lora.safetensors"))
+  sample("~/grid.png", run=str(run))
+  assert {path.name for path in tmp_path.iterdir()} >= {"lora.safetensors", "grid.png"}
+
+
 def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path):
   before, after = check_compare(run, tmp_path)
   assert np.abs(before - after).max() > 1

@@ -170,6 +170,13 @@ def test_opened_and_not_read(folder, tiny_sd):
     opened.read()
 
 
+def test_a_pointer_to_a_large_file_is_said_to_be_one(folder):
+  (folder / f"{UNET}.safetensors").write_text(
+      "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 335\n")
+  with pytest.raises(UserError, match="it is a pointer of Git LFS, whose file `git lfs pull` fet"):
+    load_pretrained(folder)
+
+
 def edit_json(path, **changes):
   path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 

@@ -35,6 +35,7 @@ _RENAMES = (
 _IGNORED = (r"(^|\.)position_ids$",)  # a buffer that counts from 0
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
            "class_embedding": "class_embedding", "logit_scale": "logit_scale"}
+_LFS = b"version https://git-lfs"  # what stands in the place of a file
 _LISTED = 8  # names shown in a message before "and N more"
 
 T = TypeVar("T")
@@ -213,4 +214,15 @@ def open_tensors(file: pathlib.Path):
   try:
     return safe_open(file, framework="numpy")
   except (OSError, SafetensorError) as error:
-    raise UserError(f"{file} cannot be read as safetensors: {error}") from error
+    reason = ("it is a pointer of Git LFS, whose file `git lfs pull` fetches" if _is_lfs(file)
+              else str(error))
+    raise UserError(f"{file} cannot be read as safetensors: {reason}") from error
+
+
+def _is_lfs(file: pathlib.Path) -> bool:
+  """Whether a repository was cloned without its large files."""
+  try:
+    with open(file, "rb") as content:
+      return content.read(len(_LFS)) == _LFS
+  except OSError:
+    return False
