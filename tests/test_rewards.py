@@ -178,6 +178,16 @@ async def exits_later(images, prompts, metadata):
   sys.exit(0)
 
 
+async def interrupts(images, prompts, metadata):
+  raise KeyboardInterrupt
+
+
+def test_an_async_reward_does_not_end_the_loop_of_all():
+  with pytest.raises(RuntimeError, match=r"^reward_fn='mine:f' raised KeyboardInterrupt\(\)"):
+    call_reward("mine:f", interrupts, IMAGES, PROMPTS, [{}] * 3)
+  test_async_rewards_are_awaited()
+
+
 @pytest.mark.parametrize("reward", (lambda *_: sys.exit(0), exits_later))
 def test_a_reward_that_exits_is_an_error(reward):
   """Else the run would end with status 0."""

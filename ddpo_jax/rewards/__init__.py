@@ -110,8 +110,11 @@ def _copy(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _wait_for(result: Awaitable[Any], what: str) -> Any:
-  with calling(what):  # an exit would end the loop's thread, and be waited for for ever
-    return await result
+  try:
+    with calling(what):
+      return await result
+  except KeyboardInterrupt as error:  # it would end the loop's thread, and be waited for for ever
+    raise RuntimeError(f"{what} raised {error!r}") from error
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:
