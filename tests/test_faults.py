@@ -231,7 +231,7 @@ KINDS = {
     "reward is infinite": (reward_is_infinite, nothing, UserError),
     "one reward too few": (one_reward_too_few, nothing, UserError),
     "reward is no pair": (reward_is_no_pair, nothing, UserError),
-    "reward exits": (reward_exits, nothing, SystemExit),
+    "reward exits": (reward_exits, nothing, RuntimeError),
     "reward server is gone": (server_is_gone, nothing, RewardError),
     "loss is not finite": (arm, no_gradients, FloatingPointError),
     "disk is full: metrics": (arm, no_room_for_the_metrics, UserError),
