@@ -305,7 +305,8 @@ def _without_rank(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _another_model(run: pathlib.Path, epoch: int, name: str) -> UserError:
   return UserError(f"{describe(run, epoch)} is of another model, whose {name!r} is missing or of "
-                   "another shape; pretrained.model must be the one that it was trained on")
+                   "another shape; pretrained.model must be the one that it was trained on, and "
+                   "lora.init_from its file, if that has several ranks")
 
 
 @contextlib.contextmanager
