@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import logging
-import math
 import os
 import pathlib
 import re
@@ -108,14 +107,18 @@ def to_resume(resume_from: str, run: pathlib.Path) -> tuple[pathlib.Path, list[i
     return find_all(resume_from)
   epochs = saved_epochs(run)
   if not epochs:
-    _check_none_is_lost(run)
+    check_none_is_lost(run, "resume_from='auto'")
   return run.resolve(), epochs
 
 
-def _check_none_is_lost(run: pathlib.Path) -> None:
-  """Refuses to begin a run again whose checkpoints were there: that would delete its metrics."""
+def check_none_is_lost(run: pathlib.Path, named: str) -> None:
+  """Refuses to begin a run again whose checkpoints were there: that would delete its metrics.
+
+  Raises:
+    UserError: says what is `named`, an option with its value.
+  """
   folder = run / "checkpoints"
-  advice = f"resume_from='auto': {folder} {{}}; bring it back, or choose another run_name"
+  advice = f"{named}: {folder} {{}}; bring it back, or choose another run_name"
   if folder.is_symlink() and not folder.exists():
     raise UserError(advice.format(f"is a link to {os.readlink(folder)}, which does not exist"))
   epochs = len(read_jsonl(run / "metrics.jsonl"))
@@ -124,11 +127,11 @@ def _check_none_is_lost(run: pathlib.Path) -> None:
     raise UserError(advice.format(f"has no checkpoint, though {epochs} epochs are finished"))
 
 
-def _save_freq(run: pathlib.Path) -> float:
+def _save_freq(run: pathlib.Path) -> int:
   try:
-    return float(json.loads((run / "config.json").read_text(encoding="utf-8"))["save_freq"])
+    return int(json.loads((run / "config.json").read_text(encoding="utf-8"))["save_freq"])
   except (OSError, ValueError, LookupError, TypeError):
-    return math.inf
+    return 0  # it is not known to have been less often
 
 
 class Checkpointer:

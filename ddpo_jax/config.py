@@ -28,29 +28,29 @@ from ddpo_jax.messages import MAX_SHOWN, shown
 from ddpo_jax.redaction import redacted
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainedConfig:
   model: str
   revision: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-  rank: int
-  init_from: str
+  rank: int = 4
+  init_from: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
   num_steps: int
   eta: float
   guidance_scale: float
   batch_size: int
   num_batches_per_epoch: int
-  decode_batch_size: int
+  decode_batch_size: int = 8
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
   batch_size: int
   use_8bit_adam: bool
@@ -66,61 +66,64 @@ class TrainConfig:
   adv_clip_max: float
   clip_range: float
   timestep_fraction: float
-  timesteps_per_batch: int
-  gradient_checkpointing: str
-  recompute_log_probs: bool
-  max_skipped_steps: int
+  timesteps_per_batch: int = 1
+  gradient_checkpointing: str = "none"
+  recompute_log_probs: bool = True
+  max_skipped_steps: int = 10
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PerPromptStatTrackingConfig:
   buffer_size: int
   min_count: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WandbConfig:
-  mode: str
-  project: str
+  mode: str = "disabled"
+  project: str = "ddpo-jax"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-  detect: bool
-  coordinator_address: str
-  num_processes: int
-  process_id: int
-  timeout: int
+  detect: bool = True
+  coordinator_address: str = ""
+  num_processes: int = 1
+  process_id: int = 0
+  timeout: int = 300
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """The whole experiment; every field is described in configs/base.py."""
+  """The whole experiment; every field is described in configs/base.py.
+
+  What ddpo-pytorch's configs lack has the default of that file.
+  """
 
   run_name: str
   seed: int
   logdir: str
   num_epochs: int
   save_freq: int
-  eval_freq: int
+  eval_freq: int = 10
   num_checkpoint_limit: int
   mixed_precision: str
   allow_tf32: bool
   resume_from: str
   use_lora: bool
-  compilation_cache: str
+  compilation_cache: str = "auto"
   pretrained: PretrainedConfig
-  lora: LoraConfig
+  lora: LoraConfig = LoraConfig()
   sample: SampleConfig
   train: TrainConfig
   prompt_fn: str
   prompt_fn_kwargs: Mapping[str, Any]
   reward_fn: str | Mapping[str, float]
-  reward_kwargs: Mapping[str, Any]
+  reward_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   per_prompt_stat_tracking: PerPromptStatTrackingConfig | None
-  wandb: WandbConfig
-  tensorboard: bool
-  distributed: DistributedConfig
+  wandb: WandbConfig = WandbConfig()
+  tensorboard: bool = False
+  distributed: DistributedConfig = DistributedConfig()
 
   def to_dict(self) -> dict[str, Any]:
     """Plain nested dicts, ready for JSON and for other eyes: without keys and passwords."""
@@ -356,11 +359,12 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
   types = typing.get_type_hints(cls)
   for name in sorted(set(map(str, values)) - set(types)):
     problems.append(_not_a_field(prefix + name, prefix + name, types))
-  for name in sorted(set(types) - set(values)):
-    problems.append(f"{prefix}{name} is missing from the config")
+  missing = sorted(field.name for field in dataclasses.fields(cls) if field.name not in values
+                   and field.default is field.default_factory is dataclasses.MISSING)
+  problems += [f"{prefix}{name} is missing from the config" for name in missing]
   fields = {name: _field(types[name], values[name], prefix + name, problems)
             for name in types if name in values}
-  return cls(**fields) if len(fields) == len(types) else None
+  return None if missing else cls(**fields)
 
 
 def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:

@@ -11,10 +11,10 @@ _REDACTED = "***"
 _SECRET_NAME = re.compile(
     r"(^|[_-])(api_?key|key|token|secret|password|passwd|pwd|passphrase|credentials?|"
     r"authorization|auth|bearer|sig|signature)$", re.IGNORECASE)
-_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
-_PASSWORD = re.compile(r"(\w://[^/@:\s]*:)[^/@\s]+(?=@)")
-_USER_ALONE = re.compile(r"(\w://)[^/@:\s]+(?=@)")  # some servers take a token in its place
-_PARAMETER = re.compile(r"([?&]([^=&#\s]+)=)([^&#\s]+)")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # accessToken, HFToken
+_PASSWORD = re.compile(r"(\w://[^/@:?#\s]*:)[^/?#\s]+(?=@)")
+_USER_ALONE = re.compile(r"(https?://)[^/@:?#\s]+(?=@)")  # some servers take a token in its place
+_PARAMETER = re.compile(r"([?&;#]([^=&;?#\s]+)=)([^&;?#\s]+)")
 
 
 def is_secret(name: str) -> bool:
@@ -25,8 +25,8 @@ def is_secret(name: str) -> bool:
 def redacted(value: Any) -> Any:
   """A value as it may be written down: keys, tokens and passwords in it become "***"."""
   if isinstance(value, Mapping):
-    return {name: _REDACTED if is_secret(str(name)) and item else redacted(item)
-            for name, item in value.items()}
+    return {name: _REDACTED if item and is_secret(str(name)) and not _is_number(item)
+            else redacted(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
     return type(value)(map(redacted, value))
   if isinstance(value, str):
@@ -36,7 +36,12 @@ def redacted(value: Any) -> Any:
   return value
 
 
+def _is_number(value: Any) -> bool:
+  """Such as a switch that is called "auth"."""
+  return isinstance(value, (bool, int, float))
+
+
 def _redacted_parameter(found: re.Match[str]) -> str:
   """Of a URL: "?name=value". Azure's keys are called a code there."""
   prefix, name, value = found.groups()
-  return prefix + (_REDACTED if is_secret(name) or name == "code" else value)
+  return prefix + (_REDACTED if is_secret(name) or name.lower() == "code" else value)

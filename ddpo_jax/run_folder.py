@@ -69,6 +69,7 @@ def _check_nothing_is_lost(run: pathlib.Path, name: str) -> None:
   taken = f"run_name={name!r}: {run} already holds a run; choose another name, or"
   if checkpoint.saved_epochs(run):
     raise UserError(f"{taken} continue it with resume_from={str(run)!r}")
+  checkpoint.check_none_is_lost(run, f"run_name={name!r}")
   begin_again = f"{taken} start it again from its first epoch with resume_from='auto'"
   if read_jsonl(run / "metrics.jsonl"):
     raise UserError(begin_again)

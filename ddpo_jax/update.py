@@ -2,8 +2,9 @@
 
 Each device holds the trajectories that it sampled. A step loops over microbatches of
 (sample, timestep) pairs, adds up the gradient of the trained weights, sums it over the
-devices once, clips it and applies AdamW. `make_update` does that in one program. In half
-precision `shared_program.py` takes its place, which is made of the same functions.
+devices once, clips it and applies AdamW. `make_update` does that in one program.
+Where rounding could move ratios by as much as the clip range, `shared_program.py` takes its place,
+which is made of the same functions.
 """
 
 from __future__ import annotations

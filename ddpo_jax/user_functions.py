@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 import contextlib
 import importlib
 import inspect
@@ -53,20 +54,26 @@ def resolve_function(field: str, name: str, known: dict[str, Callable],
   return function
 
 
-@contextlib.contextmanager
-def calling(what: str) -> Iterator[None]:
+class calling:  # noqa: N801, is used as a function
   """Around a call of a user's function: its errors say whose they are.
 
   Raises:
-    RuntimeError: where it exits, as the run would end as if all was done.
+    RuntimeError: where it exits, as the run would end as if all was done; or is cancelled.
   """
-  try:
-    yield
-  except SystemExit as error:
-    raise RuntimeError(f"{what} ended its process: {with_type(error)}") from error
-  except Exception as error:
-    error.add_note(_RAISED_BY + what)
-    raise
+
+  def __init__(self, what: str):
+    self._what = what
+
+  def __enter__(self) -> None:
+    pass
+
+  # Not by `contextlib.contextmanager`, which sets an attribute of errors: some refuse that.
+  def __exit__(self, kind: Any, error: BaseException | None, place: Any) -> None:
+    if isinstance(error, (SystemExit, asyncio.CancelledError)):
+      raise RuntimeError(f"{self._what} raised {error!r}") from error
+    if isinstance(error, Exception):
+      with contextlib.suppress(Exception):
+        error.add_note(_RAISED_BY + self._what)
 
 
 def raised_by_user(error: BaseException) -> bool:

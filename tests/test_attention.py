@@ -43,6 +43,20 @@ def test_attention_in_chunks(length, max_scores):
              query, key, value)
 
 
+def test_gradients_of_chunks_are_added_up_in_float32():
+  """Of 64 chunks; in half precision each addition would round."""
+  query, key, value = draw(256, 48)
+  loss = lambda attention, *args: jnp.sin(attention(*args).astype(jnp.float32)).sum()
+  gradients = lambda attention, dtype: jax.grad(functools.partial(loss, attention), (1, 2))(
+      *(x.astype(dtype) for x in (query, key, value)))
+  wide = lambda *args: attend(*(x.astype(jnp.float32) for x in args)).astype(args[0].dtype)
+  chunked = lambda *args: attend_in_chunks(wide, *args, max_scores=4 * 48)
+  for ours, whole, exact in zip(gradients(chunked, jnp.bfloat16), gradients(wide, jnp.bfloat16),
+                                gradients(attend, jnp.float32)):
+    error = lambda x: np.linalg.norm(np.float32(x) - exact)
+    assert error(ours) < 1.5 * error(whole)
+
+
 @pytest.mark.parametrize("max_scores,shape", [
     (12288, (2, 64, 2, 8)), (6144, (1, 64, 2, 8)), (3072, (1, 64, 1, 8)), (768, (1, 16, 1, 8))])
 def test_attention_in_blocks(max_scores, shape):

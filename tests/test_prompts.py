@@ -54,7 +54,7 @@ def test_a_prompt_is_text_that_can_be_written_down():
 
 
 def test_a_prompt_function_that_exits_is_an_error():
-  with pytest.raises(RuntimeError, match="^prompt_fn, for sample 3 of epoch 1, ended its process"):
+  with pytest.raises(RuntimeError, match="^prompt_fn, for sample 3 of epoch 1, raised SystemExit"):
     draw_prompts(lambda rng: sys.exit(0), 0, 1, [3])
 
 

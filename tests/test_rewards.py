@@ -3,7 +3,6 @@ and the check of what a reward returns.
 """
 
 import asyncio
-import concurrent.futures
 import dataclasses
 import json
 import sys
@@ -160,38 +159,54 @@ def test_async_rewards_are_awaited():
   assert rewards.tolist() == [0, 1, 2]
 
 
-def test_async_rewards_keep_what_belongs_to_their_loop():
-  """A client of HTTP, say, with its open connections."""
-  loops = []
-
-  async def reward(images, prompts, metadata):
-    loops.append(asyncio.get_running_loop())
-    return [1.0] * len(images), {}
-
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    calls = [pool.submit(call_reward, "a", reward, IMAGES, PROMPTS, [{}] * 3) for _ in range(4)]
-    assert all(call.result()[0].tolist() == [1, 1, 1] for call in calls)
-  assert len(loops) == 4 and len(set(loops)) == 1
-
-
 async def exits_later(images, prompts, metadata):
   sys.exit(0)
 
 
-async def interrupts(images, prompts, metadata):
-  raise KeyboardInterrupt
+async def exits_in_a_task(images, prompts, metadata):
+  await asyncio.gather(*(exits_later(images, prompts, metadata) for _ in range(2)))
 
 
-def test_an_async_reward_does_not_end_the_loop_of_all():
-  with pytest.raises(RuntimeError, match=r"^reward_fn='mine:f' raised KeyboardInterrupt\(\)"):
-    call_reward("mine:f", interrupts, IMAGES, PROMPTS, [{}] * 3)
-  test_async_rewards_are_awaited()
+async def is_cancelled(images, prompts, metadata):
+  raise asyncio.CancelledError
 
 
-@pytest.mark.parametrize("reward", (lambda *_: sys.exit(0), exits_later))
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+  code: int = 7
+
+
+def raises_what_takes_no_note(images, prompts, metadata):
+  raise FrozenError
+
+
+def test_errors_stay_what_they_are():
+  try:
+    call_reward("mine:f", raises_what_takes_no_note, IMAGES, PROMPTS, [{}] * 3)
+  except FrozenError as error:
+    assert error.code == 7
+  else:
+    pytest.fail("raised nothing")
+  with pytest.raises(RuntimeError, match="^reward_fn='mine:f' raised CancelledError"):
+    call_reward("mine:f", is_cancelled, IMAGES, PROMPTS, [{}] * 3)
+
+
+def test_what_metadata_have_in_common_is_copied_once():
+  """A table or a model, say, that a prompt function gives to all of them."""
+  common, seen = np.zeros(8), []
+
+  def reward(images, prompts, metadata):
+    seen.extend(each["common"] for each in metadata)
+    return [1.0] * len(images), {}
+
+  call_reward("mine:f", reward, IMAGES, PROMPTS, [{"common": common} for _ in PROMPTS])
+  assert len(set(map(id, seen))) == 1 and seen[0] is not common
+
+
+@pytest.mark.parametrize("reward", (lambda *_: sys.exit(0), exits_later, exits_in_a_task))
 def test_a_reward_that_exits_is_an_error(reward):
   """Else the run would end with status 0."""
-  with pytest.raises(RuntimeError, match="^reward_fn='mine:f' ended its process: SystemExit: 0"):
+  with pytest.raises(RuntimeError, match="^reward_fn='mine:f' raised SystemExit\(0\)"):
     call_reward("mine:f", reward, IMAGES, PROMPTS, [{}] * 3)
 
 

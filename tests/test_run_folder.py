@@ -51,6 +51,14 @@ def test_what_is_left_of_a_run_is_not_another_ones(cfg, left):
     choose_run_folder(cfg)
 
 
+def test_a_run_without_its_checkpoints_is_not_to_be_started_again(cfg):
+  run = choose_run_folder(cfg)
+  run.mkdir()
+  (run / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+  with pytest.raises(UserError, match="^run_name='run': .*bring it back, or choose another run_na"):
+    choose_run_folder(cfg)
+
+
 def test_a_run_without_a_finished_epoch_makes_room_for_another(cfg):
   run = choose_run_folder(cfg)
   held = claim(run, cfg)

@@ -57,7 +57,7 @@ def test_no_message_has_a_secret(call):
 
 @pytest.mark.parametrize("name", ("api_key", "API_KEY", "apikey", "hf_token", "password",
                                   "client-secret", "credentials", "auth", "accessToken", "pwd",
-                                  "api-key"))
+                                  "api-key", "OpenAIKey", "HFToken"))
 def test_names_of_secrets(name):
   assert redacted({name: SECRET}) == {name: "***"}
   assert redacted({name: ""}) == {name: ""}
@@ -66,12 +66,15 @@ def test_names_of_secrets(name):
 @pytest.mark.parametrize("url", (
     "http://me:{}@host/v1", "https://{}@host/v1", "https://host/v1?access_token={}",
     "https://host?n=3&api-key={}", "https://host?subscription-key={}#x", "https://host?code={}",
-    "https://host?a=b&X-Amz-Signature={}&c=d"))
+    "https://host?a=b&X-Amz-Signature={}&c=d", "https://proxy/?url=https://host/v1?token={}",
+    "http://me:a@{}@host", "https://host#access_token={}", "https://host?a=1;token={}&CODE={}"))
 def test_urls_are_shown_without_secrets(url):
-  assert redacted([url.format(SECRET)]) == [url.format("***")]
+  (shown,) = redacted([url.format(SECRET, SECRET)])
+  assert SECRET not in shown and shown in (url.format("***", "***"), "http://me:***@host")
 
 
 def test_paths_and_names_stay():
   values = {"path": str(pathlib.Path("/a:b@c")), "tokenizer": "x", "model": "a/b", "n": 3,
-            "url": "http://host:8000/v1?model=a&encode=b", "keys": "x", "author": "me"}
+            "url": "http://host:8000/v1?model=a&encode=b", "keys": "x", "author": "me",
+            "auth": True, "sig": 0.5, "mail": "http://host:80?x=a@b", "s3": "s3://b@ucket/path"}
   assert redacted(values) == values

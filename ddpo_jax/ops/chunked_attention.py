@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ddpo_jax.parts import largest_divisor
@@ -21,5 +22,12 @@ def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T 
   batch, length, heads, features = query.shape
   chunk = largest_divisor(length, max(1, max_scores // key.shape[1]))
   queries = query.reshape(batch, -1, chunk, heads, features).swapaxes(0, 1)
-  out = jax.lax.map(jax.checkpoint(lambda q: attend(q, key, value)), queries)
+  # In float32, as their gradients are added up over the chunks.
+  wide = key.astype(jnp.float32), value.astype(jnp.float32)
+
+  @jax.checkpoint
+  def attend_to_all(query: jax.Array) -> jax.Array:
+    return attend(query, *(x.astype(query.dtype) for x in wide))
+
+  out = jax.lax.map(attend_to_all, queries)
   return out.swapaxes(0, 1).reshape(query.shape)

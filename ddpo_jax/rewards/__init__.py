@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Mapping
 import copy
 import functools
 import inspect
-import threading
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,46 +90,30 @@ def call_reward(name: str, function: RewardFn, images: UInt8[np.ndarray, "B H W 
     UserError: if it is not a pair of rewards, one finite number for each image, and a
       dict; names the function.
   """
-  what = f"reward_fn={name!r}"
-  with calling(what):
-    result = function(images.copy(), list(prompts), list(map(_copy, metadata)))
-  if inspect.isawaitable(result):
-    result = asyncio.run_coroutine_threadsafe(_wait_for(result, what), _event_loop()).result()
+  with calling(f"reward_fn={name!r}"):
+    result = function(images.copy(), list(prompts), _copy(metadata))
+    if inspect.isawaitable(result):
+      result = asyncio.run(_wait_for(result))
   if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
     raise UserError(f"reward_fn={name!r} returned {_kind(result)}; must be a pair of "
                     "rewards and a dict: return rewards, {}")
   return check_rewards(name, result[0], prompts), result[1]
 
 
-def _copy(metadata: dict[str, Any]) -> dict[str, Any]:
-  try:
-    return copy.deepcopy(metadata)
-  except Exception:  # it holds what cannot be copied
-    return copy.copy(metadata)
+def _copy(metadata: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  copied: dict[int, Any] = {}  # what samples have in common is copied once
+
+  def copy_one(entry: dict[str, Any]) -> dict[str, Any]:
+    try:
+      return copy.deepcopy(entry, copied)
+    except Exception:  # it holds what cannot be copied
+      return copy.copy(entry)
+
+  return list(map(copy_one, metadata))
 
 
-async def _wait_for(result: Awaitable[Any], what: str) -> Any:
-  try:
-    with calling(what):
-      return await result
-  except KeyboardInterrupt as error:  # it would end the loop's thread, and be waited for for ever
-    raise RuntimeError(f"{what} raised {error!r}") from error
-
-
-def _event_loop() -> asyncio.AbstractEventLoop:
-  """Where async rewards run: one loop, as what they keep between calls belongs to it."""
-  with _starting_loop:
-    return _start_loop()
-
-
-_starting_loop = threading.Lock()
-
-
-@functools.cache
-def _start_loop() -> asyncio.AbstractEventLoop:
-  loop = asyncio.new_event_loop()
-  threading.Thread(target=loop.run_forever, name="async_rewards", daemon=True).start()
-  return loop
+async def _wait_for(result: Awaitable[Any]) -> Any:
+  return await result
 
 
 def _kind(result: Any) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from ddpo_jax import english
 from ddpo_jax.errors import UserError
 from ddpo_jax.images import encode_image
+from ddpo_jax.redaction import redacted
 from ddpo_jax.rewards import remote
 from ddpo_jax.rewards.metadata import checks_metadata, questions_and_answers
 from ddpo_jax.types import RewardFn
@@ -208,14 +209,15 @@ class _Client:
     except remote.AttemptError as error:
       if error.status in (401, 403):
         raise UserError(f"reward_fn={_NAME!r}, reward_kwargs.api_key_env={api_key_env!r}: "
-                        f"{self._server.url} refused the key; must be the name of an "
+                        f"{redacted(self._server.url)} refused the key; must be the name of an "
                         "environment variable that holds one") from error
       if error.status is None and isinstance(error, remote.TransientError):
         raise self._server.unreachable(error) from error
       if model is None:
-        raise UserError(f"reward_fn={_NAME!r}, reward_kwargs.model=None: {self._server.url} "
-                        f"did not list its models ({error}); must be the name of one; or "
-                        "reward_kwargs.url must end in /v1") from error
+        raise UserError(
+            f"reward_fn={_NAME!r}, reward_kwargs.model=None: {redacted(self._server.url)} did not "
+            f"list its models ({error}); must be the name of one; or reward_kwargs.url must end "
+            "in /v1") from error
       return model
 
   def ask(self, model: str, image: np.ndarray, text: str, timeout: float, **options: Any
