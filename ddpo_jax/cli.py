@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import inspect
+import json
 import os
 import pathlib
 import runpy
@@ -13,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from ddpo_jax.config import Config, fields_of, inspect_config
+from ddpo_jax.config import GROUPS, Config, fields_of, inspect_config
 from ddpo_jax.console import write
 from ddpo_jax.errors import USAGE_ERROR, Interrupted, UserError
 from ddpo_jax.messages import one_line, place, with_type
@@ -100,7 +101,7 @@ def _resolve(values: Mapping[str, Any], problems: list[str]) -> Config:
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-  """Runs the `get_config` of "FILE" or "FILE:EXPERIMENT".
+  """Runs the `get_config` of "FILE" or "FILE:EXPERIMENT", or reads a run's config.json.
 
   Raises:
     UserError: if there is no such file or experiment, or the file raises anything.
@@ -109,14 +110,27 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   if not os.path.isfile(file):
     raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
                     "as configs/demo.py")
+  if pathlib.Path(file).suffix == ".json":
+    return _explained(spec, lambda: _config_of_run(file))
   if pathlib.Path(file).suffix != ".py":
     raise UserError(f"--config={spec}: {file!r} must be a Python file such as "
-                    "configs/demo.py; a run is continued with --config.resume_from")
+                    "configs/demo.py, or a run's config.json")
   config = _explained(spec, lambda: _config_of(file, [experiment] if colon else []))
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f"--config={spec}: get_config returned a {type(config).__name__}; "
                     "must be a ConfigDict")
   return config
+
+
+def _config_of_run(file: str) -> ml_collections.ConfigDict:
+  values = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))
+  if not isinstance(values, dict):
+    raise UserError("must be the config.json that a run wrote")
+  # Groups of fields become ConfigDicts; rewards by name stay a dict, as names may have dots.
+  return ml_collections.ConfigDict(
+      {name: ml_collections.ConfigDict(value, convert_dict=False)
+       if isinstance(value, dict) and name in GROUPS else value
+       for name, value in values.items()}, convert_dict=False)
 
 
 def _config_of(file: str, arguments: Sequence[str]) -> Any:

@@ -245,8 +245,8 @@ def inspect_config(config: ml_collections.ConfigDict | Mapping[str, Any]
   """As `resolve`, for a caller that has more to check before it says what is wrong.
 
   Returns:
-    The config, or None where a field is missing; its fields that `fields_of(problems)` names
-    must not be read. And the problems, a line for each.
+    The config, or None if it is none at all; its fields that `fields_of(problems)` names must not
+    be read. And the problems, a line for each.
   """
   problems: list[str] = []
   values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
@@ -345,6 +345,9 @@ def _group_of(kind: Any) -> type | None:
   return None
 
 
+GROUPS = frozenset(name for name, kind in typing.get_type_hints(Config).items() if _group_of(kind))
+
+
 def _with_groups(field: str) -> list[str]:
   """A field's name and those of the groups that it is in."""
   parts = field.split(".")
@@ -364,7 +367,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
   problems += [f"{prefix}{name} is missing from the config" for name in missing]
   fields = {name: _field(types[name], values[name], prefix + name, problems)
             for name in types if name in values}
-  return None if missing else cls(**fields)
+  return cls(**fields, **dict.fromkeys(missing))
 
 
 def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:

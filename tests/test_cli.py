@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import pathlib
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def test_groups():
              "--config.per_prompt_stat_tracking=None",
              "--config.per_prompt_stat_tracking={'buffer_size': 3, 'min_count': 2}")
   assert (cfg.sample.num_steps, cfg.sample.batch_size) == (12, 128)
-  assert cfg.per_prompt_stat_tracking == PerPromptStatTrackingConfig(3, 2)
+  assert cfg.per_prompt_stat_tracking == PerPromptStatTrackingConfig(
+      buffer_size=3, min_count=2)
 
 
 def test_fields_that_depend_on_others_follow_them(tmp_path):
@@ -183,10 +185,25 @@ def test_braces_in_the_text_of_an_argument():
   assert cfg.reward_kwargs == {"question": "{prompt}?", "opening": "{", "closing": "}"}
 
 
-def test_config_of_a_run_is_no_config_file(tmp_path):
-  (tmp_path / "config.json").write_text("{}")
-  with pytest.raises(UserError, match="must be a Python file .*resume_from"):
-    read(f"--config={tmp_path / 'config.json'}")
+def test_the_config_of_a_run_is_a_config_file(tmp_path):
+  """So that it is continued without all that its command line said."""
+  file = tmp_path / "config.json"
+  cfg = read("--config", DEMO,
+             "--config.reward_fn={'jpeg_compressibility': 1, 'json.tool:main': 2}",
+             "--config.reward_kwargs={'json.tool:main': {}}", "--config.seed=7",
+             "--config.per_prompt_stat_tracking=None")
+  file.write_text(json.dumps(cfg.to_dict()))
+  assert read(f"--config={file}") == cfg
+  again = read(f"--config={file}", "--config.train.learning_rate=1e-5", "--config.num_epochs=9")
+  assert (again.train.learning_rate, again.num_epochs, again.seed) == (1e-5, 9, 7)
+  for text, message in (("[]", "must be the config.json"), ("{", "Expecting"),
+                        ("{}", "seed is missing from the config")):
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+      read(f"--config={file}")
+  file.with_suffix(".yaml").touch()
+  with pytest.raises(UserError, match="must be a Python file .* or a run's config.json"):
+    read(f"--config={file.with_suffix('.yaml')}")
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -297,3 +297,19 @@ def test_a_single_file_is_no_model(tmp_path):
   (tmp_path / "model.safetensors").write_text("")
   with pytest.raises(UserError, match="model.safetensors' is a file; must be a folder"):
     resolve(changed(**{"pretrained.model": str(tmp_path / "model.safetensors")}))
+
+
+def test_configs_of_ddpo_pytorch_have_the_defaults_of_what_is_new():
+  """Its config/base.py, which has no such fields."""
+  values = base.get_config().to_dict()
+  for name in ("eval_freq", "compilation_cache", "lora", "reward_kwargs", "wandb", "tensorboard",
+               "distributed"):
+    del values[name]
+  del values["sample"]["decode_batch_size"]
+  for name in ("timesteps_per_batch", "gradient_checkpointing", "recompute_log_probs",
+               "max_skipped_steps"):
+    del values["train"][name]
+  assert resolve(values) == resolve(base.get_config())
+  del values["train"]["cfg"]
+  with pytest.raises(UserError, match="^train.cfg is missing from the config$"):
+    resolve(values)
