@@ -83,11 +83,18 @@ def _facts(run: pathlib.Path, config: Mapping[str, Any], metrics: Sequence[Mappi
   facts = {"epochs": f"{len(metrics)} of {config['num_epochs']}"}
   if metrics:
     first, last = metrics[0], metrics[-1]
-    facts["reward at the start"] = f"{first['reward_mean']:.3f}"
-    facts["reward now"] = f"{last['reward_mean']:.3f}"
-    if first["reward_std"]:
-      gain = (last["reward_mean"] - first["reward_mean"]) / first["reward_std"]
-      facts["change, in the first epoch's deviations"] = f"{gain:+.2f}"
+    # Of several rewards each one's own: their sum is of values that are standardised anew.
+    names = {"reward": "reward"} if isinstance(reward, str) else {
+        each: f"reward/{each}" for each in reward}
+    for label, name_of in names.items():
+      mean, std = f"{name_of}_mean", f"{name_of}_std"
+      if None in (first.get(mean), last.get(mean)):
+        continue
+      facts[f"{label} at the start"] = f"{first[mean]:.3f}"
+      facts[f"{label} now"] = f"{last[mean]:.3f}"
+      if first.get(std):
+        gain = (last[mean] - first[mean]) / first[std]
+        facts[f"{label}: change, in the first epoch's deviations"] = f"{gain:+.2f}"
     facts["images per second"] = f"{last['images_per_second']:.2f}"
   items = "".join(f"<div><b>{html.escape(value)}</b>{html.escape(label)}</div>"
                   for label, value in facts.items())

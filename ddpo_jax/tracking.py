@@ -34,6 +34,7 @@ class Tracker:
     """
     self._run = run
     self._num_epochs = cfg.num_epochs
+    self._rewards = list(cfg.reward_fn) if isinstance(cfg.reward_fn, Mapping) else []
     self._writes = distributed.is_main()
     self._first_reward: float | None = None
     self._started = time.perf_counter()
@@ -124,11 +125,13 @@ class Tracker:
     mean = metrics["reward_mean"]
     if self._first_reward is None:
       self._first_reward = mean
+    # The sum of several rewards says little: each is standardised anew.
+    each = "".join(f"  {name} {metrics[f'reward/{name}_mean']:.3f}" for name in self._rewards)
     elapsed = time.perf_counter() - self._started
     left = elapsed / self._epochs_here * (self._num_epochs - epoch - 1)
     return (f"epoch {epoch + 1}/{self._num_epochs}  reward {mean:.3f} ± "
             f"{metrics['reward_std']:.3f} ({mean - self._first_reward:+.3f} since the "
-            f"start)  {metrics['images_per_second']:.2f} images/s  "
+            f"start){each}  {metrics['images_per_second']:.2f} images/s  "
             f"{datetime.timedelta(seconds=round(left))} left")
 
 

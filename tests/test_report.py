@@ -103,6 +103,23 @@ def test_runs_of_other_versions_have_a_report(charts, monkeypatch):
   assert any("Diversity" in title for title in charts({}, {}))
 
 
+def test_of_several_rewards_each_ones_own_are_in_the_headline(charts, tmp_path):
+  """Their sum is near 0 at any time."""
+  charts({})
+  assert "reward at the start" in (tmp_path / "report.html").read_text()
+  config = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(config | {"reward_fn": {"a": 1.0, "b": 0.5}}))
+  lines = [{"reward/a_mean": 1.0, "reward/a_std": 0.5, "reward/b_mean": -3.0, "reward/b_std": 0.0},
+           {"reward/a_mean": 2.0, "reward/a_std": 0.5, "reward/b_mean": -2.5, "reward/b_std": 0.0}]
+  (tmp_path / "metrics.jsonl").write_text("".join(
+      json.dumps({"epoch": i, **METRICS, **line}) + "\n" for i, line in enumerate(lines)))
+  page = report.write_report(tmp_path).read_text()
+  facts = {label: value for value, label in re.findall(r"<div><b>([^<]*)</b>([^<]*)</div>", page)}
+  assert (facts["a at the start"], facts["a now"]) == ("1.000", "2.000")
+  assert facts["a: change, in the first epoch&#x27;s deviations"] == "+2.00"
+  assert facts["b now"] == "-2.500" and "reward now" not in facts
+
+
 def test_numbers_beside_the_rewards(charts):
   found = charts({"reward/a_mean": 1.0, "reward/a_std": 1.0},
                  {"reward/a_mean": 1.0, "reward/a_std": 1.0, "reward/a/mass_mean": 0.5})

@@ -27,10 +27,10 @@ def cfg(tmp_path):
   return resolve(config)
 
 
-def log(tracker, epoch):
+def log(tracker, epoch, **others):
   images = np.random.default_rng(epoch).integers(0, 256, (3, 16, 16, 3), np.uint8)
   prompts = ["not shown", "a cat", "a dog " * 30, ""]
-  tracker.log_epoch(epoch, {**METRICS, "reward_mean": -2.5 + epoch}, prompts,
+  tracker.log_epoch(epoch, {**METRICS, "reward_mean": -2.5 + epoch, **others}, prompts,
                     np.arange(4.0), images, np.array([1, 2, 3]))
 
 
@@ -53,6 +53,15 @@ def test_folder_and_lines(cfg, capsys):
   printed = capsys.readouterr().out
   assert "epoch 2/3  reward -1.500 ± 0.500 (+1.000 since the start)" in printed
   assert "left" in printed
+
+
+def test_each_of_several_rewards_is_shown(cfg, capsys):
+  cfg = dataclasses.replace(cfg, reward_fn={"jpeg_compressibility": 1.0, "my:reward": 0.5})
+  tracker = tracking.Tracker(choose_run_folder(cfg), cfg)
+  log(tracker, 0, **{"reward/jpeg_compressibility_mean": -2.5, "reward/my:reward_mean": 0.25})
+  tracker.close()
+  printed = capsys.readouterr().out
+  assert "since the start)  jpeg_compressibility -2.500  my:reward 0.250  " in printed
 
 
 def test_resume_drops_epochs_that_will_be_done_again(cfg):
