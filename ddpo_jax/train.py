@@ -84,7 +84,7 @@ def train(cfg: Config) -> pathlib.Path:
       closing.callback(claim.release)
     run = pathlib.Path(distributed.broadcast_from_main(str(claim.path)))
     writes_to = run.absolute()  # a reward may change the working folder
-    say("Compiling, and reading the model")
+    say("Compiling, and reading the model: half a minute to two minutes, less from the cache")
     trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
     cfg = trainer.cfg  # with the rank of lora.init_from
     first_epoch, damaged = resume(trainer, run) if cfg.resume_from else (0, [])

@@ -246,7 +246,9 @@ def dry_run(cfg: Config) -> None:
         "on without it; pip install -e '.[tensorboard]'")
   say(plan.describe("The run would be"))
   say(describe_memory(cfg, plan))
-  say(f"The config is valid; the run would write to {prepared.run}")
+  unseen = "" if is_local(cfg.pretrained.model) else (
+      f", as far as can be said before {cfg.pretrained.model!r} is downloaded")
+  say(f"The config is valid{unseen}; the run would write to {prepared.run}")
 
 
 def _check_model(cfg: Config) -> None:

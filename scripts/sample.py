@@ -33,11 +33,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
                       help="a .jpg or .png file for one grid, else a folder")
   parser.add_argument("--compare", action="store_true",
                       help="the base model's image beside the run's, from the same noise")
-  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
   parser.add_argument("--num_steps", type=int, help="default: the run's, or 50")
   parser.add_argument("--guidance_scale", type=float, help="default: the run's, or 5")
   parser.add_argument("--eta", type=float, help="in [0, 1]; default: the run's, or 1")
-  parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--batch_size", type=int, default=8,
+                      help="images at a time, which bounds the memory; default: 8")
   parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"),
                       help="default: the run's, or no")
   return parser.parse_args(argv)
