@@ -43,7 +43,7 @@ T = TypeVar("T")
 _STATE_BYTES = 3 * 4
 _TRAINING_BYTES = _STATE_BYTES + 4  # and the gradient
 _GIB = 2**30
-_DRAWS = 32  # from the same rng, to see that the prompt is the same
+_DRAWS = 8  # from the same rng, to see that the prompt is the same
 _check_output_folder = functools.partial(check_output, is_folder=True)
 _LARGE_LATENT = 64 * 64 * 4  # numbers in a latent of 512 × 512 pixels
 

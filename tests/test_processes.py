@@ -26,6 +26,7 @@ from small_model import small_config
 from ddpo_jax import checkpoint, distributed
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
+from ddpo_jax.validation import _DRAWS
 
 EPOCHS = 2
 
@@ -118,7 +119,7 @@ def test_a_device_that_fails_on_one_ends_both(whole):
   assert checkpoint.saved_epochs(whole / "device") == [0]
 
 
-@pytest.mark.parametrize("after,saved", [(4 + 8 + 3, []), (4 + 8 + 16 + 3, [0])])
+@pytest.mark.parametrize("after,saved", [(_DRAWS + 8 + 3, []), (_DRAWS + 8 + 16 + 3, [0])])
 def test_a_prompt_that_fails_on_one_stops_both(whole, after, saved):
   """In the first epoch, of the prompts of all; or in the second: the first is saved, by both."""
   name = f"no_prompt_{after}"

@@ -22,12 +22,12 @@ def attend_in_chunks(attend: Callable[..., jax.Array], query: Float[Array, "B T 
   batch, length, heads, features = query.shape
   chunk = largest_divisor(length, max(1, max_scores // key.shape[1]))
   queries = query.reshape(batch, -1, chunk, heads, features).swapaxes(0, 1)
-  # In float32, as their gradients are added up over the chunks.
-  wide = key.astype(jnp.float32), value.astype(jnp.float32)
 
+  # Once more around all of it, so that keys and values are kept as they are, and not in float32.
   @jax.checkpoint
-  def attend_to_all(query: jax.Array) -> jax.Array:
-    return attend(query, *(x.astype(query.dtype) for x in wide))
+  def attend_to_all(queries: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)  # their gradients' sums are too
+    attend_one = lambda query: attend(query, *(x.astype(query.dtype) for x in wide))
+    return jax.lax.map(jax.checkpoint(attend_one), queries)
 
-  out = jax.lax.map(attend_to_all, queries)
-  return out.swapaxes(0, 1).reshape(query.shape)
+  return attend_to_all(queries, key, value).swapaxes(0, 1).reshape(query.shape)
