@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
 import functools
-import os
 from typing import Any
 
 from flax import nnx
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpo_jax import advantages, diagnostics, distributed, glibc, lora, rng_streams, update
+from ddpo_jax import advantages, diagnostics, distributed, files, glibc, lora, rng_streams, update
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
@@ -161,7 +160,7 @@ def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionMode
     nnx.update(unet, weights)
     set_compute_dtype(unet, DTYPES[cfg.mixed_precision])
   elif cfg.lora.init_from:
-    lora.import_lora(unet, os.path.expanduser(cfg.lora.init_from))
+    lora.import_lora(unet, files.absolute(cfg.lora.init_from))
   else:
     key = jax.random.fold_in(jax.random.key(cfg.seed), rng_streams.LORA)
     lora.inject_lora(unet, cfg.lora.rank, key)

@@ -45,6 +45,11 @@ def append_jsonl(path: pathlib.Path, line: Mapping[str, Any]) -> None:
     file.write(json.dumps(line) + "\n")
 
 
+def absolute(path: str) -> str:
+  """A path that a user gives, as it is called from any folder; "" stays "", which is none."""
+  return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
 def nearest_existing(path: pathlib.Path) -> pathlib.Path:
   """The path itself if something is there, else the nearest folder or file above it; absolute.
 

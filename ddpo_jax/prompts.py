@@ -86,17 +86,17 @@ def from_file(rng: np.random.Generator, path: str, low: int | None = None,
 
   The path is of a local file, or of one of the lists in this package.
   """
-  lines = load_lines(path, "prompt_fn_kwargs.path")
-  chosen = _slice(path, low, high)
-  if not chosen:
-    raise UserError(f"prompt_fn_kwargs.low={low} and high={high} leave no line of {path!r}; "
-                    f"must leave some of lines 0 to {len(lines) - 1}")
-  return _choose(rng, chosen), {}
+  return _choose(rng, _some_lines(path, low, high)), {}
 
 
 @functools.cache
-def _slice(path: str, low: int | None, high: int | None) -> list[str]:
-  return load_lines(path, "prompt_fn_kwargs.path")[low:high]
+def _some_lines(path: str, low: int | None, high: int | None) -> list[str]:
+  lines = load_lines(path, "prompt_fn_kwargs.path")
+  chosen = lines[low:high]
+  if not chosen:
+    raise UserError(f"prompt_fn_kwargs.low={low} and high={high} leave no line of {path!r}; "
+                    f"must leave some of lines 0 to {len(lines) - 1}")
+  return chosen
 
 
 def _choose(rng: np.random.Generator, lines: Sequence[str]) -> str:

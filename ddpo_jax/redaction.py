@@ -25,7 +25,8 @@ def is_secret(name: str) -> bool:
 def redacted(value: Any) -> Any:
   """A value as it may be written down: keys, tokens and passwords in it become "***"."""
   if isinstance(value, Mapping):
-    return {name: _REDACTED if item and is_secret(str(name)) and not _is_number(item)
+    # A number is none, nor is a switch that is called "auth".
+    return {name: _REDACTED if item and is_secret(str(name)) and not isinstance(item, (int, float))
             else redacted(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
     return type(value)(map(redacted, value))
@@ -34,11 +35,6 @@ def redacted(value: Any) -> Any:
       value = pattern.sub(rf"\g<1>{_REDACTED}", value)
     return _PARAMETER.sub(_redacted_parameter, value)
   return value
-
-
-def _is_number(value: Any) -> bool:
-  """Such as a switch that is called "auth"."""
-  return isinstance(value, (bool, int, float))
 
 
 def _redacted_parameter(found: re.Match[str]) -> str:

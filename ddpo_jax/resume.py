@@ -39,8 +39,7 @@ def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
     say(f"{restored}. Trying the one before it")
   say(f"Resuming after {restored.epoch + 1} epochs, with "
       f"{checkpoint.describe(source, restored.epoch)}")
-  model, before = (config["pretrained"]["model"]
-                   for config in (trainer.cfg.to_dict(), restored.meta["config"]))
+  model, before = trainer.cfg.pretrained.model, restored.meta["config"]["pretrained"]["model"]
   if is_moved(model, before):
     say(f"Warning: pretrained.model={model!r} must hold the same weights as {before!r}, which is "
         "not there any more")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import json
-import os
 from typing import Any
 
+from ddpo_jax import files
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
@@ -90,8 +90,7 @@ def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], c
   if name == "pretrained.model":
     return absolute(now[name]) != absolute(before[name]) and not is_moved(now[name], before[name])
   if name == "lora.init_from":
-    of = lambda path: os.path.abspath(os.path.expanduser(path))
-    return of(now[name]) != of(before[name])
+    return files.absolute(now[name]) != files.absolute(before[name])
   if name in now and name in before:
     written = lambda value: json.dumps(value, sort_keys=True)
     return written(now[name]) != written(before[name])

@@ -20,6 +20,7 @@ from ddpo_jax import (
   checkpoint,
   diagnostics,
   distributed,
+  files,
   glibc,
   model_names,
   resource_errors,
@@ -104,9 +105,8 @@ def train(cfg: Config) -> pathlib.Path:
 
 def with_absolute_paths(cfg: Config) -> Config:
   """The config with its files as they are called from any folder."""
-  init_from = cfg.lora.init_from and os.path.abspath(os.path.expanduser(cfg.lora.init_from))
   return dataclasses.replace(
-      cfg, lora=dataclasses.replace(cfg.lora, init_from=init_from),
+      cfg, lora=dataclasses.replace(cfg.lora, init_from=files.absolute(cfg.lora.init_from)),
       pretrained=dataclasses.replace(
           cfg.pretrained, model=model_names.absolute(cfg.pretrained.model)))
 

@@ -54,7 +54,7 @@ def resolve_function(field: str, name: str, known: dict[str, Callable],
   return function
 
 
-class calling:  # noqa: N801, is used as a function
+class calling:
   """Around a call of a user's function: its errors say whose they are.
 
   Raises:

@@ -112,7 +112,7 @@ def open_pretrained(path: str | os.PathLike, revision: str | None = None,
     return StableDiffusion(tokenizer=tokenizer, noise_schedule=noise_schedule, **modules)
 
   return LazyModel(shapes=model({name: part.shapes for name, part in parts.items()}),
-                read=lambda: model({name: part.read() for name, part in parts.items()}))
+                   read=lambda: model({name: part.read() for name, part in parts.items()}))
 
 
 @dataclasses.dataclass

@@ -115,8 +115,8 @@ def _attend_by_xla(query: Float[Array, "B T N H"], key: Float[Array, "B S N H"],
 
 
 def attend_with_padded_keys(attend: Callable[..., jax.Array], query: Float[Array, "B T N H"],
-                   key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]
-                   ) -> Float[Array, "B T N H"]:
+                            key: Float[Array, "B S N H"], value: Float[Array, "B S N H"]
+                            ) -> Float[Array, "B T N H"]:
   """Attention to an odd number of keys (the 77 tokens of a prompt) by a kernel that refuses it.
 
   Keys and values are padded to a multiple of 8, and the padding is masked.

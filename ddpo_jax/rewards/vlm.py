@@ -267,7 +267,6 @@ class _Client:
       raise remote.ReplyError("it is not JSON; must be from an OpenAI-compatible "
                               "server") from None
 
-
   def _check_status(self, response: Any) -> None:
     """Called with each response before its body is read: the client would read it without end."""
     if response.is_success:
