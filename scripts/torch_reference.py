@@ -7,6 +7,7 @@ torch's scaled_dot_product_attention; half precision is autocast over frozen wei
 dtype, LoRA in float32. Not a trainer: nothing is saved or logged.
 """
 
+import argparse
 from concurrent import futures
 import io
 import os
@@ -27,6 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 from ddpo_jax.benchmark.side import model_configs, peak_rss, serve  # noqa: E402
 from ddpo_jax.cli import exit_status, read_config  # noqa: E402
 from ddpo_jax.config import Config  # noqa: E402
+from ddpo_jax.console import ArgumentParser  # noqa: E402
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRAINING_STEPS = 1000
@@ -223,9 +225,13 @@ def jpeg_sizes(images):
 
 
 def main(argv):
-  compiled = "--compile" in argv
-  cfg = read_config([a for a in argv if a != "--compile"])
-  serve(lambda: TorchSide(cfg, compiled))
+  parser = ArgumentParser(
+      usage="started by scripts/benchmark.py --reference torch", description=__doc__,
+      allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--compile", action="store_true", help="with torch.compile")
+  options, rest = parser.parse_known_args(argv[1:])
+  cfg = read_config([argv[0], *rest])
+  serve(lambda: TorchSide(cfg, options.compile))
 
 
 if __name__ == "__main__":

@@ -279,6 +279,14 @@ def test_help_names_the_config(capsys):
   assert capsys.readouterr().out.startswith("usage: benchmark.py [--config FILE[:EXPERIMENT]]")
 
 
+def test_the_reference_says_what_it_is():
+  process = start([str(ROOT / "scripts" / "torch_reference.py"), "--help"],
+                  stdout=subprocess.PIPE)
+  printed, errors = process.communicate(timeout=120)
+  assert process.returncode == 0, errors
+  assert printed.startswith("usage: started by scripts/benchmark.py --reference torch")
+
+
 @pytest.mark.parametrize("name", (".", "file/x.json", "a" * 300, "a\0"))
 def test_an_output_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path, capsys, name):
   monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("work began"))

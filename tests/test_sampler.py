@@ -133,6 +133,15 @@ def test_as_many_keys_as_samples(key, draw_images):
     sample_zeros(3, key, denoise if draw_images else sample)
 
 
+def test_another_size_than_the_models(small_unet, pipeline):
+  schedule = DDIMSchedule.create(NoiseSchedule(clip_sample=False, steps_offset=1), 2)
+  embeddings = jnp.asarray(pipeline["prompt_embeds"])[:1]
+  drawn = sample(small_unet, schedule, embeddings, embeddings, key=jax.random.key(0),
+                 latent_size=(8, 16))
+  assert drawn.latents.shape == (1, 3, 8, 16, 4)
+  assert np.isfinite(drawn.log_probs).all()
+
+
 @pytest.mark.parametrize("scale", (0.0, 0.7))
 def test_guidance_up_to_one_is_none(small_unet, pipeline, scale):
   """One rule: in the reference the sampler drops guidance here and the update does not."""
