@@ -19,6 +19,7 @@ from ddpo_jax.console import write
 from ddpo_jax.errors import USAGE_ERROR, Interrupted, UserError
 from ddpo_jax.messages import one_line, place, with_type
 from ddpo_jax.overrides import override, unquoted
+from ddpo_jax.redaction import REDACTED
 
 _HELP = ("--help", "-h")
 _DRY_RUN = "--dry_run"
@@ -84,7 +85,18 @@ def read_config(argv: Sequence[str]) -> Config:
     raise UserError("--config is missing; must be a config file such as configs/demo.py")
   fields = [(name.removeprefix("--config."), value) for name, value in options
             if name != "--config"]
-  return _resolve(*override(load_config(files[-1]), fields))
+  values, problems = override(load_config(files[-1]), fields)
+  return _resolve(values, problems + _left_out(files[-1], values))
+
+
+def _left_out(file: str, values: Mapping[str, Any]) -> list[str]:
+  """A line for each group whose key or password a run's config.json does not hold."""
+  if not file.endswith(".json"):
+    return []
+  return [f"{group} holds {REDACTED!r} where {file} leaves out a key or password; give it again, "
+          f"as --config.{group}.ARGUMENT=VALUE"
+          for group in ("prompt_fn_kwargs", "reward_kwargs")
+          if REDACTED in str(values.get(group))]
 
 
 def _resolve(values: Mapping[str, Any], problems: list[str]) -> Config:

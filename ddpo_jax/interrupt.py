@@ -58,7 +58,9 @@ def interruptible() -> Iterator[Stop]:
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
   wakeup = signal.set_wakeup_fd(-1)  # the first signal is not for `_watch`
-  previous = {each: signal.signal(each, request) for each in _SIGNALS}
+  previous = {each: signal.getsignal(each) for each in _SIGNALS}
+  for each in _SIGNALS:
+    signal.signal(each, request)
   try:
     yield stop
   finally:

@@ -49,7 +49,7 @@ def draw_prompts(prompt_fn: PromptFn, seed: int, epoch: int, indices: Iterable[i
       drawn = prompt_fn(sample_rng(seed, epoch, index))
     return check_drawn(drawn, what)
 
-  drawn = list(map(draw, indices))
+  drawn = [draw(index) for index in indices]
   return [prompt for prompt, _ in drawn], [metadata for _, metadata in drawn]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import re
 from typing import Any
 
-_REDACTED = "***"
+REDACTED = "***"
 # "api_key" and "token", not "api_key_env", which names a variable, nor "tokenizer".
 _SECRET_NAME = re.compile(
     r"(^|[_-])(api_?key|key|token|secret|password|passwd|pwd|passphrase|credentials?|"
@@ -26,13 +26,13 @@ def redacted(value: Any) -> Any:
   """A value as it may be written down: keys, tokens and passwords in it become "***"."""
   if isinstance(value, Mapping):
     # A number is none, nor is a switch that is called "auth".
-    return {name: _REDACTED if item and is_secret(str(name)) and not isinstance(item, (int, float))
+    return {name: REDACTED if item and is_secret(str(name)) and not isinstance(item, (int, float))
             else redacted(item) for name, item in value.items()}
   if isinstance(value, (list, tuple)):
     return type(value)(map(redacted, value))
   if isinstance(value, str):
     for pattern in (_PASSWORD, _USER_ALONE):
-      value = pattern.sub(rf"\g<1>{_REDACTED}", value)
+      value = pattern.sub(rf"\g<1>{REDACTED}", value)
     return _PARAMETER.sub(_redacted_parameter, value)
   return value
 
@@ -40,4 +40,4 @@ def redacted(value: Any) -> Any:
 def _redacted_parameter(found: re.Match[str]) -> str:
   """Of a URL: "?name=value". Azure's keys are called a code there."""
   prefix, name, value = found.groups()
-  return prefix + (_REDACTED if is_secret(name) or name.lower() == "code" else value)
+  return prefix + (REDACTED if is_secret(name) or name.lower() == "code" else value)

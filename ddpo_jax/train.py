@@ -116,8 +116,6 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
                started: float) -> None:
   """Runs the epochs that are left, with an evaluation before the first, and saves checkpoints."""
   cfg = trainer.cfg
-  if first_epoch == 0:
-    evaluate(trainer, tracker, 0)
   if first_epoch >= cfg.num_epochs:
     say(f"All {first_epoch} epochs are done already; raise num_epochs={cfg.num_epochs} for more")
   finished, state = first_epoch - 1, checkpoint_of(trainer)
@@ -125,6 +123,7 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
     # A run that goes on from another's checkpoint has it from the start: should it be killed
     # before its own first one, resume_from="auto" finds it.
     checkpointer.save(finished, *state)
+  evaluate(trainer, tracker, first_epoch)  # once more, should the run have ended in it
   for epoch in range(first_epoch, cfg.num_epochs):
     try:
       run_epoch(trainer, tracker, epoch, stop, started)

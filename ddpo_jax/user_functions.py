@@ -58,7 +58,8 @@ class calling:
   """Around a call of a user's function: its errors say whose they are.
 
   Raises:
-    RuntimeError: where it exits, as the run would end as if all was done; or is cancelled.
+    RuntimeError: where it exits, as the run would end as if all was done; is cancelled; or
+      raises StopIteration, at which an iterator around the call would end.
   """
 
   def __init__(self, what: str):
@@ -69,7 +70,7 @@ class calling:
 
   # Not by `contextlib.contextmanager`, which sets an attribute of errors: some refuse that.
   def __exit__(self, kind: Any, error: BaseException | None, place: Any) -> None:
-    if isinstance(error, (SystemExit, asyncio.CancelledError)):
+    if isinstance(error, (SystemExit, StopIteration, asyncio.CancelledError)):
       raise RuntimeError(f"{self._what} raised {error!r}") from error
     if isinstance(error, Exception):
       with contextlib.suppress(Exception):

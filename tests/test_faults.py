@@ -145,11 +145,14 @@ def no_room_for_the_grid(monkeypatch):
 
 
 def evaluation_fails(monkeypatch):
-  def fails(trainer, tracker, epochs):
+  log_eval = tracking.Tracker.log_eval
+
+  def fails(tracker, epochs, *args):
     if epochs == injection.moment + 1 and injection.armed:
       raise PermissionError(errno.EACCES, "Permission denied")
+    log_eval(tracker, epochs, *args)
 
-  monkeypatch.setattr(train, "evaluate", fails)
+  monkeypatch.setattr(tracking.Tracker, "log_eval", fails)
 
 
 def checkpoint_fails_once(monkeypatch):
@@ -378,7 +381,7 @@ def test_an_evaluation_that_fails_loses_no_epoch(folder, whole, one_build, monke
   """Its epoch is finished by then, and saved although it is none of those that are."""
   global injection
   name, moment = "evaluation_fails", 1
-  cfg = make_config(folder, name, save_freq=EPOCHS)
+  cfg = make_config(folder, name, save_freq=EPOCHS, eval_freq=1)
   injection = Injection(folder / name, moment, arm)
   with monkeypatch.context() as patch:
     evaluation_fails(patch)
@@ -387,6 +390,8 @@ def test_an_evaluation_that_fails_loses_no_epoch(folder, whole, one_build, monke
   assert checkpoint.saved_epochs(folder / name) == [moment]
   injection = Injection()
   run(cfg)
+  pictures = sorted(path.name for path in (folder / name / "images").glob("eval_*"))
+  assert pictures == [f"eval_{epochs:04d}.jpg" for epochs in range(EPOCHS + 1)]
   lines, weights = whole
   assert without_times(metrics_of(folder / name)) == lines
   np.testing.assert_array_equal(weights_of(folder / name, one_build), weights)

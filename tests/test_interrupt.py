@@ -130,6 +130,24 @@ def test_after_the_run_a_signal_ends_the_process_again():
       """)
 
 
+def test_a_signal_while_handlers_are_installed_is_a_request(monkeypatch):
+  """The second signal's is not yet."""
+  install, requests = signal.signal, []
+
+  def install_and_signal(signum, handler):
+    before = install(signum, handler)
+    if callable(handler) and not requests:
+      requests.append(signum)
+      handler(signum, None)
+    return before
+
+  with monkeypatch.context() as patch:
+    patch.setattr(signal, "signal", install_and_signal)
+    with interrupt.interruptible() as stop, pytest.raises(Interrupted):
+      stop.check()
+  assert requests
+
+
 @pytest.fixture
 def python_handles_sigint():
   """As usual, but where a shell started the tests in the background: it is ignored there."""

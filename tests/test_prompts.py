@@ -58,6 +58,13 @@ def test_a_prompt_function_that_exits_is_an_error():
     draw_prompts(lambda rng: sys.exit(0), 0, 1, [3])
 
 
+def test_a_prompt_function_that_finds_nothing_is_an_error():
+  """As if there were no more samples, the others were left out."""
+  nothing = lambda rng: next(name for name in ("cat", "dog") if name == "cow")
+  with pytest.raises(RuntimeError, match="^prompt_fn, for sample 3 of epoch 1, raised StopIter"):
+    draw_prompts(nothing, 0, 1, [3])
+
+
 def test_file_by_path(tmp_path):
   """The reference crashes on any file that is not its own."""
   path = tmp_path / "prompts.txt"

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from configs import base
-from ddpo_jax import tracking
+from ddpo_jax import cli, tracking
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.redaction import redacted
@@ -43,6 +43,16 @@ def test_nothing_written_has_a_secret(tmp_path):
 def test_a_run_with_secrets_is_resumed(tmp_path):
   cfg = with_secrets(tmp_path)
   check_continues(cfg, json.loads(json.dumps(cfg.to_dict())), "the checkpoint")
+
+
+def test_a_runs_config_file_asks_for_its_secrets(tmp_path):
+  file, cfg = tmp_path / "config.json", with_secrets(tmp_path)
+  file.write_text(json.dumps(cfg.to_dict()))
+  command = ["train.py", f"--config={file}"]
+  with pytest.raises(UserError, match=r"^reward_kwargs holds '\*\*\*'.*give it again, as --config"):
+    cli.read_config(command)
+  again = cli.read_config([*command, f"--config.reward_kwargs={cfg.reward_kwargs}"])
+  assert again.reward_kwargs == cfg.reward_kwargs
 
 
 @pytest.mark.parametrize("call", [
