@@ -16,12 +16,10 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
-from ddpo_jax.models.weights import save_tensors
+from ddpo_jax.tensor_files import open_tensors, save_tensors
 
 FORMATS = ("diffusers", "kohya")
 
@@ -179,11 +177,8 @@ def _kohya_name(name: str) -> str:
 
 def _read(path: str | os.PathLike, modules: dict[str, str]) -> dict[str, Any]:
   """A file's tensors under diffusers' names; `modules` maps kohya's module names to ours."""
-  try:
-    tensors = load_file(path)
-  except (OSError, SafetensorError) as error:
-    raise UserError(f"LoRA file {path} cannot be read as safetensors: {error}") from error
-  return {_canonical(name, modules): tensor for name, tensor in tensors.items()}
+  with open_tensors(f"LoRA file {path}", path) as tensors:
+    return {_canonical(name, modules): tensors.get_tensor(name) for name in tensors.keys()}
 
 
 def _canonical(name: str, modules: dict[str, str]) -> str:

@@ -9,16 +9,14 @@ import pathlib
 import re
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
 from ddpo_jax.model_names import is_local
 from ddpo_jax.models import hub
 from ddpo_jax.models.clip import CLIPTextConfig
 from ddpo_jax.models.vae import VAEConfig
+from ddpo_jax.tensor_files import open_tensors
 
 _PROJECTION = re.compile(r"\.attn\d\.to_(q|k|v|out\.0)\.weight$")  # what LoRA is attached to
 
@@ -77,12 +75,8 @@ def read_header(field: str, file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   if file.is_dir():
     raise UserError(f"{field}={str(file)!r} is a folder; must be a .safetensors file, such as "
                     "scripts/export_lora.py makes of a run")
-  try:
-    with safe_open(file, framework="numpy") as tensors:
-      return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-  except (OSError, SafetensorError) as error:
-    raise UserError(f"{field}={str(file)!r} cannot be read as safetensors: "
-                    f"{one_line(error)}; must be a whole .safetensors file") from error
+  with open_tensors(f"{field}={str(file)!r}", file) as tensors:
+    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_model import small_config, small_model
 
-from ddpo_jax import build
+from ddpo_jax import build, model_size
 from ddpo_jax.config import resolve
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.errors import UserError
@@ -170,11 +170,16 @@ def test_opened_and_not_read(folder, tiny_sd):
     opened.read()
 
 
+def size_of(folder):
+  return model_size.model_size(resolve(small_config(**{"pretrained.model": str(folder)})))
+
+
 def test_a_pointer_to_a_large_file_is_said_to_be_one(folder):
   (folder / f"{UNET}.safetensors").write_text(
       "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 335\n")
-  with pytest.raises(UserError, match="it is a pointer of Git LFS, whose file `git lfs pull` fet"):
-    load_pretrained(folder)
+  for read in (load_pretrained, size_of):
+    with pytest.raises(UserError, match="it is a pointer of Git LFS, whose file `git lfs pull` fe"):
+      read(folder)
 
 
 def edit_json(path, **changes):

@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
+from ddpo_jax.tensor_files import open_tensors, save_tensors
 
 # Names found in files, and what they are called here. All are applied, in order.
 _RENAMES = (
@@ -35,7 +34,6 @@ _RENAMES = (
 _IGNORED = (r"(^|\.)position_ids$",)  # a buffer that counts from 0
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
            "class_embedding": "class_embedding", "logit_scale": "logit_scale"}
-_LFS = b"version https://git-lfs"  # what stands in the place of a file
 _LISTED = 8  # names shown in a message before "and N more"
 
 T = TypeVar("T")
@@ -75,7 +73,7 @@ def open_module(build: Callable[..., nnx.Module], files: Sequence[pathlib.Path],
   def read() -> nnx.Module:
     loaded = []
     for file, found in sources.items():
-      with open_tensors(file) as tensors:
+      with open_tensors(str(file), file) as tensors:
         for source in found:
           shape, dtype = source.variable.shape, source.variable.dtype
           tensor = tensors.get_tensor(source.name).transpose(source.axes).reshape(shape)
@@ -103,7 +101,7 @@ def _find_tensors(state: nnx.State, files: Sequence[pathlib.Path],
   sources: dict[pathlib.Path, list[_Source]] = {file: [] for file in files}
   missing, unknown, twice, misshapen = set(paths), [], [], []
   for file in files:
-    with open_tensors(file) as tensors:
+    with open_tensors(str(file), file) as tensors:
       for name in tensors.keys():
         key = _canonical(name, renames)
         if any(re.search(pattern, key) for pattern in _IGNORED):
@@ -143,15 +141,6 @@ def save_module(module: nnx.Module, path: str | os.PathLike, *,
       array = array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
     tensors[_file_name(variable_path)] = np.asarray(array, order="C")
   save_tensors(tensors, path)
-
-
-def save_tensors(tensors: dict[str, np.ndarray], path: str | os.PathLike,
-                 metadata: Mapping[str, str] | None = None) -> None:
-  """Writes a safetensors file that torch's libraries read, and others than its owner may."""
-  save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-  mask = os.umask(0)
-  os.umask(mask)
-  os.chmod(path, 0o666 & ~mask)  # the library leaves it to the owner alone
 
 
 def _file_name(path: tuple[Any, ...]) -> str:
@@ -208,21 +197,3 @@ def _refuse(files: Iterable[pathlib.Path], named: Mapping[str, Sequence[str]]) -
       problems.append(f"{len(names)} tensors {what}: {', '.join(names[:_LISTED])}{rest}")
   if problems:
     raise UserError(f"{', '.join(map(str, files))}: {'; '.join(problems)}")
-
-
-def open_tensors(file: pathlib.Path):
-  try:
-    return safe_open(file, framework="numpy")
-  except (OSError, SafetensorError) as error:
-    reason = ("it is a pointer of Git LFS, whose file `git lfs pull` fetches" if _is_lfs(file)
-              else str(error))
-    raise UserError(f"{file} cannot be read as safetensors: {reason}") from error
-
-
-def _is_lfs(file: pathlib.Path) -> bool:
-  """Whether a repository was cloned without its large files."""
-  try:
-    with open(file, "rb") as content:
-      return content.read(len(_LFS)) == _LFS
-  except OSError:
-    return False
