@@ -53,7 +53,7 @@ class Trainer:
   plan: BatchPlan
   mesh: jax.sharding.Mesh
   worker: RolloutWorker
-  update: update.Update
+  update: update.Update | SharedProgram
   frozen_unet: nnx.State
   # What changes, and what a checkpoint holds.
   state: TrainState
@@ -215,7 +215,7 @@ def _must_round_alike(cfg: Config) -> bool:
 
 def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
                    schedule: DDIMSchedule, optimizer: optax.GradientTransformation,
-                   shapes: StableDiffusion) -> update.Update:
+                   shapes: StableDiffusion) -> update.Update | SharedProgram:
   """Compiles the update for arrays of the shapes that an epoch will have.
 
   Before anything is sampled, and not beside it: on a CPU both would use the same cores
@@ -233,7 +233,7 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   state, frozen = jax.tree.map(on_all, state), placed_shapes(frozen, replicated)
   embedding = on_all(embedding_shape(shapes.text_encoder))
   latent_shape = (*native_size(unet), unet.config.in_channels)
-  compiled: update.Update
+  compiled: update.Update | SharedProgram
   if _must_round_alike(cfg):
     compiled = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh)
     compiled.compile(state, frozen, embedding)

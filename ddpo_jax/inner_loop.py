@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from ddpo_jax import diagnostics, glibc, rng_streams, update
 from ddpo_jax.build import Trainer
 from ddpo_jax.console import hide_bars
 from ddpo_jax.interrupt import Stop
-from ddpo_jax.shared_program import SharedProgram
+from ddpo_jax.shared_program import Mode, SharedProgram
 from ddpo_jax.types import Batch
 
 
@@ -28,7 +29,12 @@ class _Step:
 
 def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
                     ) -> Iterator[update.UpdateMetrics]:
-  """Takes the epoch's optimizer steps, yielding each one's metrics on the device."""
+  """Takes the epoch's optimizer steps, yielding each one's metrics on the device.
+
+  In the first the policy is still the sampler's: the shared program takes its log-probabilities
+  as the old ones. Where they show that the sampler's are too far from the update's, it recomputes
+  those that the other steps will read.
+  """
   glibc.return_freed_memory()  # sampling's, and its compiler's
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), rng_streams.SHUFFLE)
   shuffle = jax.random.fold_in(shuffle, epoch)
@@ -36,37 +42,23 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
            for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(trainer.plan.steps_per_inner_epoch)]
   for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
-    arguments = trainer.state, trainer.frozen_unet, batch, step.key, step.index
     if not isinstance(trainer.update, SharedProgram):
       stop.check()
-      trainer.state, metrics = trainer.update(*arguments)
-    elif number == 0:
-      batch, metrics = _first_step(trainer, trainer.update, batch, steps, epoch, stop)
-    else:
-      trainer.state, metrics = trainer.update(*arguments, stop.check)
+      trainer.state, metrics = trainer.update(
+          trainer.state, trainer.frozen_unet, batch, step.key, step.index)
+      yield metrics
+      continue
+    accumulate = functools.partial(trainer.update.accumulate, state=trainer.state,
+                                   frozen=trainer.frozen_unet, check_stop=stop.check)
+    sums, batch = accumulate(Mode.STEP if number else Mode.FIRST_STEP, batch=batch,
+                             key=step.key, index=step.index)
+    if number == 0:  # before the policy changes
+      drift = float(jax.device_get(trainer.update.largest_drift(sums)))
+      again = steps[1:1 + num_steps_rescored(trainer, drift)]
+      for other in _progress(again, f"Epoch {epoch}: log-probabilities"):
+        _, batch = accumulate(Mode.SCORE, batch=batch, key=other.key, index=other.index)
+    trainer.state, metrics = trainer.update.finish(trainer.state, trainer.frozen_unet, sums)
     yield metrics
-
-
-def _first_step(trainer: Trainer, program: SharedProgram, batch: Batch,
-                steps: Sequence[_Step], epoch: int, stop: Stop
-                ) -> tuple[Batch, update.UpdateMetrics]:
-  """Takes an epoch's first optimizer step.
-
-  If it shows that the sampler's log-probabilities are too far from the update's, those that the
-  other steps will read are recomputed.
-
-  Returns:
-    The batch for the other steps, and the metrics.
-  """
-  sums, batch, drift = program.begin_first_step(
-      trainer.state, trainer.frozen_unet, batch, steps[0].key, steps[0].index, stop.check)
-  count = num_steps_rescored(trainer, float(jax.device_get(drift)))
-  if count:  # before the policy changes
-    for step in _progress(steps[1:1 + count], f"Epoch {epoch}: log-probabilities"):
-      batch = program.rescore(trainer.state, trainer.frozen_unet, batch, step.key, step.index,
-                              stop.check)
-  trainer.state, metrics = program.finish_first_step(trainer.state, trainer.frozen_unet, sums)
-  return batch, metrics
 
 
 def needs_rescoring(trainer: Trainer, drift: float) -> bool:
@@ -93,4 +85,4 @@ def num_steps_rescored(trainer: Trainer, drift: float) -> int:
 
 def _progress(steps: Sequence[_Step], description: str) -> Iterable[_Step]:
   return tqdm(steps, desc=description, leave=False, dynamic_ncols=True,
-              disable=hide_bars(), unit="step")
+              disable=not steps or hide_bars(), unit="step")

@@ -94,7 +94,7 @@ _WORK_SPECS = Work(text_embeddings=_BY_ROW, advantages=_BY_ROW, noise_key=_BY_RO
 
 
 class SharedProgram:
-  """The compiled program, as an update (call it as one of `make_update`) and as a sampler.
+  """The compiled program, as a sampler and as an update: `accumulate`, then `finish`.
 
   Arrays that its methods take and return are those of all devices.
   """
@@ -211,53 +211,23 @@ class SharedProgram:
     """In how many parts a device's samples of a batch are denoised."""
     return ceil_div(samples, self._rows)
 
-  def __call__(self, state: TrainState, frozen: nnx.State, batch: Batch,
-               key: Key[Array, ""], index: Int[Array, ""],
-               check_stop: Callable[[], None] = lambda: None
-               ) -> tuple[TrainState, UpdateMetrics]:
-    """Takes an optimizer step, with the arguments of one of `make_update`, and one more.
+  def accumulate(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
+                 key: Key[Array, ""], index: Int[Array, ""],
+                 check_stop: Callable[[], None] = lambda: None) -> tuple[Sums, Batch]:
+    """Visits all pairs of an optimizer step; the arguments are those of `update.make_update`.
 
     Args:
-      state: donated.
+      mode: any but `Mode.SAMPLE`.
+      state: read, and not changed.
       frozen: the UNet's other weights.
       batch: the epoch's.
       key: of the inner epoch's shuffle.
       index: of the step in the inner epoch.
-      check_stop: called before each group of microbatches, here and below; may raise to stop.
-    """
-    sums, _ = self._visit_step(Mode.STEP, state, frozen, batch, key, index, check_stop)
-    return self._finish(state, frozen, sums)
-
-  def begin_first_step(self, state: TrainState, frozen: nnx.State, batch: Batch,
-                       key: Key[Array, ""], index: Int[Array, ""],
-                       check_stop: Callable[[], None] = lambda: None
-                       ) -> tuple[Sums, Batch, Float32[Array, ""]]:
-    """Adds up an epoch's first gradient: the policy is still the sampler's, the ratio 1.
-
-    It computes the samples' log-probabilities anew and uses these as the old ones.
+      check_stop: called before each group of microbatches; may raise to stop.
 
     Returns:
-      What `finish_first_step` is to be given; the batch with these log-probabilities; and the
-      largest distance from 1 of the ratio to the log-probabilities given.
+      What `finish` is to be given, and the batch with the log-probabilities that the mode writes.
     """
-    sums, batch = self._visit_step(Mode.FIRST_STEP, state, frozen, batch, key, index, check_stop)
-    return sums, batch, self._largest(sums.ratio_drift)
-
-  def finish_first_step(self, state: TrainState, frozen: nnx.State, sums: Sums
-                        ) -> tuple[TrainState, UpdateMetrics]:
-    """Takes the step that `begin_first_step` began; the state is donated."""
-    return self._finish(state, frozen, sums)
-
-  def rescore(self, state: TrainState, frozen: nnx.State, batch: Batch,
-              key: Key[Array, ""], index: Int[Array, ""],
-              check_stop: Callable[[], None] = lambda: None) -> Batch:
-    """Recomputes the log-probabilities that an update with these arguments will read."""
-    return self._visit_step(Mode.SCORE, state, frozen, batch, key, index, check_stop)[1]
-
-  def _visit_step(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
-                  key: Key[Array, ""], index: Int[Array, ""], check_stop: Callable[[], None]
-                  ) -> tuple[Sums, Batch]:
-    """Visits all pairs of an optimizer step."""
     common = CommonInputs(state.params, frozen, batch.negative_embedding,
                           state.loss_scale.scale)
     sums, log_probs = self._zero_sums(state.params, frozen), batch.trajectory.log_probs
@@ -274,6 +244,15 @@ class SharedProgram:
       before = trajectory.log_probs
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
     return sums, dataclasses.replace(batch, trajectory=trajectory)
+
+  def finish(self, state: TrainState, frozen: nnx.State, sums: Sums
+             ) -> tuple[TrainState, UpdateMetrics]:
+    """Takes the optimizer step for which `accumulate` has added up; the state is donated."""
+    return self._finish(state, frozen, sums)
+
+  def largest_drift(self, sums: Sums) -> Float32[Array, ""]:
+    """Over all devices: how far from 1 the ratio to the log-probabilities given was at most."""
+    return self._largest(sums.ratio_drift)
 
   # What follows runs on each device: arrays are one device's.
 

@@ -24,7 +24,7 @@ from ddpo_jax.interrupt import Stop
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
-from ddpo_jax.shared_program import SharedProgram, join_parts
+from ddpo_jax.shared_program import Mode, SharedProgram, join_parts
 from ddpo_jax.types import Batch, LossScale, Trajectory
 
 UNET = dict(sample_size=16, block_out_channels=(32,), layers_per_block=1,
@@ -117,12 +117,18 @@ def rescored(setup, key):
   """The setup with the log-probabilities of every optimizer step replaced."""
   batch = setup.batch
   for index in range(setup.steps()):
-    batch = setup.program.rescore(setup.state, setup.frozen, batch, key, jnp.int32(index))
+    _, batch = setup.program.accumulate(Mode.SCORE, setup.state, setup.frozen, batch, key,
+                                        jnp.int32(index))
   return dataclasses.replace(setup, batch=batch)
 
 
-def first_step(setup, key):
-  return setup.program(setup.state, setup.frozen, setup.batch, key, jnp.int32(0))
+def take_step(setup, key, index=0):
+  """Takes an optimizer step, with either kind of program."""
+  arguments = setup.state, setup.frozen, setup.batch, key, jnp.int32(index)
+  if not isinstance(setup.program, SharedProgram):
+    return setup.program(*arguments)
+  sums, _ = setup.program.accumulate(Mode.STEP, *arguments)
+  return setup.program.finish(setup.state, setup.frozen, sums)
 
 
 def one_batch(sample_batch, train_batch):
@@ -150,7 +156,7 @@ def plain_setup():
 @pytest.fixture(scope="module")
 def plain(plain_setup):
   """State and metrics after one optimizer step of it."""
-  return first_step(dataclasses.replace(plain_setup, state=copy(plain_setup.state)),
+  return take_step(dataclasses.replace(plain_setup, state=copy(plain_setup.state)),
                     jax.random.key(0))
 
 
@@ -171,7 +177,7 @@ def test_float32_needs_no_cure(plain):
 def test_equal_batches_cure_the_drift_on_a_cpu():
   """In fp16: sampler and update compute the same shapes."""
   setup = make(jnp.float16, sample_batch=4, train_batch=4)
-  assert float(first_step(setup, jax.random.key(0))[1].ratio_drift) < 1e-5
+  assert float(take_step(setup, jax.random.key(0))[1].ratio_drift) < 1e-5
 
 
 @pytest.mark.parametrize("options", (
@@ -180,7 +186,7 @@ def test_equal_batches_cure_the_drift_on_a_cpu():
 def test_one_program_has_a_ratio_of_one(options):
   """In bf16, to the last bit; also with more pairs in a microbatch than samples in a batch."""
   setup = make(jnp.bfloat16, shared=True, shared_sampler=True, **{"train_batch": 4} | options)
-  metrics = first_step(setup, jax.random.key(0))[1]
+  metrics = take_step(setup, jax.random.key(0))[1]
   assert float(metrics.ratio_drift) == 0.0
   assert float(metrics.grad_norm) > 0.0
 
@@ -213,12 +219,11 @@ def test_the_shared_program_samples_as_the_sampler_does():
 def test_recomputed_log_probs_cure_the_drift(half):
   """To the last bit, in every optimizer step that no other has gone before."""
   key = jax.random.key(0)
-  _, metrics = first_step(dataclasses.replace(half, state=copy(half.state)), key)
+  _, metrics = take_step(dataclasses.replace(half, state=copy(half.state)), key)
   assert float(metrics.ratio_drift) > 1e-5  # there is something to cure
   cured = rescored(dataclasses.replace(half, state=copy(half.state)), key)
   for index in range(half.steps()):
-    _, metrics = half.program(copy(cured.state), cured.frozen, cured.batch, key,
-                              jnp.int32(index))
+    _, metrics = take_step(dataclasses.replace(cured, state=copy(cured.state)), key, index)
     assert float(metrics.ratio_drift) == 0.0
     assert float(metrics.approx_kl) == 0.0
 
@@ -226,12 +231,12 @@ def test_recomputed_log_probs_cure_the_drift(half):
 def test_first_step_needs_no_rescoring(half):
   """It does, to the last bit, what it would do after that, and keeps what it computed."""
   key, index = jax.random.key(0), jnp.int32(0)
-  sums, batch, drift = half.program.begin_first_step(
-      half.state, half.frozen, half.batch, key, index)
-  state, metrics = half.program.finish_first_step(copy(half.state), half.frozen, sums)
+  sums, batch = half.program.accumulate(
+      Mode.FIRST_STEP, half.state, half.frozen, half.batch, key, index)
+  drift = half.program.largest_drift(sums)
+  state, metrics = half.program.finish(copy(half.state), half.frozen, sums)
   cured = rescored(dataclasses.replace(half, state=copy(half.state)), key)
-  expected, expected_metrics = first_step(dataclasses.replace(cured, state=copy(half.state)),
-                                          key)
+  expected, expected_metrics = take_step(dataclasses.replace(cured, state=copy(half.state)), key)
   jax.tree.map(np.testing.assert_array_equal, state, expected)
   assert float(drift) == float(metrics.ratio_drift) > 1e-5  # of what was given
   metrics = dataclasses.replace(metrics, ratio_drift=jnp.float32(0))
@@ -242,16 +247,16 @@ def test_first_step_needs_no_rescoring(half):
   np.testing.assert_array_equal(new[changed], cured.batch.trajectory.log_probs[changed])
 
 
-@pytest.mark.parametrize("method", ("__call__", "begin_first_step", "rescore"))
-def test_a_step_can_be_stopped_on_its_way(half, method):
+@pytest.mark.parametrize("mode", (Mode.SCORE, Mode.FIRST_STEP, Mode.STEP))
+def test_a_step_can_be_stopped_on_its_way(half, mode):
   """A step takes minutes on some GPUs. The state is whole then."""
   def check_stop():
     raise Interrupted(15)
 
   before = copy(half.state)
   with pytest.raises(Interrupted):
-    getattr(half.program, method)(half.state, half.frozen, half.batch, jax.random.key(0),
-                                  jnp.int32(0), check_stop)
+    half.program.accumulate(mode, half.state, half.frozen, half.batch, jax.random.key(0),
+                            jnp.int32(0), check_stop)
   jax.tree.map(np.testing.assert_array_equal, before, half.state)
 
 
@@ -259,13 +264,13 @@ def test_a_step_can_be_stopped_on_its_way(half, method):
 def test_training_recomputes_where_needed(monkeypatch, noise, expected):
   """Through the loop's own functions; as long as the policy stands still the ratio is 1."""
   count = collections.Counter()
-  rescore = SharedProgram.rescore
+  accumulate = SharedProgram.accumulate
 
-  def counted(*arguments):
-    count["rescored"] += 1
-    return rescore(*arguments)
+  def counted(program, mode, **arguments):
+    count[mode] += 1
+    return accumulate(program, mode, **arguments)
 
-  monkeypatch.setattr(SharedProgram, "rescore", counted)
+  monkeypatch.setattr(SharedProgram, "accumulate", counted)
   config = one_batch(sample_batch=4, train_batch=2)
   config.train.learning_rate = 1e-30
   config.per_prompt_stat_tracking.min_count = 2
@@ -283,7 +288,8 @@ def test_training_recomputes_where_needed(monkeypatch, noise, expected):
   largest = cfg.train.clip_range / 10
   assert (steps[0].ratio_drift > largest) == (expected > 0)
   assert steps[1].ratio_drift <= (0.0 if expected else largest)
-  assert count["rescored"] == expected  # the first step's are its own
+  assert count == collections.Counter(
+      {Mode.FIRST_STEP: 1, Mode.STEP: 1, Mode.SCORE: expected})  # the first step does its own
   assert [float(step.skipped) for step in steps] == [0.0, 0.0]
   assert all(float(step.grad_norm) > 0 for step in steps)
   assert int(trainer.state.step) == 2
@@ -336,7 +342,7 @@ def test_rescoring_changes_nothing_else(half):
 def test_the_step_is_the_same_with_checkpointing_and_as_shared_program(
     plain_setup, plain, options):
   """Whatever is kept for the backward pass, and by the program that samples too."""
-  state, metrics = first_step(make(jnp.float32, batch=plain_setup.batch, **options),
+  state, metrics = take_step(make(jnp.float32, batch=plain_setup.batch, **options),
                               jax.random.key(0))
   assert float(metrics.grad_norm) > 0
   np.testing.assert_allclose(metrics.grad_norm, plain[1].grad_norm, rtol=1e-4)
@@ -355,7 +361,7 @@ def test_loss_scale_skips_overflow_and_goes_down(scaled):
   too_large = jax.device_put(LossScale(jnp.float32(2.0**100), jnp.int32(5)),
                              scaled.state.loss_scale.scale.sharding)
   before = dataclasses.replace(scaled.state, loss_scale=too_large)
-  after, metrics = first_step(dataclasses.replace(scaled, state=copy(before)),
+  after, metrics = take_step(dataclasses.replace(scaled, state=copy(before)),
                               jax.random.key(0))
   assert float(metrics.skipped) == 1.0
   jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
@@ -366,7 +372,7 @@ def test_loss_scale_skips_overflow_and_goes_down(scaled):
 
 
 def test_loss_scale_leaves_the_gradient_as_it_is(plain, scaled):
-  after, metrics = first_step(dataclasses.replace(scaled, state=copy(scaled.state)),
+  after, metrics = take_step(dataclasses.replace(scaled, state=copy(scaled.state)),
                               jax.random.key(0))
   assert float(metrics.skipped) == 0.0
   assert int(after.loss_scale.good_steps) == 1
