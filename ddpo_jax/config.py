@@ -389,6 +389,8 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
   if problem is not None:
     # Arguments may be secrets.
     problems.append(f"{path}={'{…}' if isinstance(value, Mapping) else shown(value)} {problem}")
+  elif isinstance(value, Mapping):  # as a resumed run reads it: config.json makes tuples lists
+    value = json.loads(json.dumps(value))
   return value
 
 
@@ -418,7 +420,19 @@ def _argument_problem(value: Any) -> str | None:
   except (TypeError, ValueError, RecursionError) as error:
     return (f"must hold nothing but texts, numbers, None, lists and dicts, which config.json can "
             f"hold ({error})")
+  other = next((key for key in _keys(value) if not isinstance(key, str)), None)
+  if other is not None:
+    return f"must have texts as the keys of dicts, as config.json has, not {shown(other)}"
   return None
+
+
+def _keys(value: Any) -> Iterator[Any]:
+  """Those of a dict, and of all dicts within."""
+  if isinstance(value, Mapping):
+    yield from value
+  for item in value.values() if isinstance(value, Mapping) else value:
+    if isinstance(item, (Mapping, list, tuple)):
+      yield from _keys(item)
 
 
 def _is_usable(text: str) -> bool:

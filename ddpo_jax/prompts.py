@@ -82,7 +82,9 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 def from_file(rng: np.random.Generator, path: str, low: int | None = None,
               high: int | None = None) -> tuple[str, dict[str, Any]]:
-  """A line of a text file: lines `low` (included) to `high` (not), blank ones dropped.
+  """A line of a text file: one of lines `low` (included) to `high` (not), or of all.
+
+  Lines count from 0, without the blank ones.
 
   The path is of a local file, or of one of the lists in this package.
   """
@@ -92,6 +94,10 @@ def from_file(rng: np.random.Generator, path: str, low: int | None = None,
 @functools.cache
 def _some_lines(path: str, low: int | None, high: int | None) -> list[str]:
   lines = load_lines(path, "prompt_fn_kwargs.path")
+  for name, bound in (("low", low), ("high", high)):
+    if bound is not None and not 0 <= bound <= len(lines):
+      raise UserError(f"prompt_fn_kwargs.{name}={bound} must be in 0..{len(lines)}: {path!r} has "
+                      f"{len(lines)} lines")
   chosen = lines[low:high]
   if not chosen:
     raise UserError(f"prompt_fn_kwargs.low={low} and high={high} leave no line of {path!r}; "

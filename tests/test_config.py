@@ -313,3 +313,12 @@ def test_configs_of_ddpo_pytorch_have_the_defaults_of_what_is_new():
   del values["train"]["cfg"]
   with pytest.raises(UserError, match="^train.cfg is missing from the config$"):
     resolve(values)
+
+
+def test_functions_get_what_config_json_holds():
+  """So that a run which is continued by its config.json calls them with the same."""
+  cfg = resolve(changed(reward_kwargs={"range": (1, 9), "table": [{"a": (2,)}]}))
+  assert cfg.reward_kwargs == {"range": [1, 9], "table": [{"a": [2]}]}
+  for wrong in ({"table": {1: 2}}, {"list": [({"a": {None: 1}},)]}):
+    with pytest.raises(UserError, match="^reward_kwargs={…} must have texts as the keys of dicts"):
+      resolve(base.get_config().to_dict() | {"reward_kwargs": wrong})

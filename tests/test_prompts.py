@@ -98,8 +98,10 @@ def test_missing_unreadable_and_out_of_range_files(tmp_path):
                           ({"path": str(tmp_path)}, "path='.*' is a folder; must be a text"),
                           ({"path": "x" * 300}, "does not exist"),
                           ({"path": str(binary)}, "cannot be read as text"),
-                          ({"path": "simple_animals.txt", "low": 900},
-                           "low=900 and high=None leave no line of .* 0 to 46")):
+                          ({"path": "simple_animals.txt", "low": 47},
+                           "low=47 and high=None leave no line of .* 0 to 46"),
+                          ({"path": "simple_animals.txt", "high": 48}, "high=48 must be in 0..47"),
+                          ({"path": "simple_animals.txt", "low": -1}, "low=-1 must be in 0..47")):
     with pytest.raises(UserError, match=message) as error:
       get_prompt_fn("from_file", **kwargs)(rng)
     assert str(error.value).startswith("prompt_fn_kwargs.")

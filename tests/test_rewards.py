@@ -138,7 +138,9 @@ def test_a_reward_may_name_what_it_takes_as_it_likes():
     ([1.0, 2.0], r"shape \(2,\)"), ([[1.0], [2.0], [3.0]], r"shape \(3, 1\)"),
     (["a", "b", "c"], "must be numbers"), (None, "shape"),
     ([[1.0], [2.0, 3.0], 4.0], r"not an array.*must be \(3,\)"),
-    ([1e39, 0.0, 0.0], "sample 0"),
+    ([1e39, 0.0, 0.0], "sample 0"), ([1.0, 10**400, 2.0], "inf for sample 1, prompt 'a dog'"),
+    (np.ma.masked_array([1.0, 2.0, 999.0], [False, False, True]), "nan for sample 2"),
+    ([1.0, None, 2.0], "returned None for sample 1, prompt 'a dog'; must be a number"),
 ])
 def test_wrong_values_name_function_sample_and_prompt(values, message):
   with pytest.raises(UserError, match=message) as error:
@@ -147,7 +149,7 @@ def test_wrong_values_name_function_sample_and_prompt(values, message):
 
 
 @pytest.mark.parametrize("values", ([1, 2, 3], [True, False, True], np.float64([1, 2, 3]),
-                                    jnp.bfloat16([1, 2, 3])))
+                                    jnp.bfloat16([1, 2, 3]), np.array([1, 2.0, True], object)))
 def test_any_numbers_become_float32(values):
   assert check_rewards("f", values, PROMPTS).dtype == np.float32
 

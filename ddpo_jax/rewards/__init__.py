@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Mapping
 import copy
 import functools
 import inspect
+import math
+import numbers
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line, shown
 from ddpo_jax.redaction import redacted
 from ddpo_jax.rewards.color import color_alignment
+from ddpo_jax.rewards.info import unmasked
 from ddpo_jax.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from ddpo_jax.types import RewardFn
 from ddpo_jax.user_functions import calling, check_kwargs, resolve_function
@@ -131,14 +134,16 @@ def check_rewards(name: str, rewards: Any, prompts: list[str]
       sample and its prompt.
   """
   try:
-    array = np.asarray(rewards)
+    array = unmasked(rewards)
   except Exception as error:  # rows of different lengths, an array of another library's
     raise UserError(f"reward_fn={name!r} returned rewards that are not an array "
-                    f"({one_line(error)}); must be ({len(prompts)},), one number for each image"
-                    ) from error
+                    f"({one_line(error)}); must be ({len(prompts)},), one number for each image, "
+                    "such as a list or an array of NumPy's") from error
   if array.shape != (len(prompts),):
     raise UserError(f"reward_fn={name!r} returned rewards of shape {array.shape}; must be "
                     f"({len(prompts)},), one for each image")
+  if array.dtype == object:
+    array = np.array([_number(name, i, item, prompts) for i, item in enumerate(array)])
   if not (jnp.issubdtype(array.dtype, jnp.floating) or  # bfloat16 is one to JAX alone
           np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
     raise UserError(f"reward_fn={name!r} returned rewards of type {array.dtype}; must be "
@@ -149,3 +154,14 @@ def check_rewards(name: str, rewards: Any, prompts: list[str]
     raise UserError(f"reward_fn={name!r} returned {array[i]} for sample {i}, prompt "
                     f"{shown(prompts[i])}; must be finite, in float32")
   return array
+
+
+def _number(name: str, i: int, item: Any, prompts: list[str]) -> float:
+  """Sample `i`'s reward, of an array whose items are of different types."""
+  if not isinstance(item, numbers.Real):
+    raise UserError(f"reward_fn={name!r} returned {shown(item)} for sample {i}, prompt "
+                    f"{shown(prompts[i])}; must be a number")
+  try:
+    return float(item)
+  except OverflowError:
+    return math.inf

@@ -108,7 +108,7 @@ def _for_each_image(value: Any, count: int) -> Float32[np.ndarray, " B"] | list[
   try:
     if _is_list(value) and len(value) == count and all(map(_is_text, value)):
       return list(value)
-    array = np.asarray(value)
+    array = unmasked(value)
     is_number = array.dtype.kind in "biu" or jnp.issubdtype(array.dtype, jnp.floating)
     if not is_number or array.shape not in ((), (count,)):
       return None
@@ -116,6 +116,13 @@ def _for_each_image(value: Any, count: int) -> Float32[np.ndarray, " B"] | list[
       return np.broadcast_to(array.astype(np.float32), (count,))
   except Exception:  # whatever the value's own type raises
     return None
+
+
+def unmasked(value: Any) -> np.ndarray:
+  """As an array, with NaN for what a masked array hides."""
+  array = np.asarray(value)
+  hidden = np.ma.getmaskarray(value) if isinstance(value, np.ma.MaskedArray) else False
+  return np.where(hidden, np.nan, array) if np.any(hidden) else array
 
 
 def _is_list(value: Any) -> bool:
