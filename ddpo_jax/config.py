@@ -420,9 +420,9 @@ def _argument_problem(value: Any) -> str | None:
   except (TypeError, ValueError, RecursionError) as error:
     return (f"must hold nothing but texts, numbers, None, lists and dicts, which config.json can "
             f"hold ({error})")
-  other = next((key for key in _keys(value) if not isinstance(key, str)), None)
-  if other is not None:
-    return f"must have texts as the keys of dicts, as config.json has, not {shown(other)}"
+  others = [key for key in _keys(value) if not isinstance(key, str)]
+  if others:
+    return f"must have texts as the keys of dicts, as config.json has, not {shown(others[0])}"
   return None
 
 

@@ -55,7 +55,7 @@ def open_in_background() -> None:
 
 
 def configure_jax(cfg: Config) -> None:
-  """Settings of JAX itself: the compilation cache, and TF32 where it is allowed. Collective."""
+  """Settings of JAX itself: the compilation cache, and types of numbers. Collective."""
   folder = cfg.compilation_cache_folder()
   if folder is not None and not distributed.is_shared(folder):
     # On GPUs XLA tunes a program in all processes together, or waits for those that have it.
@@ -69,6 +69,7 @@ def configure_jax(cfg: Config) -> None:
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # for the same reason
   precision = "tensorfloat32" if cfg.allow_tf32 else "highest"
   jax.config.update("jax_default_matmul_precision", precision)
+  jax.config.update("jax_enable_x64", False)  # the environment may: JAX then draws otherwise
 
 
 def plan_batches(cfg: Config) -> BatchPlan:

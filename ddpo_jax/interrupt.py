@@ -5,7 +5,7 @@ Imports nothing slow, so that scripts can ask for the latter before anything els
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import signal
@@ -21,6 +21,7 @@ _STOPPING = (b"\nStopping once the devices are at rest, and saving the finished 
              b"signal ends at once\n")
 
 _ending = threading.Lock()
+_last_actions: list[Callable[[], None]] = []  # of `ending_with`
 
 
 class Stop:
@@ -84,6 +85,16 @@ def end_at_signals() -> None:
   threading.Thread(target=_watch, args=(reading,), daemon=True).start()
 
 
+@contextlib.contextmanager
+def ending_with(action: Callable[[], None]) -> Iterator[None]:
+  """Meanwhile `action` is called before a signal ends the process; it must be quick."""
+  _last_actions.append(action)
+  try:
+    yield
+  finally:
+    _last_actions.remove(action)
+
+
 def _watch(reading: int) -> None:
   """Ends the process also while the main thread, which handles signals, is in a C library."""
   while True:
@@ -94,6 +105,9 @@ def _watch(reading: int) -> None:
 
 def _end(signum: int, _) -> None:
   if _ending.acquire(blocking=False):  # else the other thread is about to
+    for action in reversed(_last_actions):
+      with contextlib.suppress(Exception):
+        action()
     with contextlib.suppress(OSError):
       os.write(_STANDARD_ERROR, f"stopped by signal {signum}\n".encode())
     os._exit(128 + signum)

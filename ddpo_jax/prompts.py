@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_jax import english, tiny_scenes
+from ddpo_jax import english, rng_streams, tiny_scenes
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line, shown
 from ddpo_jax.types import PromptFn
@@ -43,8 +43,10 @@ def draw_prompts(prompt_fn: PromptFn, seed: int, epoch: int, indices: Iterable[i
   Raises:
     UserError: if the function does not return a prompt and a dict.
   """
+  of = "the evaluation" if epoch == rng_streams.EVALUATION else f"epoch {epoch}"
+
   def draw(index: int) -> tuple[str, dict[str, Any]]:
-    what = f"prompt_fn, for sample {index} of epoch {epoch},"
+    what = f"prompt_fn, for sample {index} of {of},"
     with calling(what):
       drawn = prompt_fn(sample_rng(seed, epoch, index))
     return check_drawn(drawn, what)

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import os
+import pathlib
 
 import jax
 
+from ddpo_jax import files
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
@@ -41,6 +43,10 @@ def with_advice(cfg: Config) -> Iterator[None]:
     of_run = not any(map(raised_by_user, causes))
     if of_run and any(map(_is_full_disk, causes)):
       raise UserError(full_disk(cfg)) from error
+    lost = next((cause for cause in causes if _is_of_run(cause, cfg)), None)
+    if of_run and lost is not None:
+      raise UserError(f"{named_by(cfg)}: {lost}; must stay readable and writable as long as the "
+                      "run lasts. Go on with resume_from") from error
     if any(map(_is_without_room_beside_jax, causes)):
       raise UserError(_ROOM_BESIDE_JAX) from error
     if any(map(_is_out_of_memory if of_run else _is_out_of_device_memory, causes)):
@@ -64,6 +70,13 @@ def _is_full_disk(error: BaseException) -> bool:
     return True
   # Checkpoints are written by a library of C++, whose errors have no number.
   return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+
+
+def _is_of_run(error: BaseException, cfg: Config) -> bool:
+  """Whether a file in the folder of the runs could not be written or read."""
+  if not isinstance(error, OSError) or not isinstance(error.filename, str):
+    return False
+  return pathlib.Path(files.absolute(error.filename)).is_relative_to(files.absolute(cfg.logdir))
 
 
 def _is_without_room_beside_jax(error: BaseException) -> bool:

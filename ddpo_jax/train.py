@@ -42,7 +42,7 @@ from ddpo_jax.devices import (
 )
 from ddpo_jax.errors import USAGE_ERROR, UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
-from ddpo_jax.interrupt import Stop, interruptible
+from ddpo_jax.interrupt import Stop, ending_with, interruptible
 from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.types import Batch
@@ -79,14 +79,16 @@ def train(cfg: Config) -> pathlib.Path:
   cfg = with_absolute_paths(cfg)
   with distributed.raising_together():
     model = open_model(cfg)
-  with interruptible() as stop, contextlib.ExitStack() as closing:
+  with contextlib.ExitStack() as closing:
     with distributed.raising_together():
       claim = run_folder.claim(prepared.run, cfg)
       closing.callback(claim.release)
     run = pathlib.Path(distributed.broadcast_from_main(str(claim.path)))
     writes_to = run.absolute()  # a reward may change the working folder
     say("Compiling, and reading the model: half a minute to two minutes, less from the cache")
-    trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
+    with ending_with(claim.release):  # nothing is lost yet, so there is nothing to wait for
+      trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
+    stop = closing.enter_context(interruptible())
     cfg = trainer.cfg  # with the rank of lora.init_from
     first_epoch, damaged = resume(trainer, run) if cfg.resume_from else (0, [])
     with distributed.raising_together():
@@ -117,7 +119,8 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
   """Runs the epochs that are left, with an evaluation before the first, and saves checkpoints."""
   cfg = trainer.cfg
   if first_epoch >= cfg.num_epochs:
-    say(f"All {first_epoch} epochs are done already; raise num_epochs={cfg.num_epochs} for more")
+    say(f"{first_epoch} epochs are done already; for more, num_epochs={cfg.num_epochs} must be "
+        f"above {first_epoch}")
   finished, state = first_epoch - 1, checkpoint_of(trainer)
   if finished >= 0:
     # A run that goes on from another's checkpoint has it from the start: should it be killed

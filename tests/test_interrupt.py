@@ -107,6 +107,18 @@ def test_a_process_that_a_reward_forks_ends_at_once():
   assert said == "15 None\n"
 
 
+def test_what_is_left_to_do_is_done_before_the_end():
+  said = assert_program_ended_by(signal.SIGTERM, """
+      from ddpo_jax import interrupt
+      interrupt.end_at_signals()
+      with interrupt.ending_with(lambda: print("not meanwhile")):
+        pass
+      with interrupt.ending_with(lambda: print("at the end", flush=True)):
+        in_a_c_library(signal.SIGTERM)
+      """)
+  assert said == "at the end\n"
+
+
 def test_nohup_is_respected():
   said = assert_program_ended_by(signal.SIGTERM, """
       signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -18,6 +18,16 @@ def allocate_too_much():
   jnp.zeros((2**46,), jnp.float32).block_until_ready()
 
 
+@pytest.mark.parametrize("inside", (True, False))
+def test_a_run_folder_that_is_lost_is_one_line(tmp_path, inside):
+  cfg = resolve(small_config(logdir=str(tmp_path / "logs")))
+  lost = PermissionError(errno.EACCES, "Permission denied",
+                         str(tmp_path / ("logs" if inside else "mine") / "rewards.jsonl"))
+  with pytest.raises(UserError if inside else PermissionError, match="Permission denied.*rewards"):
+    with resource_errors.with_advice(cfg):
+      raise lost
+
+
 def test_out_of_memory_says_what_to_lower(capsys, monkeypatch):
   config = resolve(small_config())
   monkeypatch.setattr(train, "train", lambda cfg: allocate_too_much())
