@@ -161,9 +161,9 @@ def test_batches_have_one_size_and_change_nothing(batch_size, sizes, folder, ima
   expected = make_clip_score(model=str(folder))(images, PROMPTS, [])[0]
   reward_fn = make_clip_score(model=str(folder), batch_size=batch_size)
   seen = []
-  preprocess = lambda x, config: seen.append(len(x)) or clip_preprocess(x, config)
-  clip_preprocess = clip_rewards.preprocess
-  with unittest.mock.patch.object(clip_rewards, "preprocess", preprocess):
+  normalise = clip_rewards.normalise_pixels
+  noted = lambda x, config: seen.append(len(x)) or normalise(x, config)
+  with unittest.mock.patch.object(clip_rewards, "normalise_pixels", noted):
     rewards = reward_fn(images, PROMPTS, [])[0]
   assert seen == sizes[:1]  # compiled once
   np.testing.assert_allclose(rewards, expected, atol=1e-4)

@@ -8,8 +8,6 @@ first device of each process, whatever threads ask for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import functools
-import math
 import os
 import threading
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import CLIP, load_clip, load_clip_tokenizer
@@ -115,76 +114,35 @@ def make_pick_score(*, model: str = PICKSCORE, revision: str | None = None,
                                 batch_size)
 
 
-def preprocess(images: jax.Array, config: CLIPImageConfig) -> jax.Array:
-  """Images as the vision tower takes them; what transformers' CLIPImageProcessor computes.
+def resize_and_crop(images: np.ndarray, config: CLIPImageConfig) -> np.ndarray:
+  """Images as large as the vision tower takes them; on the host, by Pillow.
+
+  With `normalise_pixels` this is what transformers' CLIPImageProcessor computes.
 
   Args:
     images: [B, H, W, 3] uint8.
-    config: sizes and colours.
+    config: how large.
 
   Returns:
-    [B, S, S, 3] float32, normalised, S the config's `crop_to`.
+    [B, S, S, 3] uint8, S the config's `crop_to`.
   """
-  if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
+  if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
     raise ValueError(f"{images.dtype=} and {images.shape=} must be uint8 [B, H, W, 3]")
   height, width = images.shape[1:3]
   size, crop = config.resize_to, config.crop_to
   if isinstance(size, int):
     short = min(height, width)
     size = (int(size * height / short), int(size * width / short))
-  # Whole numbers between the two axes, as Pillow has them, and in its order: width first,
-  # except (from its version 13 on) where height shrinks by much more.
-  shrinks = height - size[0]
-  height_first = shrinks > 0 and shrinks > 2 * (width - size[1])
-  x = images.astype(jnp.int32)
-  for axis in (1, 2) if height_first else (2, 1):
-    x = _resize(x, axis, size[axis - 1])
   top, left = ((side - crop) // 2 for side in size)
-  x = x[:, top:top + crop, left:left + crop].astype(jnp.float32) / 255
+  resize = lambda image: Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+  return np.stack([np.asarray(resize(image))[top:top + crop, left:left + crop]
+                   for image in images])
+
+
+def normalise_pixels(images: jax.Array, config: CLIPImageConfig) -> jax.Array:
+  """[B, S, S, 3] uint8 -> float32 of the mean and the spread that the tower was trained on."""
+  x = images.astype(jnp.float32) / 255
   return (x - jnp.float32(config.mean)) / jnp.float32(config.std)
-
-
-_FRACTION_BITS = 22  # of Pillow's weights for 8-bit images
-
-
-def _resize(x: jax.Array, axis: int, size: int) -> jax.Array:
-  """Antialiased bicubic along one axis, as Pillow computes it: int32 in 0..255, same bits.
-
-  `jax.image.resize` has the same kernel in float32, but rounds ties another way; after
-  the second pass that makes up to 2 of 255 on noise.
-  """
-  if x.shape[axis] == size:
-    return x
-  indices, weights = _bicubic(x.shape[axis], size)
-  along = [1] * x.ndim
-  along[axis] = size
-  total = jnp.int32(1 << (_FRACTION_BITS - 1))
-  for index, weight in zip(indices.T, weights.T):
-    total += jnp.take(x, index, axis, mode="clip") * weight.reshape(along)
-  return jnp.clip(total >> _FRACTION_BITS, 0, 255)
-
-
-@functools.cache
-def _bicubic(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-  """For each of `new` samples, the `old` ones that it is made of, and their weights.
-
-  Returns:
-    [new, taps] int32 twice: indices, and weights as multiples of 2**-22.
-  """
-  scale = max(old / new, 1.0)  # the kernel widens when pixels are merged
-  support = 2 * scale
-  centre = (np.arange(new) + 0.5) * (old / new)
-  first = np.maximum((centre - support + 0.5).astype(int), 0)
-  last = np.minimum((centre + support + 0.5).astype(int), old)
-  positions = first[:, None] + np.arange(2 * math.ceil(support) + 1)
-  x = np.abs(positions + 0.5 - centre[:, None]) / scale
-  near = (1.5 * x - 2.5) * x**2 + 1  # Keys's cubic with a = -1/2
-  far = -0.5 * (((x - 5) * x + 8) * x - 4)
-  weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-  weights[positions >= last[:, None]] = 0
-  weights *= 2**_FRACTION_BITS / weights.sum(axis=1, keepdims=True)
-  whole = np.trunc(weights + np.copysign(0.5, weights))
-  return np.minimum(positions, old - 1).astype(np.int32), whole.astype(np.int32)
 
 
 def _aesthetic_score(networks: tuple[CLIPModel, AestheticHead], images: jax.Array) -> jax.Array:
@@ -255,6 +213,7 @@ class _Program:
       batch_size: at most so many images at a time.
     """
     self._device = jax.local_devices()[0]
+    self._images = images
     self._networks = jax.device_put(networks, self._device)
     self._batch_size = batch_size
 
@@ -262,7 +221,7 @@ class _Program:
       # Not the process's own setting, which may let a GPU round float32 to TF32.
       precision = "highest" if dtype == "float32" else "default"
       with jax.default_matmul_precision(precision):
-        return score(networks, preprocess(batch, images), *inputs)
+        return score(networks, normalise_pixels(batch, images), *inputs)
 
     self._program = jax.jit(program)
 
@@ -273,7 +232,8 @@ class _Program:
     size = ceil_div(count, batches)  # equal batches: least of the last one is padding
     scores = []
     for start in range(0, count, size):
-      batch = [_pad(x[start:start + size], size) for x in (images, *inputs)]
+      chosen, *others = (x[start:start + size] for x in (images, *inputs))
+      batch = [_pad(x, size) for x in (resize_and_crop(chosen, self._images), *others)]
       scores.append(self._program(self._networks, *jax.device_put(batch, self._device)))
     return np.concatenate(jax.device_get(scores))[:count]
 
