@@ -65,7 +65,7 @@ def load_run(path: str, mixed_precision: str | None = None, base_model: str | No
 
 
 def load_base_unet(tuned: FineTuned) -> UNet2DConditionModel:
-  """The UNet that a run began with, in the structure of the fine-tuned one.
+  """The base model's UNet, without any LoRA, in the structure of the fine-tuned one.
 
   It shares the weights that LoRA leaves as they are; without LoRA it is read again.
   """

@@ -7,11 +7,10 @@ import dataclasses
 import json
 from typing import Any
 
-from ddpo_jax import files
+from ddpo_jax import files, model_names
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
-from ddpo_jax.model_names import absolute, is_moved
 from ddpo_jax.redaction import is_secret
 
 # What a resumed run may have otherwise than before.
@@ -88,7 +87,8 @@ def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], c
   if name == "lora.init_from" and not cfg.lora.init_from:  # it may be gone: it is not read again
     return False
   if name == "pretrained.model":
-    return absolute(now[name]) != absolute(before[name]) and not is_moved(now[name], before[name])
+    now_absolute, before_absolute = (model_names.absolute(each[name]) for each in (now, before))
+    return now_absolute != before_absolute and not model_names.is_moved(now[name], before[name])
   if name == "lora.init_from":
     return files.absolute(now[name]) != files.absolute(before[name])
   if name in now and name in before:

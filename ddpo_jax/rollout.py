@@ -118,7 +118,7 @@ class RolloutWorker:
           _raise_failures(pending)
           generation = self._launch(params, embeddings[batch], batch, key)
           pending.append(pool.submit(self._score, generation.images, drawn[batch]))
-          # One batch ahead of its decoding at most.
+          # Launched is one batch ahead of the images that are done, at most.
           if generations:
             jax.block_until_ready(generations[-1].images)
             progress.update()

@@ -4,7 +4,7 @@ Each device holds the trajectories that it sampled. A step loops over microbatch
 (sample, timestep) pairs, adds up the gradient of the trained weights, sums it over the
 devices once, clips it and applies AdamW. `make_update` does that in one program.
 Where rounding could move ratios by as much as the clip range, `shared_program.py` takes its place,
-which is made of the same functions.
+which chooses, scores and averages by this module's and PPO's functions.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def policy_step(
     noise: Float[Array, "n*B h w C"] | None = None,
     prev_latents: Float[Array, "n*B h w C"] | None = None
 ) -> tuple[Float32[Array, "n*B h w C"], Float32[Array, " n*B"]]:
-  """Runs the network and then `ddim_step`: arguments and results as there."""
+  """Runs `guided_prediction` and then `ddim_step`: arguments of both, results of the latter."""
   prediction = guided_prediction(unet, latents, schedule.timesteps[step], text_embeddings,
                                  negative_embeddings, guidance_scale)
   return ddim_step(schedule, prediction, step, latents, eta, noise=noise,

@@ -148,5 +148,5 @@ def native_size(unet: Policy) -> tuple[int, int]:
   sizes = (size, size) if isinstance(size, int) else tuple(size or ())
   if len(sizes) != 2 or not all(isinstance(x, int) and x > 0 for x in sizes):
     raise UserError(f"the UNet's config: sample_size={size!r} must be the size of its latents, "
-                    "such as 64, or their height and width (`sample` takes latent_size, too)")
+                    "such as 64, or their height and width")
   return sizes

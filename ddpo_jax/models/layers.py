@@ -6,7 +6,7 @@ the file is its path in the module (see `weights.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -19,6 +19,10 @@ from jaxtyping import Array, Float, Int
 from ddpo_jax.ops import attention, convolution, normalization, upsampling
 from ddpo_jax.ops.activations import ACTIVATIONS
 from ddpo_jax.ops.matmul import matmul
+
+# What is attended to, such as the prompts' embeddings; or, with `hoisting.hoist_weights`, what
+# all key and value projections make of it.
+Context = Float[Array, "branches*B S D"] | Sequence[Array]
 
 
 def _add_bias(layer: nnx.Conv | nnx.Linear, y: jax.Array) -> jax.Array:
@@ -142,8 +146,7 @@ class LayerNorm(nnx.LayerNorm):
 
   def __init__(self, features: int, *, epsilon: float = 1e-5, dtype: DTypeLike,
                rngs: nnx.Rngs):
-    super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype,
-                     use_fast_variance=False, rngs=rngs)
+    super().__init__(features, epsilon=epsilon, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
     assert mask is None and self.scale is not None and self.bias is not None
@@ -167,16 +170,15 @@ class Attention(nnx.Module):
     # Of self-attention's first three together, see `hoisting.py`.
     self.lora_down: nnx.LoRAParam | None = nnx.data(None)
 
-  def __call__(self, x: Float[Array, "n*B T F"],
-               context: Float[Array, "branches*B S D"] | None = None, branches: int = 1
-               ) -> Float[Array, "branches*n*B T F"]:
+  def __call__(self, x: Float[Array, "n*B T F"], context: Context | None = None,
+               branches: int = 1) -> Float[Array, "branches*n*B T F"]:
     if self.lora_down is not None:
       rows = x.reshape(-1, x.shape[-1]).astype(self.to_q.dtype)
       low = matmul(rows, self.lora_down[...].astype(rows.dtype))
       query, key, value = (layer(x, low=low) for layer in (self.to_q, self.to_k, self.to_v))
     else:
-      context = x if context is None else context
-      query, key, value = tile(self.to_q(x), branches), self.to_k(context), self.to_v(context)
+      attended: Any = x if context is None else context
+      query, key, value = tile(self.to_q(x), branches), self.to_k(attended), self.to_v(attended)
     return self.to_out[0](attention.multi_head_attention(query, key, value, self.num_heads))
 
 

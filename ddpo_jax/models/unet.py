@@ -170,7 +170,7 @@ class BasicTransformerBlock(nnx.Module):
     self.norm3 = layers.LayerNorm(features, **common)
     self.ff = FeedForward(features, **common)
 
-  def __call__(self, x: Float[Array, "n*B S F"], context: Float[Array, "branches*B L D"],
+  def __call__(self, x: Float[Array, "n*B S F"], context: layers.Context,
                branches: int) -> Float[Array, "branches*n*B S F"]:
     pixels = x.shape[1]
     images = lambda rows: rows.reshape(-1, pixels, rows.shape[-1])
@@ -194,7 +194,7 @@ class Transformer2D(nnx.Module):
         BasicTransformerBlock(channels, num_heads, config.cross_attention_dim, **common)])
     self.proj_out = projection(channels, channels, **common)
 
-  def __call__(self, x: jax.Array, context: jax.Array, branches: int = 1) -> jax.Array:
+  def __call__(self, x: jax.Array, context: layers.Context, branches: int = 1) -> jax.Array:
     """Feature maps [n*B, H, W, F] -> [branches*n*B, H, W, F]; context as in the block."""
     batch, height, width, channels = x.shape
     h = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
@@ -249,7 +249,7 @@ class DownBlock(nnx.Module):
     self.downsamplers = nnx.List([
         layers.Downsample(out_channels, **common)] if level < len(channels) - 1 else [])
 
-  def __call__(self, x: jax.Array, time_embedding: jax.Array, context: jax.Array,
+  def __call__(self, x: jax.Array, time_embedding: jax.Array, context: layers.Context,
                remat: bool) -> tuple[jax.Array, list[jax.Array]]:
     skips = []
     for i, resnet in enumerate(self.resnets):
@@ -276,7 +276,7 @@ class MidBlock(nnx.Module):
     self.resnets = nnx.List([_resnet(config, channels, channels, **common)
                              for _ in range(2)])
 
-  def __call__(self, x: jax.Array, time_embedding: jax.Array, context: jax.Array,
+  def __call__(self, x: jax.Array, time_embedding: jax.Array, context: layers.Context,
                remat: bool) -> jax.Array:
     x = _remat(self.resnets[0], remat)(x, time_embedding)
     x = _remat(self.attentions[0], remat)(x, context)
@@ -307,7 +307,7 @@ class UpBlock(nnx.Module):
         layers.Upsample(here, **common)] if index < len(channels) - 1 else [])
 
   def __call__(self, x: jax.Array, skips: list[jax.Array], time_embedding: jax.Array,
-               context: jax.Array, size: tuple[int, int] | None,
+               context: layers.Context, size: tuple[int, int] | None,
                remat: bool) -> jax.Array:
     for i, resnet in enumerate(self.resnets):
       x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
