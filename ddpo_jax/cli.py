@@ -198,7 +198,7 @@ def _instead(before: Sequence[str]) -> str:
   if name.startswith("--config.") and value.count("{") > value.count("}"):
     field = name.removeprefix("--config.")
     return f"{field} {unquoted(field)}"
-  return "there are --config=FILE, --config.FIELD=VALUE and --dry_run"
+  return f"there are --config=FILE, --config.FIELD=VALUE and {_DRY_RUN}"
 
 
 def _split(argument: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output
 from ddpo_jax.inference import FineTuned, config_of, load_run
+from ddpo_jax.messages import counted
 from ddpo_jax.models.hub import WEIGHT_NAMES, find_weights, model_folder
 from ddpo_jax.models.weights import save_module
 
@@ -38,7 +39,7 @@ def export_run(run: str, output: pathlib.Path, file_format: str = "diffusers",
       _export_unet(tuned, output)
   except (OSError, SafetensorError) as error:
     raise UserError(f"--output={output} cannot be written: {error}") from error
-  say(f"Wrote {output}: {run} after {tuned.epoch + 1} epochs")
+  say(f"Wrote {output}: {run} after {counted(tuned.epoch + 1, 'epoch')}")
 
 
 def _check_export(cfg: Config, output: pathlib.Path, file_format: str) -> None:

@@ -51,6 +51,11 @@ def place(error: BaseException, is_of: Callable[[str], bool] = is_users) -> str:
   return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
 
 
+def counted(count: int, noun: str) -> str:
+  """"1 epoch", "2 epochs"."""
+  return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def shown(value: Any) -> str:
   """A value as part of a line, whatever it is."""
   try:

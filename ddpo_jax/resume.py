@@ -13,6 +13,7 @@ from ddpo_jax import checkpoint, distributed
 from ddpo_jax.build import Trainer
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
+from ddpo_jax.messages import counted
 from ddpo_jax.model_names import is_moved
 from ddpo_jax.resume_checks import check_continues, check_sizes
 from ddpo_jax.types import TrainState
@@ -37,7 +38,7 @@ def resume(trainer: Trainer, run: pathlib.Path) -> tuple[int, list[int]]:
     if not epochs:
       raise UserError(f"{restored}; there is none that is older, so start a new run") from restored
     say(f"{restored}. Trying the one before it")
-  say(f"Resuming after {restored.epoch + 1} epochs, with "
+  say(f"Resuming after {counted(restored.epoch + 1, 'epoch')}, with "
       f"{checkpoint.describe(source, restored.epoch)}")
   model, before = trainer.cfg.pretrained.model, restored.meta["config"]["pretrained"]["model"]
   if is_moved(model, before):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shlex
 import sys
 import time
 import traceback
@@ -43,6 +44,7 @@ from ddpo_jax.devices import (
 from ddpo_jax.errors import USAGE_ERROR, UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
 from ddpo_jax.interrupt import Stop, ending_with, interruptible
+from ddpo_jax.messages import counted
 from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.types import Batch
@@ -100,8 +102,8 @@ def train(cfg: Config) -> pathlib.Path:
     say(f"Writing to {run}")
     run_epochs(trainer, tracker, checkpointer, first_epoch, stop, started)
   if first_epoch < cfg.num_epochs:
-    say(f"Done: {cfg.num_epochs} epochs. {run / 'report.html'} shows them; "
-        f"scripts/sample.py --run {run} draws from the result")
+    say(f"Done: {counted(cfg.num_epochs, 'epoch')}. {run / 'report.html'} shows what came of it; "
+        f"scripts/sample.py --run {shlex.quote(str(run))} draws from the result")
   return run
 
 
@@ -119,8 +121,8 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
   """Runs the epochs that are left, with an evaluation before the first, and saves checkpoints."""
   cfg = trainer.cfg
   if first_epoch >= cfg.num_epochs:
-    say(f"{first_epoch} epochs are done already; for more, num_epochs={cfg.num_epochs} must be "
-        f"above {first_epoch}")
+    say(f"{counted(first_epoch, 'epoch')} done already; for more, num_epochs={cfg.num_epochs} "
+        f"must be above {first_epoch}")
   finished, state = first_epoch - 1, checkpoint_of(trainer)
   if finished >= 0:
     # A run that goes on from another's checkpoint has it from the start: should it be killed
@@ -139,8 +141,8 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       # signal, nor where a reward fails or exits, or training gets no finite numbers.
       if finished >= 0:
         checkpointer.save_and_wait(finished, *state)
-        say(f"Saved after {finished + 1} epochs: --config.resume_from={checkpointer.run} goes on "
-            "from there")
+        say(f"Saved after {counted(finished + 1, 'epoch')}: --config.resume_from="
+            f"{shlex.quote(str(checkpointer.run))} goes on from there")
       raise
     if epoch + 1 == cfg.num_epochs:
       checkpointer.save_and_wait(epoch, *state)
