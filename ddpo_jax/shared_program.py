@@ -345,6 +345,9 @@ class SharedProgram:
 
     In a row of its own a sample is computed as in training (`update.choose_microbatches`),
     lest a kernel rounds by place. Where the batch ends, its first samples fill the rows left.
+
+    With 4 rows, 2 pairs and 3 steps, microbatches 0 to 2 take rows 0 and 1 through steps 0 to 2,
+    and microbatches 3 to 5 rows 2 and 3.
     """
     samples = len(sample_indices)
     chosen = (jnp.arange(self._rows) * self._num_parts(samples) + part) % samples

@@ -15,7 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpo_jax.batches import BatchPlan
 from ddpo_jax.benchmark.side import Side, serve
 from ddpo_jax.cli import exit_status, read_config
 from ddpo_jax.config import Config
@@ -123,8 +122,7 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
     _check_one_gpu(results["machine"][_JAX], options)
     epochs = run_rounds(sides, options.rounds)
     sides = [side for side in sides if side.name in epochs]
-    plan = BatchPlan.create(cfg, num_devices=1)
-    note(epochs=epochs, rates={name: rates(of, plan.num_train_timesteps)
+    note(epochs=epochs, rates={name: rates(of, cfg.num_train_timesteps)
                                for name, of in epochs.items()})
     note(memory={side.name: side.call("memory") for side in sides})
     for side in sides[1:]:
