@@ -160,7 +160,7 @@ def _update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule
   batches, samples = batch.advantages.shape
   microbatches = choose_microbatches(config, schedule.num_steps, batches, samples, key, index)
   microbatches = _resize_for_cpu(microbatches, batch.text_embeddings.dtype)
-  grads, metrics, _ = accumulate_gradients(
+  grads, metrics = accumulate_gradients(
       config, graphdef, schedule, state, frozen, flatten_samples(batch), microbatches)
   return take_step(config, optimizer, state, grads, metrics)
 
@@ -258,14 +258,13 @@ def _map_samples(function: Callable[[jax.Array], jax.Array], batch: Batch) -> Ba
 def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
                          schedule: DDIMSchedule, state: TrainState, frozen: nnx.State,
                          batch: Batch, microbatches: Microbatches
-                         ) -> tuple[nnx.State, UpdateMetrics, Float32[Array, "groups M b t"]]:
+                         ) -> tuple[nnx.State, UpdateMetrics]:
   """Computes the gradient of the mean loss over all microbatches of all devices.
 
   `batch` has this device's samples, flat, and `microbatches` says how it visits them.
 
   Returns:
-    The gradient, the metrics, and this device's log-probabilities (for tests: an optimizer step
-    has no use for them, and XLA leaves them out).
+    The gradient, and the metrics without `skipped`.
   """
   scale = state.loss_scale.scale
   # Marked as differing between devices, so that the backward pass does not sum each
@@ -278,50 +277,43 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
   unet = hoisting.cast_lora(hoisted)
   pack, unpack = packing(hoisted.trained)
 
-  def add_group(sums: Sums, group: Microbatches) -> tuple[Sums, Float32[Array, "M b t"]]:
+  def add_group(sums: Sums, group: Microbatches) -> tuple[Sums, None]:
     samples = take_samples(batch, group.sample)
-    return _add_group(config, schedule, unet, scale, pack, samples, group.step, sums)
+    return _add_group(config, schedule, unet, scale, pack, samples, group.step, sums), None
 
-  sums, log_probs = jax.lax.scan(add_group, Sums.zero(pack(hoisted.trained)), microbatches)
+  sums, _ = jax.lax.scan(add_group, Sums.zero(pack(hoisted.trained)), microbatches)
   (grads,) = pullback(unpack(sums.grads))
-  grads, metrics = average(dataclasses.replace(sums, grads=grads),
-                           log_probs.shape[0] * log_probs.shape[1], scale)
-  return grads, metrics, log_probs
+  groups, in_group = microbatches.step.shape[:2]
+  return average(dataclasses.replace(sums, grads=grads), groups * in_group, scale)
 
 
 def _add_group(config: UpdateConfig, schedule: DDIMSchedule, unet: Split,
                scale: Float32[Array, ""], pack: Callable[[nnx.State], Any], samples: Batch,
-               steps: Int[Array, "M b t"], sums: Sums
-               ) -> tuple[Sums, Float32[Array, "M b t"]]:
-  """Adds the M microbatches of a group, which have the same samples; see `Microbatches`.
-
-  Returns:
-    The sums, and the log-probabilities.
-  """
+               steps: Int[Array, "M b t"], sums: Sums) -> Sums:
+  """Adds the M microbatches of a group, which have the same samples; see `Microbatches`."""
   context = guidance_context(samples.text_embeddings, samples.negative_embedding,
                              config.guidance_scale)
   (graphdef, weights, rest), pullback = hoisting.with_pullback(
       functools.partial(hoisting.hoist_prompts, context=context), unet)
 
   def loss_fn(weights: nnx.State, step: Int[Array, "b t"]):
-    loss, info, log_prob = microbatch_loss(
+    loss, info = microbatch_loss(
         config, nnx.merge(graphdef, weights, rest), schedule, samples, step)
-    return loss * scale, (loss, info, log_prob)
+    return loss * scale, (loss, info)
 
-  def add_microbatch(sums: Sums, step: Int[Array, "b t"]) -> tuple[Sums, jax.Array]:
-    (_, (loss, info, log_prob)), grads = jax.value_and_grad(
-        loss_fn, has_aux=True)(weights, step)
-    return sums.add(loss, info, jax.tree.map(jnp.add, sums.grads, pack(grads))), log_prob
+  def add_microbatch(sums: Sums, step: Int[Array, "b t"]) -> tuple[Sums, None]:
+    (_, (loss, info)), grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, step)
+    return sums.add(loss, info, jax.tree.map(jnp.add, sums.grads, pack(grads))), None
 
   if graphdef == unet.graphdef:  # nothing was hoisted
-    return jax.lax.scan(add_microbatch, sums, steps)
+    return jax.lax.scan(add_microbatch, sums, steps)[0]
   # The gradient of keys and values has another structure: it is summed by itself, and pulled
   # back once.
   before = sums.grads
   sums = dataclasses.replace(sums, grads=jax.tree.map(jnp.zeros_like, weights))
-  sums, log_probs = jax.lax.scan(add_microbatch, sums, steps)
+  sums, _ = jax.lax.scan(add_microbatch, sums, steps)
   grads = jax.tree.map(jnp.add, before, pullback(sums.grads)[0])
-  return dataclasses.replace(sums, grads=grads), log_probs
+  return dataclasses.replace(sums, grads=grads)
 
 
 def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
@@ -342,12 +334,8 @@ def packing(weights: nnx.State) -> tuple[Callable[[nnx.State], Any],
 
 def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedule,
                     samples: Batch, step: Int[Array, "b t"]
-                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo, Float32[Array, "b t"]]:
-  """PPO's loss over t steps of each of b samples.
-
-  Returns:
-    The mean loss, PPO's metrics, and the log-probabilities.
-  """
+                    ) -> tuple[Float32[Array, ""], ppo.PPOInfo]:
+  """PPO's mean loss over t steps of each of b samples, and its metrics."""
   latents, each = samples.trajectory.latents, jnp.arange(len(step))[:, None]
   pairs = lambda x: x.reshape(step.size, *x.shape[2:])  # a sample's steps in a row
   _, log_prob = policy_step(
@@ -357,9 +345,7 @@ def microbatch_loss(config: UpdateConfig, unet: nnx.Module, schedule: DDIMSchedu
   log_prob = log_prob.reshape(step.shape)
   old_log_prob = samples.trajectory.log_probs[each, step]
   advantages = jnp.broadcast_to(samples.advantages[:, None], step.shape)
-  loss, info = ppo.ppo_loss(log_prob, old_log_prob, advantages, config.clip_range,
-                            config.adv_clip_max)
-  return loss, info, log_prob
+  return ppo.ppo_loss(log_prob, old_log_prob, advantages, config.clip_range, config.adv_clip_max)
 
 
 def average(sums: Sums, microbatches: int, scale: Float32[Array, ""]

@@ -59,7 +59,7 @@ def batch(micro, schedule, nhwc):
 @pytest.fixture(scope="module", params=((1, "cpu"), (3, "cpu"), (1, "gpu")),
                 ids=("apart", "together", "as on a GPU"))
 def results(micro, schedule, batch, golden_lora, request):
-  """{case: (train state, gradients, metrics, log-probs)}; one compilation for all.
+  """{case: (train state, gradients, metrics, log-probabilities)}; one compilation for all.
 
   With each of a sample's three steps in a microbatch of its own, or all in one; and what is
   written for a GPU, run on the CPU.
@@ -75,18 +75,17 @@ def results(micro, schedule, batch, golden_lora, request):
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
   def compute(clip_range, state, frozen, samples, microbatches):
-    grads, metrics, log_probs = update.accumulate_gradients(
+    grads, metrics = update.accumulate_gradients(
         dataclasses.replace(config, clip_range=clip_range), graphdef, schedule, state,
         frozen, samples, microbatches)
-    # And those of a step by itself, without the update.
+    # The log-probabilities are those of a step by itself; the update's are in its metrics.
     unet, latents = nnx.merge(graphdef, state.params, frozen), samples.trajectory.latents
     (sample,), steps = microbatches.sample, microbatches.step[0].swapaxes(1, 2).reshape(3, 4)
-    by_itself = jax.lax.map(lambda step: policy_step(
+    log_probs = jax.lax.map(lambda step: policy_step(
         unet, schedule, step, latents[sample, step], samples.text_embeddings[sample],
         samples.negative_embedding, guidance_scale=config.guidance_scale, eta=config.eta,
         prev_latents=latents[sample, step + 1])[1], steps)
-    both = jnp.stack([log_probs[0].swapaxes(1, 2).reshape(3, 4), by_itself])
-    return grads, metrics, both
+    return grads, metrics, log_probs
 
   mapped = jax.jit(jax.shard_map(compute, mesh=mesh, in_specs=(P(),) * 5, out_specs=P(),
                                  check_vma=False))
@@ -120,9 +119,8 @@ def by_name(state, reference):
 
 @pytest.mark.parametrize("case", CASES)
 def test_log_probs(results, micro, case):
-  *_, both = results[1][case]
-  for log_probs in both:
-    np.testing.assert_allclose(log_probs, micro[f"{case}_log_prob_f64"], rtol=1e-4)
+  *_, log_probs = results[1][case]
+  np.testing.assert_allclose(log_probs, micro[f"{case}_log_prob_f64"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -229,7 +227,7 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
                                        step=jnp.zeros((groups, each, 1, 1), jnp.int32))
     program = jax.jit(jax.shard_map(
         lambda *arguments: update.accumulate_gradients(
-            config, graphdef, schedule, *arguments)[:2],
+            config, graphdef, schedule, *arguments),
         mesh=mesh, in_specs=(P(), P(), P("data"), P()), out_specs=P()))
     compiled = program.lower(state, frozen, batch[0], microbatches).compile()
     return compiled.memory_analysis().temp_size_in_bytes
