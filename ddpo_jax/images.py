@@ -25,6 +25,12 @@ def encode_image(image: np.ndarray, file_format: str, **options: Any) -> bytes:
   return buffer.getvalue()
 
 
+def number_of(picture: pathlib.Path) -> int:
+  """The epoch in a picture's name, such as epoch_0001.jpg; -1 if there is none."""
+  digits = picture.stem.rpartition("_")[2]
+  return int(digits) if digits.isdecimal() else -1
+
+
 def image_grid(images: np.ndarray, captions: Sequence[str]) -> Image.Image:
   """Lays out images with a caption under each.
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ddpo_jax.diagnostics import drift_tolerance
 from ddpo_jax.files import read_jsonl, write_atomically
-from ddpo_jax.images import encode_image
+from ddpo_jax.images import encode_image, number_of
 
 _INK = "#010203"  # becomes the page's text colour, whichever that is
 _ACCENT, _SECOND, _THIRD = "#3b82f6", "#f59e0b", "#10b981"  # readable on white and black
@@ -110,7 +110,8 @@ def _section(title: str, figures: Sequence[str], layout: str = "charts") -> str:
 
 
 def _grids(run: pathlib.Path) -> list[str]:
-  paths = sorted((run / "images").glob("eval_*.jpg"))
+  # Without what a user put there, such as a copy.
+  paths = sorted(path for path in (run / "images").glob("eval_*.jpg") if number_of(path) >= 0)
   if len(paths) > _MOST_GRIDS:
     chosen = np.linspace(0, len(paths) - 1, _MOST_GRIDS).round().astype(int)
     paths = [paths[i] for i in chosen]
@@ -118,7 +119,7 @@ def _grids(run: pathlib.Path) -> list[str]:
 
 
 def _picture(path: pathlib.Path) -> str:
-  number = int(path.stem.removeprefix("eval_"))
+  number = number_of(path)
   caption = "before training" if number == 0 else f"after {number} epochs"
   image: Image.Image = Image.open(path)
   if image.width > _GRID_WIDTH:

@@ -16,7 +16,7 @@ from ddpo_jax import distributed, report
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.files import append_jsonl, read_jsonl, write_atomically
-from ddpo_jax.images import image_grid
+from ddpo_jax.images import image_grid, number_of
 from ddpo_jax.loggers import WANDB_ID, Loggers
 
 _GRID_IMAGES = 32  # most images in one grid
@@ -58,10 +58,10 @@ class Tracker:
 
   def _drop_others(self, first_epoch: int) -> None:
     for path in (self._run / "images").glob("epoch_*.jpg"):
-      if _number_of(path) >= first_epoch:
+      if number_of(path) >= first_epoch:
         path.unlink()
     for path in (self._run / "images").glob("eval_*.jpg"):
-      if _number_of(path) > first_epoch or not first_epoch:
+      if number_of(path) > first_epoch or not first_epoch:
         path.unlink()
     if not first_epoch:
       (self._run / WANDB_ID).unlink(missing_ok=True)  # it is another run there as well
@@ -133,12 +133,6 @@ class Tracker:
             f"{metrics['reward_std']:.3f} ({mean - self._first_reward:+.3f} since the "
             f"start){each}  {metrics['images_per_second']:.2f} images/s  "
             f"{datetime.timedelta(seconds=round(left))} left")
-
-
-def _number_of(picture: pathlib.Path) -> int:
-  """In its name; -1 if there is none."""
-  digits = picture.stem.rpartition("_")[2]
-  return int(digits) if digits.isdecimal() else -1
 
 
 def _finite(value: Any) -> Any:

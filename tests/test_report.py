@@ -5,6 +5,8 @@ import json
 import re
 
 from matplotlib.figure import Figure
+import numpy as np
+from PIL import Image
 import pytest
 
 from ddpo_jax import report
@@ -91,6 +93,33 @@ def test_prompts_of_one_beginning_are_told_apart(drawn):
            if label.get_window_extent().x0 < axes.get_window_extent().x1]
   assert len(ticks) > 2
   assert all(a.x1 + 5 < b.x0 for a, b in itertools.pairwise(ticks))
+
+
+def test_prompts_are_compared_between_the_first_and_the_last_quarter(drawn):
+  axes = drawn("Reward of the most", [{}] * 8, [
+      {"epoch": i, "prompts": ["a cat", "a cat"], "rewards": [i, i + 2.0]} for i in range(8)])
+  values = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+  assert values == {"first quarter": [1.5], "last quarter": [7.5]}
+
+
+def test_each_epochs_distribution_adds_up_to_one(drawn):
+  """That of an epoch with few images too. Each is at its epoch's number, rewards upwards."""
+  axes = drawn("How the rewards", [{}] * 2, [
+      {"epoch": 3, "prompts": ["a"] * 4, "rewards": [0.0, 1, 2, 3]},
+      {"epoch": 4, "prompts": ["a"] * 2, "rewards": [1.0, 2]}])
+  (image,) = axes.images
+  np.testing.assert_allclose(np.asarray(image.get_array()).sum(axis=0), [1, 1])
+  assert image.get_extent() == pytest.approx([2.5, 4.5, 0.0, 3.0]) and image.origin == "lower"
+
+
+def test_pictures_without_a_number_are_left_out(charts, tmp_path):
+  """Such as a copy that a user made."""
+  (tmp_path / "images").mkdir()
+  for name in ("eval_0000", "eval_0000 (copy)", "eval_0002", "eval_"):
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.jpg")
+  assert list(charts({})).count("before training") == 1
+  page = (tmp_path / "report.html").read_text()
+  assert re.findall(r'alt="images (.*?)"', page) == ["before training", "after 2 epochs"]
 
 
 def test_without_skipped_steps_there_is_no_chart_of_them(charts):
