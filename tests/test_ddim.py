@@ -157,7 +157,9 @@ def test_every_number_of_steps(spacing):
     assert (np.diff(timesteps) < 0).all() and timesteps[-1] >= 0
 
 
-@pytest.mark.parametrize("num_steps", (0, 1001))
-def test_num_steps_out_of_range(num_steps):
-  with pytest.raises(UserError, match="num_steps"):
+@pytest.mark.parametrize("num_steps,message", (
+    (0, "num_steps=0 must be in 1..1000"), (1001, "num_steps=1001 must be in 1..1000"),
+    (1000, "num_steps=1000 with steps_offset=1 begins at timestep 1000; must be below")))
+def test_num_steps_out_of_range(num_steps, message):
+  with pytest.raises(UserError, match=message):
     DDIMSchedule.create(NoiseSchedule(steps_offset=1), num_steps)

@@ -91,6 +91,24 @@ def test_export_and_import(unet, tiny_sd, golden_lora, tmp_path):
   np.testing.assert_array_equal(noise_of(other), noise_of(trained))
 
 
+def test_alpha_scales_a_kohya_file(unet, golden_lora, tmp_path):
+  """In every layer; what is exported has a scale of 1."""
+  trained, file = golden_lora("lora_new"), tmp_path / "lora.safetensors"
+  lora.export_lora(trained, file, file_format="kohya")
+  tensors = load_file(file)
+  assert {name.split(".")[-1] for name in tensors} == {"alpha", "weight"}
+  alphas = {name: value for name, value in tensors.items() if name.endswith(".alpha")}
+  assert len(alphas) == 56 and all(value == 4 for value in alphas.values())  # the rank
+  save_file(tensors | {name: np.array(value / 2) for name, value in alphas.items()}, file)
+  lora.import_lora(unet, file)
+  for half, whole in zip(lora.adapted(unet), lora.adapted(trained), strict=True):
+    np.testing.assert_array_equal(half.lora_up[...], whole.lora_up[...] / 2)
+    np.testing.assert_array_equal(half.lora_down[...], whole.lora_down[...])
+  save_file({**tensors, min(tensors): np.zeros(2, np.float32)}, file)
+  with pytest.raises(UserError, match="alpha"):
+    lora.import_lora(unet, file)
+
+
 @pytest.mark.parametrize("change,message", [
     (lambda t: t.pop(min(t)), "has no"),
     (lambda t: t.update({"unet.other.lora_A.weight": np.zeros((4, 4), np.float32)}),

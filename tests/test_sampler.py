@@ -113,6 +113,14 @@ def test_a_sample_does_not_depend_on_its_batch(small_unet, pipeline):
   assert len(np.unique(together.latents[:, 0, 0, 0, 0])) == 4  # no noise is drawn twice
 
 
+def test_denoise_draws_what_sample_draws(small_unet, pipeline):
+  schedule = DDIMSchedule.create(NoiseSchedule(clip_sample=False, steps_offset=1), 2)
+  arguments = (small_unet, schedule, jnp.asarray(pipeline["prompt_embeds"]),
+               jnp.asarray(pipeline["neg_embeds"]))
+  expected = sample(*arguments, key=jax.random.key(3)).final_latents
+  np.testing.assert_allclose(denoise(*arguments, key=jax.random.key(3)), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("several", (False, True))
 def test_keys_of_either_type(several):
   """JAX's own, and the plain arrays of before, which many programs still pass."""

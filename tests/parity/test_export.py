@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from ddpo_jax import lora
 from ddpo_jax.diffusion import DDIMSchedule, sample
-from ddpo_jax.errors import UserError
 from ddpo_jax.models.vae import to_uint8
 
 diffusers = pytest.importorskip("diffusers")
@@ -80,19 +78,3 @@ def test_what_is_exported_is_imported(tuned, tiny_sd, file_format, tmp_path):
   for a, b in zip(*(jax.tree.leaves(lora.partition(u)[1]) for u in (unet, tuned.unet)),
                   strict=True):
     np.testing.assert_array_equal(a, b)
-
-
-def test_alpha_scales_a_kohya_file(tuned, tiny_sd, tmp_path):
-  file = tmp_path / "lora.safetensors"
-  lora.export_lora(tuned.unet, file, file_format="kohya")
-  tensors = load_file(file)
-  assert {name.split(".")[-1] for name in tensors} == {"alpha", "weight"}
-  save_file({name: np.array(value / 2) if name.endswith("alpha") else value
-             for name, value in tensors.items()}, file)
-  unet = nnx.clone(tiny_sd.unet)
-  lora.import_lora(unet, file)
-  (_, half), (_, whole) = (next(lora.attention_projections(u)) for u in (unet, tuned.unet))
-  np.testing.assert_array_equal(half.lora_up[...], whole.lora_up[...] / 2)
-  save_file({**tensors, min(tensors): np.zeros(2, np.float32)}, file)
-  with pytest.raises(UserError, match="alpha"):
-    lora.import_lora(unet, file)

@@ -16,6 +16,7 @@ SETTINGS = {
     "leading": dict(SCALED, steps_offset=1, clip_sample=False),
     "trailing-v": dict(SCALED, timestep_spacing="trailing", clip_sample=False,
                        prediction_type="v_prediction"),
+    "trailing": dict(timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False),
     "linspace": dict(SCALED, timestep_spacing="linspace", clip_sample=False),
     "zero-snr": dict(SCALED, timestep_spacing="trailing", clip_sample=False,
                      prediction_type="v_prediction", rescale_betas_zero_snr=True),
@@ -23,13 +24,15 @@ SETTINGS = {
                            clip_sample=True, clip_sample_range=0.8),
     "thresholding": dict(SCALED, steps_offset=1, clip_sample=False, thresholding=True,
                          sample_max_value=2.0),
+    "another-ratio": dict(SCALED, steps_offset=1, clip_sample=False, thresholding=True,
+                          sample_max_value=1.5, dynamic_thresholding_ratio=0.9),
     "linear": dict(beta_schedule="linear", clip_sample=False, set_alpha_to_one=False),
     "cosine": dict(beta_schedule="squaredcos_cap_v2", clip_sample=False,
                    set_alpha_to_one=False, steps_offset=1),
 }
 
 
-@pytest.mark.parametrize("num_steps", (4, 20))
+@pytest.mark.parametrize("num_steps", (4, 7, 20))
 @pytest.mark.parametrize("name", SETTINGS)
 def test_against_diffusers(name, num_steps):
   settings, eta = SETTINGS[name], 0.7
@@ -44,6 +47,8 @@ def test_against_diffusers(name, num_steps):
   draw = lambda: torch.randn(2, 4, 6, 6, generator=generator)
   for step, t in enumerate(reference.timesteps):
     latents, output, noise = draw(), draw(), draw()
+    output[1] *= 0.1  # so that each sample has a threshold of its own
+    latents[1] *= 0.1
     expected = reference.step(output, t, latents, eta=eta, variance_noise=noise
                               ).prev_sample.permute(0, 2, 3, 1).numpy()
     nhwc = lambda x: jnp.asarray(x.permute(0, 2, 3, 1).numpy())
