@@ -73,6 +73,13 @@ def test_groups():
       buffer_size=3, min_count=2)
 
 
+def test_none_is_no_arguments():
+  for text in ("None", "none", "{}"):
+    cfg = read("--config", f"{ROOT / 'configs' / 'dgx.py'}:prompt_image_alignment",
+               f"--config.reward_kwargs={text}")
+    assert cfg.reward_kwargs == {}
+
+
 def test_fields_that_depend_on_others_follow_them(tmp_path):
   file = tmp_path / "steps.py"
   file.write_text("from configs import demo\ndef get_config():\n  c = demo.get_config()\n"

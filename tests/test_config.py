@@ -113,6 +113,10 @@ def test_what_does_not_fit_together_is_refused_with_the_numbers(changes, numbers
   assert all(number in str(error.value) for number in numbers)
 
 
+def test_train_cfg_does_not_matter_where_there_is_no_guidance():
+  resolve(changed(**{"train.cfg": False, "sample.guidance_scale": 1.0}))
+
+
 @pytest.mark.parametrize("num_steps", (1, 3, 7, 50, 333, 999, 1000))
 def test_the_fraction_that_is_advised_is_accepted(num_steps):
   with pytest.raises(UserError, match="trains no timestep") as error:

@@ -228,6 +228,14 @@ def test_recomputed_log_probs_cure_the_drift(half):
     assert float(metrics.approx_kl) == 0.0
 
 
+def test_several_steps_of_a_sample_in_a_microbatch_are_rescored_alike(half):
+  setup = make(jnp.bfloat16, shared=True, timesteps_per_batch=2, batch=half.batch)
+  key = jax.random.key(0)
+  _, metrics = take_step(dataclasses.replace(setup, state=copy(setup.state)), key)
+  assert float(metrics.ratio_drift) > 1e-5  # there is something to cure
+  assert float(take_step(rescored(setup, key), key)[1].ratio_drift) == 0.0
+
+
 def test_first_step_needs_no_rescoring(half):
   """It does, to the last bit, what it would do after that, and keeps what it computed."""
   key, index = jax.random.key(0), jnp.int32(0)

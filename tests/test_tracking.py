@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from configs import demo
-from ddpo_jax import tracking
+from ddpo_jax import report, tracking
 from ddpo_jax.config import resolve
 from ddpo_jax.run_folder import choose_run_folder
 
@@ -25,6 +25,15 @@ def cfg(tmp_path):
   config = demo.get_config()
   config.logdir, config.run_name, config.num_epochs = str(tmp_path), "run", 3
   return resolve(config)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """The tracker's, which only the test moves."""
+  clock = types.SimpleNamespace(seconds=0.0)
+  monkeypatch.setattr(tracking, "time",
+                      types.SimpleNamespace(perf_counter=lambda: clock.seconds))
+  return clock
 
 
 def log(tracker, epoch, **others):
@@ -55,6 +64,15 @@ def test_folder_and_lines(cfg, capsys):
   assert "left" in printed
 
 
+def test_captions_are_of_the_images_that_are_shown(cfg, monkeypatch):
+  captions = []
+  grid = tracking.image_grid
+  monkeypatch.setattr(tracking, "image_grid", lambda images, given: (
+      captions.extend(given) or grid(images, given)))
+  log(tracking.Tracker(choose_run_folder(cfg), cfg), 0)
+  assert captions == ["1.000 a cat", f"2.000 {'a dog ' * 30}", "3.000 "]
+
+
 def test_each_of_several_rewards_is_shown(cfg, capsys):
   cfg = dataclasses.replace(cfg, reward_fn={"jpeg_compressibility": 1.0, "my:reward": 0.5})
   tracker = tracking.Tracker(choose_run_folder(cfg), cfg)
@@ -76,6 +94,42 @@ def test_resume_drops_epochs_that_will_be_done_again(cfg):
       "epoch_0000.jpg", "eval_0000.jpg", "eval_0001.jpg"]
   log(resumed, 1)
   assert [line["epoch"] for line in lines_of(run)] == [0, 1]
+
+
+def test_a_resumed_run_is_compared_with_its_first_epoch(cfg, clock, capsys):
+  """And the epochs that are left are taken to be as fast as those done here."""
+  run = choose_run_folder(cfg)
+  tracker = tracking.Tracker(run, cfg)
+  log(tracker, 0)
+  log(tracker, 1)
+  (run / "wandb_id.txt").write_text("abcd")
+  tracker.close()
+  clock.seconds = 100.0
+  resumed = tracking.Tracker(run, dataclasses.replace(cfg, num_epochs=5), first_epoch=2)
+  assert (run / "wandb_id.txt").read_text() == "abcd"  # it goes on in the same run there
+  clock.seconds = 160.0
+  capsys.readouterr()
+  log(resumed, 2)
+  said = capsys.readouterr().out
+  assert "epoch 3/5  reward -0.500 ± 0.500 (+2.000 since the start)" in said
+  assert "0:02:00 left" in said  # two more epochs
+
+
+def test_reports_take_a_small_share_of_the_time(cfg, clock, monkeypatch):
+  written = []
+
+  def write(run):
+    clock.seconds += 1.0
+    written.append(run)
+
+  monkeypatch.setattr(report, "write_report", write)
+  tracker = tracking.Tracker(choose_run_folder(cfg), cfg)
+  for epoch in range(100):
+    clock.seconds += 1.0
+    log(tracker, epoch)
+  assert len(written) == 2  # seconds, of 100
+  tracker.close()
+  assert len(written) == 3
 
 
 def test_a_failing_wandb_never_stops_the_run(cfg, monkeypatch, capsys):

@@ -5,6 +5,8 @@ import json
 import random
 import shutil
 import threading
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,12 @@ from runs import metrics_of, weights_of, without_times
 from safetensors.numpy import load_file, save_file
 from small_model import small_config, small_model
 
-from ddpo_jax import build, checkpoint, lora, train
+from ddpo_jax import build, checkpoint, inner_loop, lora, train, update, validation
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import plan_batches
 from ddpo_jax.errors import UserError
+from ddpo_jax.interrupt import Stop
+from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.report import write_report
 from ddpo_jax.rewards import get_rewards
@@ -40,6 +44,11 @@ def make_config(tmp_path, monkeypatch):
         "num_epochs": 3, "save_freq": 2, "eval_freq": 2, **changes}))
 
   return make
+
+
+def build_trainer(cfg, model=None):
+  return build.build(cfg, plan_batches(cfg), get_prompt_fn(cfg.prompt_fn),
+                     get_rewards(cfg.reward_fn, {}), model or build.open_model(cfg))
 
 
 TWO_BATCHES = {"sample.num_batches_per_epoch": 2, "train.gradient_accumulation_steps": 2}
@@ -105,9 +114,53 @@ def test_the_model_is_read_while_the_update_compiles(make_config, monkeypatch):
   cfg = make_config()
   model = build.open_model(cfg)
   monkeypatch.setattr(build, "compile_update", begin)
-  trainer = build.build(cfg, plan_batches(cfg), get_prompt_fn("simple_animals"),
-                        get_rewards(cfg.reward_fn, {}), dataclasses.replace(model, read=wait))
+  trainer = build_trainer(cfg, dataclasses.replace(model, read=wait))
   assert {leaf.dtype for leaf in jax.tree.leaves(trainer.frozen_unet)} == {jnp.dtype("float32")}
+
+
+def test_the_configs_numbers_reach_the_trainer(make_config, monkeypatch):
+  made = mock.Mock(wraps=update.make_optimizer)
+  monkeypatch.setattr(update, "make_optimizer", made)
+  trainer = build_trainer(make_config(**{
+      "train.learning_rate": 1e-3, "train.adam_beta1": 0.5, "train.adam_beta2": 0.6,
+      "train.adam_weight_decay": 0.7, "train.adam_epsilon": 0.8, "train.max_grad_norm": 0.9,
+      "per_prompt_stat_tracking.buffer_size": 3}))
+  made.assert_called_once_with(1e-3, beta1=0.5, beta2=0.6, weight_decay=0.7, epsilon=0.8,
+                               max_grad_norm=0.9)
+  trainer.stat_tracker.update(["a"] * 5, np.arange(5.0))
+  assert trainer.stat_tracker.get_stats()["a"]["count"] == 3
+
+
+def test_each_epoch_and_inner_epoch_draws_anew(make_config):
+  trainer = build_trainer(make_config(**{"train.num_inner_epochs": 2}))
+  rollouts = [trainer.worker.run(trainer.state.params, epoch) for epoch in (0, 1)]
+  one, other = (np.asarray(rollout.trajectory.latents[:, :, 0]) for rollout in rollouts)
+  assert (one != other).all()
+  keys = []
+
+  def note(state, frozen, batch, key, index):
+    keys.append((*jax.random.key_data(key).tolist(), int(index)))
+    return state, None
+
+  trainer.update = note
+  for epoch in (0, 1):
+    list(inner_loop.optimizer_steps(trainer, None, epoch, Stop()))
+  assert len(keys) == len(set(keys)) == 8  # 2 epochs, 2 inner epochs, 2 steps
+
+
+def test_images_are_the_decoded_latents(make_config):
+  cfg = make_config()
+  trainer, models = build_trainer(cfg), build.load_models(cfg)
+  rollout = trainer.worker.run(trainer.state.params, 0)
+  latents = rollout.trajectory.final_latents[0]
+  expected = to_uint8(models.vae.decode(latents / models.scaling_factor))
+  assert np.abs(rollout.images.astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_the_first_lora_weights_go_with_the_seed(make_config):
+  one, other = (lora.partition(build.load_models(make_config(seed=seed)).unet).trained
+                for seed in (1, 2))
+  assert any((a != b).any() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
 def test_weights_that_cannot_be_read_end_the_run(make_config, monkeypatch, tmp_path):
@@ -162,14 +215,44 @@ def test_a_run_goes_on_in_smaller_batches(make_config):
   run = train.train(make_config(num_epochs=2, save_freq=1))
   expected = metrics_of(run)[1]
   smaller = {"sample.batch_size": 2, "sample.num_batches_per_epoch": 2, "train.batch_size": 1,
-             "train.gradient_accumulation_steps": 2, "train.gradient_checkpointing": "blocks"}
+             "train.gradient_accumulation_steps": 2, "train.gradient_checkpointing": "blocks",
+             "sample.decode_batch_size": 1}
   other = {"run_name": "other", "resume_from": str(run / "checkpoints" / "0")}
   resumed = metrics_of(train.train(make_config(num_epochs=2, **other, **smaller)))[-1]
   assert resumed["reward_mean"] == pytest.approx(expected["reward_mean"], rel=1e-5)
   assert resumed["optimizer_steps"] == expected["optimizer_steps"]
   with pytest.raises(UserError, match="makes 8 images per epoch, which contradicts .*, with 4;"):
-    train.train(make_config(num_epochs=2, **other | {"run_name": "third"},
-                            **{"sample.num_batches_per_epoch": 2}))
+    validation.prepare(make_config(num_epochs=2, **other | {"run_name": "third"},  # nothing built
+                                   **{"sample.num_batches_per_epoch": 2}))
+
+
+def test_metrics_of_an_epoch():
+  """Means are over the steps that were taken; nothing else is left out."""
+  space = types.SimpleNamespace
+  rewards = np.array([1, 2, 3, 6], np.float32)
+  step = lambda loss, skipped: space(loss=loss, approx_kl=loss, clipfrac=0.0, grad_norm=1.0,
+                                     ratio_drift=1e-9, skipped=skipped)
+  trainer = space(combiner=object(), cfg=resolve(small_config()), update=None,
+                  state=space(step=3))
+  rollout = space(rewards={"a": rewards}, reward_info=space(means=dict), sampling_seconds=2.0,
+                  reward_seconds=1.0, images=np.zeros((2, 16, 16, 3), np.uint8))
+  steps = [step(1.0, 0.0), step(float("nan"), 1.0), step(3.0, 0.0)]
+  found = train.epoch_metrics(trainer, rollout, rewards, steps, 1.0)
+  expected = {"reward_mean": 3.0, "reward_min": 1.0, "reward_max": 6.0, "reward/a_mean": 3.0,
+              "reward/a_std": rewards.std(), "reward_std": rewards.std(), "loss": 2.0,
+              "skipped_steps": 1, "images_per_second": 2.0, "optimizer_steps": 3}
+  assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_steps_skipped_in_a_row_are_counted():
+  cfg = resolve(small_config(**{"train.max_skipped_steps": 2}))
+  trainer = types.SimpleNamespace(skipped_in_a_row=0, cfg=cfg)
+  count = lambda skipped: train.count_skipped(
+      trainer, types.SimpleNamespace(skipped=skipped), epoch=0)
+  for skipped in (1.0, 1.0, 0.0, 1.0, 1.0):
+    count(skipped)
+  with pytest.raises(FloatingPointError, match="the last 3 optimizer steps"):
+    count(1.0)
 
 
 def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tmp_path,
@@ -202,6 +285,12 @@ def test_weights_that_are_not_finite_are_refused(make_config, tmp_path):
   save_file(tensors, file)
   with pytest.raises(UserError, match="pretrained.model=.*model': what its UNet predicts is not"):
     train.train(make_config(**{"pretrained.model": str(folder)}))
+
+
+def test_one_sample_that_is_not_finite_is_not_the_models_fault():
+  log_probs = jnp.zeros((1, 2, 3)).at[0, 0].set(jnp.nan)
+  space = types.SimpleNamespace
+  train.check_predictions(None, space(trajectory=space(log_probs=log_probs)))
 
 
 def test_a_run_takes_the_rank_of_the_lora_that_it_starts_from(make_config, tmp_path, capsys):

@@ -163,6 +163,13 @@ def test_adamw_step(results, weights):
     assert error < 1e-4 * np.linalg.norm(expected), (name, error)
 
 
+def test_gradients_are_clipped_by_their_global_norm():
+  optimizer = update.make_optimizer(1.0, beta1=0.0, max_grad_norm=0.5)
+  grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+  _, (_, (adam, *_)) = optimizer.update(grads, optimizer.init(grads), grads)
+  np.testing.assert_allclose([*adam.mu["a"], *adam.mu["b"]], [0.3, 0.4], rtol=1e-6)
+
+
 def test_microbatches_cover_every_sample_and_timestep_once():
   """Over an inner epoch, on any number of devices, and in the same groups of samples."""
   groups = {}
@@ -190,6 +197,28 @@ def test_microbatches_cover_every_sample_and_timestep_once():
     assert sum(map(len, pairs)) == 24 * 6
     groups[devices] = pairs
   assert groups[1] == groups[2] == groups[4]
+
+
+def test_samples_and_timesteps_are_shuffled():
+  """Each sample's timesteps by themselves, and all of it anew with another key."""
+  config = update.UpdateConfig(
+      batch_size=4, sample_batch_size=8, accumulation_steps=6, num_train_timesteps=3,
+      timesteps_per_batch=3, guidance_scale=1.0, eta=1.0, clip_range=1e-4, adv_clip_max=5.0,
+      loss_scaling=False)
+  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1],
+                       axis_types=(jax.sharding.AxisType.Auto,))
+  choose = jax.jit(jax.shard_map(
+      lambda key: update.choose_microbatches(config, 20, 3, 8, key, jnp.int32(0)),
+      mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+  one, other = (choose(jax.random.key(seed)) for seed in (5, 6))
+  order = np.asarray(one.sample)  # a column for each slot
+  assert (order != np.sort(order, axis=0)).any(axis=0).all()
+  assert (order != other.sample).any()
+  steps, others = (dict(zip(np.ravel(x.sample).tolist(), np.reshape(x.step, (-1, 3)).tolist()))
+                   for x in (one, other))
+  assert len(set(map(tuple, steps.values()))) > 20  # of 24 samples
+  assert sum(steps[sample] == others[sample] for sample in steps) < 4
+  assert len(set(np.ravel(one.step).tolist())) > 15  # of 20, and not the first ones only
 
 
 @pytest.mark.parametrize("samples,together,total",

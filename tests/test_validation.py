@@ -291,18 +291,22 @@ def test_server_that_is_there(tmp_path, capsys):
   assert "The config is valid" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("checkpoints,message", [
-    (0, "logdir="), (1.9, "logdir="), (2.1, "num_checkpoint_limit=5: 5 checkpoints take"),
-    (4.9, "num_checkpoint_limit=5")])
-def test_disk_too_small_for_the_checkpoints(exit_with, monkeypatch, tmp_path, checkpoints,
+@pytest.mark.parametrize("limit,checkpoints,message", [
+    (5, 0, "logdir="), (5, 1.9, "logdir="),
+    (5, 2.1, "num_checkpoint_limit=5: 5 checkpoints take"), (5, 4.9, "num_checkpoint_limit=5"),
+    (2, 2.9, "num_checkpoint_limit=2: 3 checkpoints take")])
+def test_disk_too_small_for_the_checkpoints(exit_with, monkeypatch, tmp_path, limit, checkpoints,
                                             message):
-  """Five are made and kept. A disk that has no room for two is no good with any limit."""
+  """Five are made; one more than are kept is there while the oldest is replaced.
+
+  A disk that has no room for two is no good with any limit.
+  """
   cfg = resolve(demo_values(tmp_path))
   each = model_size.trained_weights(cfg, model_size.model_size(cfg)) * 12  # AdamW in float32
   usage = shutil.disk_usage("/")
   monkeypatch.setattr("shutil.disk_usage",
                       lambda path: usage._replace(free=int(checkpoints * each)))
-  (line,) = exit_with({})
+  (line,) = exit_with({"num_checkpoint_limit": limit})
   assert line.startswith(message) and "MiB free; must be" in line
 
 
