@@ -77,6 +77,19 @@ def test_aesthetic_score(folder, reference, images, head):
   assert error < 1e-5 and np.ptp(expected) > 0.01
 
 
+def test_aesthetic_score_leaves_the_text_tower_off_the_device(folder, head, monkeypatch):
+  """A third of the weights."""
+  given, program = [], clip_rewards._Program
+
+  def spy(score, images, networks, *rest):
+    given.extend(vars(networks[0]))
+    return program(score, images, networks, *rest)
+
+  monkeypatch.setattr(clip_rewards, "_Program", spy)
+  make_aesthetic_score(model=str(folder), **head[0])
+  assert "vision_model" in given and not any(name.startswith("text_") for name in given)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PUBLIC_HEAD.is_file(), reason=f"needs the head's file {PUBLIC_HEAD}")
 def test_aesthetic_score_of_full_size(tmp_path):
@@ -153,6 +166,21 @@ def test_computes_in_the_dtype_asked_for(folder, images):
     clip = load_clip(folder, dtype=jnp.dtype(dtype))
     clip_rewards._Program(score, clip.images, clip.model, dtype, 8)(images)
     assert len(products) > 10 and set(products) == {name}
+
+
+@pytest.mark.parametrize("dtype,expected", (("float32", "highest"), ("bfloat16", "default")))
+def test_float32_is_not_rounded_to_tf32(folder, images, dtype, expected):
+  """As the run's own products are with allow_tf32: scores do not depend on its settings."""
+  seen = []
+
+  def score(model, pixels):
+    seen.append(jax.config.jax_default_matmul_precision)
+    return pixels.mean((1, 2, 3))
+
+  clip = load_clip(folder, dtype=jnp.dtype(dtype))
+  with jax.default_matmul_precision("tensorfloat32"):
+    clip_rewards._Program(score, clip.images, clip.model, dtype, 8)(images)
+  assert seen == [expected]
 
 
 @pytest.mark.parametrize("batch_size,sizes", [(1, [1] * 6), (4, [3, 3]), (5, [3, 3]),
@@ -311,6 +339,12 @@ def test_pickscore_s_tokenizer_is_that_of_its_origin(hub, folder, images):
   with pytest.raises(UserError, match="reward_kwargs.tokenizer='laion/CLIP-ViT-H-14"):
     make_pick_score()
   put_in_cache(hub, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", folder)
+  expected = make_pick_score(model=str(folder))(images, PROMPTS, [])[0]
+  np.testing.assert_array_equal(make_pick_score()(images, PROMPTS, [])[0], expected)
+
+
+def test_pickscore_with_a_tokenizer_needs_no_other(hub, folder, images):
+  put_in_cache(hub, "yuvalkirstain/PickScore_v1", folder)
   expected = make_pick_score(model=str(folder))(images, PROMPTS, [])[0]
   np.testing.assert_array_equal(make_pick_score()(images, PROMPTS, [])[0], expected)
 

@@ -282,6 +282,13 @@ def test_the_key_is_never_shown(server, monkeypatch):
       shown = shown.__cause__
 
 
+@pytest.mark.parametrize("status", (401, 403))
+def test_a_key_that_is_refused_is_said_at_the_start(server, status):
+  server.on_get = servers.status(status)
+  with pytest.raises(UserError, match="api_key_env='OPENAI_API_KEY': .* refused the key"):
+    make(server, model="vlm")
+
+
 @pytest.mark.parametrize("key", ("sk-secret\n", " sk-secret "))
 def test_a_key_from_a_file_ends_in_a_newline(server, monkeypatch, key):
   monkeypatch.setenv("OPENAI_API_KEY", key)
