@@ -186,6 +186,13 @@ def edit_json(path, **changes):
   path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.parametrize("sample_size,numbers", ((16, 16 * 16 * 4), ([8, 24], 8 * 24 * 4),
+                                                 (None, 64 * 64 * 4)))
+def test_the_size_of_an_images_latent(folder, sample_size, numbers):
+  edit_json(folder / "unet" / "config.json", sample_size=sample_size)
+  assert size_of(folder).latent_size == numbers
+
+
 @pytest.mark.parametrize("damage,message", [
     (lambda f: shutil.rmtree(f / "vae"), "vae"),
     (lambda f: (f / "unet" / "config.json").unlink(), "unet.config.json"),
@@ -234,6 +241,8 @@ def test_damaged_folders_are_refused_by_name(folder, damage, message):
     (UNetConfig, "resnet_time_scale_shift", "scale_shift"),
     (UNetConfig, "act_fn", "tanh"), (UNetConfig, "a_field_of_tomorrow", 3),
     (UNetConfig, "attention_head_dim", [5, 10]), (UNetConfig, "attention_head_dim", 7),
+    (UNetConfig, "attention_head_dim", [8, 8, 8, 7]),  # of the middle, which attends
+    (UNetConfig, "layers_per_block", [2, 2, 2]), (UNetConfig, "layers_per_block", [2] * 5),
     (CLIPTextConfig, "num_attention_heads", 7), (VAEConfig, "scaling_factor", 0),
     (VAEConfig, "up_block_types", ["AttnUpDecoderBlock2D"]),
     (VAEConfig, "use_quant_conv", False),
@@ -372,6 +381,26 @@ def test_hub_refusals_are_told_apart(hub, monkeypatch, at, error, message):
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *a, **k: [])
   with pytest.raises(UserError, match=message):
     load_pretrained("some/model", revision="fp17")
+
+
+def test_weights_are_downloaded_of_the_revision_and_never_pickled(hub, monkeypatch):
+  """Most repositories have pickled ones beside the others, which are left there."""
+  names = [f"{stem}{ending}" for stem in (UNET, VAE, TEXT) for ending in (".bin", ".safetensors")]
+  downloads = []
+
+  def download(repo, revision, allow_patterns):
+    downloads.append((repo, revision, allow_patterns))
+    return str(TINY)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  monkeypatch.setattr(huggingface_hub, "list_repo_files",
+                      lambda repo, revision: names if revision == "v1" else [])
+  assert model_hub.model_folder("some/model", "v1") == TINY
+  assert downloads == [("some/model", "v1", [f"{x}.safetensors" for x in (UNET, VAE, TEXT)])]
+  names.remove(f"{VAE}.safetensors")
+  with pytest.raises(UserError, match=f"{VAE}.bin has only pickled weights"):
+    model_hub.model_folder("some/model", "v1")
+  assert len(downloads) == 1
 
 
 def test_name_that_no_repository_can_have():
