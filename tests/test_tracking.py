@@ -165,10 +165,15 @@ def test_tensorboard_has_metrics_histograms_and_images(cfg):
 
 
 def events(data):
-  """Every value of an event file: records of length, its checksum, event, checksum."""
+  """Every value of an event file."""
+  return (value for event in records(data) for value in event.summary.value)
+
+
+def records(data):
+  """Every event of a file: records of length, its checksum, event, checksum."""
   while data:
     (length,) = struct.unpack_from("<Q", data)
-    yield from event_pb2.Event.FromString(data[12:12 + length]).summary.value
+    yield event_pb2.Event.FromString(data[12:12 + length])
     data = data[16 + length:]
 
 
@@ -179,3 +184,40 @@ def test_without_tensorboardx_the_run_goes_on(cfg, monkeypatch, capsys):
   log(tracker, 0)
   tracker.close()
   assert "pip install -e '.[tensorboard]'" in capsys.readouterr().out
+
+
+def test_wandb_goes_on_in_the_same_run_with_a_step_for_each_epoch(cfg, monkeypatch):
+  started, logged = [], []
+  fake = types.SimpleNamespace(
+      init=lambda **kwargs: started.append(kwargs), finish=lambda: None, Histogram=list,
+      log=lambda values, step: logged.append((step, "eval_images" in values)),
+      Image=lambda path: path)
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  offline = dataclasses.replace(cfg, wandb=dataclasses.replace(cfg.wandb, mode="offline"))
+  run = choose_run_folder(offline)
+  black = np.zeros((1, 16, 16, 3), np.uint8)
+  for first_epoch in (0, 1, 0):
+    tracker = tracking.Tracker(run, offline, first_epoch)
+    if not first_epoch:
+      tracker.log_eval(0, black, ["a cat"])
+    log(tracker, first_epoch)
+    tracker.log_eval(first_epoch + 1, black, ["a cat"])
+    tracker.close()
+  # W&B drops what comes with a lower step than what it has.
+  assert logged[:5] == [(0, True), (0, False), (0, True), (1, False), (1, True)]
+  first, resumed, anew = (each["id"] for each in started)
+  assert first and first == resumed != anew
+  assert all(each["resume"] == "allow" and each["name"] == "run" for each in started)
+
+
+def test_tensorboard_hides_the_epochs_that_are_done_again(cfg):
+  run = choose_run_folder(cfg)
+  tracker = tracking.Tracker(run, dataclasses.replace(cfg, tensorboard=True), 1)
+  log(tracker, 1)
+  tracker.log_eval(2, np.zeros((1, 16, 16, 3), np.uint8), ["a cat"])
+  tracker.close()
+  (file,) = (run / "tensorboard").iterdir()
+  written = list(records(file.read_bytes()))
+  assert [event.step for event in written
+          if event.session_log.status == event_pb2.SessionLog.START] == [1]
+  assert {event.step for event in written if event.summary.value} == {1}
