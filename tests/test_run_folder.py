@@ -95,6 +95,15 @@ def test_one_run_at_a_time(cfg, monkeypatch, capsys):
   claim(run, resuming).release()
 
 
+def test_a_new_run_does_not_wait_for_the_end_of_another(cfg, monkeypatch):
+  run = choose_run_folder(cfg)
+  first = claim(run, cfg)
+  monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waited"))
+  with pytest.raises(UserError, match="another run is writing"):
+    claim(run, cfg)
+  first.release()
+
+
 def test_a_run_that_ends_before_it_writes_leaves_no_folder(cfg):
   run = choose_run_folder(cfg)
   claim(run, cfg).release()
@@ -149,6 +158,17 @@ def test_resuming_without_a_name_goes_on_in_the_same_folder(cfg, tmp_path):
     (tmp_path / path).mkdir(parents=True, exist_ok=True)
     resumed = dataclasses.replace(cfg, run_name="", resume_from=str(tmp_path / path))
     assert choose_run_folder(resumed) == tmp_path / "old"
+
+
+def test_a_run_that_goes_on_without_a_name_writes_where_it_wrote(cfg):
+  run = choose_run_folder(cfg)
+  (run / "checkpoints" / "7").mkdir(parents=True)
+  for path in (run, run / "checkpoints" / "7"):
+    resumed = dataclasses.replace(cfg, run_name="", resume_from=str(path))
+    claimed = claim(choose_run_folder(resumed), resumed)
+    assert claimed.path == run and claimed.lock is not None
+    claimed.release()
+    claimed.release()  # it holds no lock that it could give up again
 
 
 def test_a_run_may_lie_in_a_folder_called_checkpoints(cfg, tmp_path, monkeypatch):
