@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -95,6 +96,19 @@ def test_damage(run, name, damage):
   else:  # orbax has more copies of what this file says
     assert name == "state/_METADATA"
     jax.tree.map(np.testing.assert_array_equal, restored.state, make_state())
+
+
+@pytest.mark.parametrize("name", ("meta/metadata", "state/manifest.ocdbt", "meta", "state"))
+def test_a_folder_for_a_file_is_damage_and_so_is_the_converse(run, name):
+  path = run / "checkpoints" / "3" / name
+  if path.is_dir():
+    shutil.rmtree(path)
+    path.write_bytes(b"")
+  else:
+    path.unlink()
+    path.mkdir()
+  with pytest.raises(checkpoint.DamagedError, match="checkpoints/3 is damaged"):
+    checkpoint.restore(run, 3, make_state())
 
 
 def test_a_file_that_cannot_be_read_now_is_no_damage(run):

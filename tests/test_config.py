@@ -326,3 +326,18 @@ def test_functions_get_what_config_json_holds():
   for wrong in ({"table": {1: 2}}, {"list": [({"a": {None: 1}},)]}):
     with pytest.raises(UserError, match="^reward_kwargs={…} must have texts as the keys of dicts"):
       resolve(base.get_config().to_dict() | {"reward_kwargs": wrong})
+
+
+def test_where_and_how_a_resumed_run_computes_may_change(tmp_path):
+  saved = json.loads(json.dumps(resolve(changed()).to_dict()))
+  changes = {
+      "run_name": "other", "logdir": str(tmp_path), "num_epochs": 7, "save_freq": 3,
+      "eval_freq": 2, "num_checkpoint_limit": 1, "resume_from": "auto", "compilation_cache": "",
+      "wandb.mode": "offline", "wandb.project": "other", "tensorboard": True,
+      "distributed.detect": False, "distributed.timeout": 9, "sample.decode_batch_size": 1,
+      "train.max_skipped_steps": 3, "train.gradient_checkpointing": "full",
+      "train.timesteps_per_batch": 2}
+  for name, value in changes.items():
+    *groups, field = name.split(".")
+    assert functools.reduce(dict.get, groups, saved)[field] != value, name
+  check_continues(resolve(changed(**changes)), saved, "it")
