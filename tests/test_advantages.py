@@ -63,3 +63,11 @@ def test_bad_rewards_raise(rewards):
 
 def test_constant_rewards_have_no_advantage():
   np.testing.assert_array_equal(normalize(np.full(4, 3.0)), np.zeros(4))
+
+
+def test_tiny_deviations_are_damped_as_by_the_references():
+  """Rewards that differ by rounding alone must not become advantages of one."""
+  rewards = np.array([1.0, 1.0 + 2e-6])
+  np.testing.assert_allclose(normalize(rewards), [-1 / 1.01, 1 / 1.01], rtol=1e-4)
+  tracked = PerPromptStatTracker(4, 2).update(["a", "a"], rewards)
+  np.testing.assert_allclose(tracked, [-1 / 2, 1 / 2], rtol=1e-4)

@@ -26,6 +26,20 @@ def test_trouble_is_said_once(trouble, words):
   assert watch.new_warnings(HEALTHY | trouble) == []
 
 
+
+@pytest.mark.parametrize("quiet,trouble", [
+    ({"ratio_drift": 0.9e-5}, {"ratio_drift": 1.1e-5}),
+    ({"diversity": 0.08}, {"diversity": 0.07}),
+    ({"clipfrac": 0.89}, {"clipfrac": 0.91}),
+    ({"reward_mean": -50.0, "reward_std": 6e-4}, {"reward_mean": -50.0, "reward_std": 4e-4}),
+    ({"skipped_steps": 4}, {"skipped_steps": 4, "loss": float("nan")}),
+])
+def test_where_trouble_begins(quiet, trouble):
+  """Rewards may be negative, as jpeg_compressibility's are."""
+  watch = diagnostics.Watch(resolve(small_config()))
+  assert watch.new_warnings(HEALTHY) == []
+  assert watch.new_warnings(HEALTHY | quiet) == []
+  assert len(watch.new_warnings(HEALTHY | trouble)) == 1
 def test_drift_that_was_not_to_be_cured():
   cfg = resolve(small_config(**{"train.recompute_log_probs": False}))
   (line,) = diagnostics.Watch(cfg).new_warnings(HEALTHY | {"ratio_drift": 2e-5})
@@ -43,3 +57,9 @@ def test_diversity():
   small = images.reshape(5, 16, 3, 16, 3, 3).mean(axis=(2, 4)) / 255
   pairs = [np.sqrt(((a - b)**2).mean()) for i, a in enumerate(small) for b in small[:i]]
   np.testing.assert_allclose(diagnostics.diversity(images), np.mean(pairs), rtol=1e-2)
+
+
+def test_diversity_is_of_the_first_128_images():
+  images = np.random.default_rng(0).integers(0, 256, (140, 16, 16, 3), np.uint8)
+  images[128:] = 0
+  assert diagnostics.diversity(images) == diagnostics.diversity(images[:128])
