@@ -153,3 +153,33 @@ def test_words_outside_the_vocabulary_become_letters(tokenizer):
   ids = tokenizer("zebra", add_special_tokens=False).input_ids
   assert 1 < len(ids) <= 5
   assert tokenizer.decode(ids).strip() == "zebra"
+
+
+def texture_alone(texture, background, seed):
+  """A background without shapes: how its pixels differ from its colour."""
+  shade = tiny_scenes._texture(texture, np.random.default_rng(seed))[..., None]
+  color = np.array(tiny_scenes.COLORS[background], float)
+  return shade * (tiny_scenes.texture_target(background) - color)
+
+
+@pytest.mark.parametrize("background", tiny_scenes.COLORS)
+@pytest.mark.parametrize("texture", ("striped", "checkered", "noisy"))
+def test_textures_show_on_every_background(texture, background):
+  for seed in range(10):
+    assert np.ptp(texture_alone(texture, background, seed), axis=(0, 1)).max() > 30
+
+
+@pytest.mark.parametrize("texture", ("checkered", "noisy"))
+def test_textures_keep_to_a_grid_of_4_pixels(texture):
+  """An autoencoder with latents of 8 pixels can reproduce those."""
+  for seed in range(10):
+    cells = tiny_scenes._texture(texture, np.random.default_rng(seed)).reshape(16, 4, 16, 4)
+    assert (np.ptp(cells, axis=(1, 3)) == 0).all()
+
+
+def test_stripes_are_4_pixels_wide():
+  for seed in range(10):
+    shade = tiny_scenes._texture("striped", np.random.default_rng(seed))
+    for one in (shade, shade.T):
+      np.testing.assert_array_equal(one[8:], one[:-8])
+      assert (one[4:] != one[:-4]).all() or (one[4:] == one[:-4]).all()
