@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from runs import ROOT, start
-from small_model import small_model
+from small_model import small_config, small_model
 
 from configs import demo
 from ddpo_jax.benchmark import compare, flops, profile
@@ -66,6 +66,30 @@ def test_flops_of_a_gradient_are_those_that_are_asked_for():
   x = jnp.ones((2, 8, 8, 8))
   forward = 2 * 2 * 8 * 8 * 9 * 8 * 32
   assert flops.count(jax.value_and_grad(lambda x: conv(x).sum()), x) == 2 * forward
+
+
+def test_zeros_between_pixels_are_no_work():
+  """Of a strided convolution's gradient in x, as XLA computes it: what it takes forward."""
+  kernel = jnp.ones((3, 3, 4, 16))
+  strided = lambda x: jax.lax.conv_general_dilated(
+      x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  forward = 2 * 2 * 4 * 4 * 9 * 4 * 16
+  backward = flops.count(jax.grad(lambda x: strided(x).sum()), jnp.ones((2, 8, 8, 4)))
+  assert flops.count(strided, jnp.ones((2, 8, 8, 4))) == backward == forward
+
+
+def test_flops_leave_out_what_is_recomputed(monkeypatch):
+  """And leave the model to recompute it as before."""
+  monkeypatch.setattr(flops, "compiled", lambda *_: None)
+  models = random_model(resolve(small_config())).shapes
+  counted = {}
+  for mode in ("none", "full"):
+    models.unet.gradient_checkpointing = mode
+    counted[mode] = flops.of_models(models, guided=True, use_lora=False)
+    assert models.unet.gradient_checkpointing == mode
+  assert counted["none"] == counted["full"]
+  unguided = flops.of_models(models, guided=False, use_lora=False)["denoising_step"]["counted"]
+  assert 1.5 < counted["none"]["denoising_step"]["counted"] / unguided <= 2
 
 
 def test_flops_of_training_every_weight(monkeypatch):

@@ -488,3 +488,21 @@ def test_problems_of_resolve_stay_as_they_were():
   with pytest.raises(UserError) as error:
     resolve({})
   assert all(re.match(r"\w+ is missing", line) for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize("precision,bytes_each", (("no", 4), ("bf16", 2)))
+def test_what_a_device_has_to_hold(monkeypatch, precision, bytes_each):
+  """Of the 8 samples of an epoch each of two devices has half, of latents in float32."""
+  from small_model import small_config
+
+  from ddpo_jax.batches import BatchPlan
+  mebi = 2**20
+  size = model_size.ModelSize(weights=8 * mebi, unet_weights=5 * mebi,
+                              lora_weights_per_rank=mebi, latent_size=mebi, embedding_size=mebi)
+  monkeypatch.setattr(validation, "model_size", lambda cfg: size)
+  cfg = resolve(small_config(mixed_precision=precision))
+  first, *lines = validation.describe_memory(cfg, BatchPlan.create(cfg, 2)).splitlines()
+  parts = [8 * bytes_each, 3 * 16, 2 * 4 * 3 * 4, 2 * 4 * bytes_each]
+  assert [float(line.split()[-2]) for line in lines[:4]] == parts
+  amount = f"{sum(parts) / 1024:.2f} GiB"
+  assert f"Memory per device: {amount} plus activations" in first
