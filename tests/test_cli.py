@@ -286,3 +286,9 @@ def test_jax_is_imported_only_once_it_is_needed():
       [sys.executable, "-c", f"import sys; {imports}; print(sorted(sys.modules))"], cwd=ROOT,
       capture_output=True, text=True, check=True)
   assert not {"'jax'", "'flax'", "'torch'"} & set(done.stdout.strip("[]\n").split(", "))
+
+
+def test_none_takes_a_functions_arguments_away():
+  cfg = read("--config", f"{DEMO}:incompressibility", "--config.reward_kwargs.strength=2.5",
+             "--config.reward_kwargs=none")
+  assert cfg.reward_kwargs == {}

@@ -23,7 +23,7 @@ from runs import (
 )
 from small_model import small_config
 
-from ddpo_jax import checkpoint, distributed
+from ddpo_jax import checkpoint, distributed, validation
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.validation import _DRAWS
@@ -155,6 +155,16 @@ def test_processes_have_equally_many_devices(monkeypatch):
     distributed.check_devices()
   del devices[2:]
   distributed.check_devices()
+
+
+def test_prompts_that_processes_could_not_agree_on_are_refused(monkeypatch):
+  """One process has only to be told that a resumed run would have other ones."""
+  cfg = resolve(small_config(prompt_fn="my:own"))
+  validation._check_draws_from_rng(cfg, ["a cat", "a dog"])
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  validation._check_draws_from_rng(cfg, ["a cat", "a cat"])
+  with pytest.raises(UserError, match="prompt_fn='my:own' returned 'a cat' and 'a dog' for the sa"):
+    validation._check_draws_from_rng(cfg, ["a cat", "a cat", "a dog"])
 
 
 @pytest.mark.parametrize("environment, expected", (

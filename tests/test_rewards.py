@@ -61,6 +61,10 @@ def factor_third(images, prompts, factor):
   return factor * np.zeros(len(images)), {}
 
 
+def annotated(images: "Nowhere", prompts, metadata, factor=1):  # noqa: F821
+  return factor * np.zeros(len(images)), {}
+
+
 def named_otherwise(pictures, texts, info, factor=1, **rest):
   return factor * np.zeros(len(pictures)), rest
 
@@ -126,6 +130,13 @@ def test_what_a_reward_must_take_is_said(function, kwargs, taken):
     get_reward(name, **kwargs)
   assert str(error.value) == (
       f"reward_fn={name!r} takes {taken}; must take (images, prompts, metadata) first")
+
+
+def test_annotations_may_name_what_is_only_there_for_type_checkers():
+  name = f"{__name__}:annotated"
+  get_reward(name, factor=2)
+  with pytest.raises(UserError, match="unexpected keyword argument 'power'; it takes: factor"):
+    get_reward(name, power=2)
 
 
 def test_a_reward_may_name_what_it_takes_as_it_likes():

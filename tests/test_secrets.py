@@ -83,6 +83,13 @@ def test_urls_are_shown_without_secrets(url):
   assert SECRET not in shown and shown in (url.format("***", "***"), "http://me:***@host")
 
 
+@pytest.mark.parametrize("kind", (list, tuple))
+def test_what_lies_in_lists_is_hidden_too(kind):
+  url, shown = (f"http://me:{word}@host" for word in (SECRET, "***"))
+  assert redacted({"urls": kind([url, {"token": SECRET}])}) == {
+      "urls": kind([shown, {"token": "***"}])}
+
+
 def test_paths_and_names_stay():
   values = {"path": str(pathlib.Path("/a:b@c")), "tokenizer": "x", "model": "a/b", "n": 3,
             "url": "http://host:8000/v1?model=a&encode=b", "keys": "x", "author": "me",
