@@ -132,6 +132,7 @@ def test_scores_held_at_once_do_not_grow(on_a_gpu, batch, tokens):
     ((2, 1024, 8, 80), jnp.float16, "cudnn"),
     ((2, 256, 8, 160), jnp.bfloat16, "xla"),  # refused before Hopper
     ((2, 77, 12, 64), jnp.bfloat16, "xla"),  # an odd number of queries
+    ((2, 256, 8, 36), jnp.bfloat16, "xla"),  # features that are no multiple of 8
     ((2, 4096, 8, 40), jnp.float32, "xla")])
 @pytest.mark.parametrize("keys", (77, 4096))
 def test_cudnn_serves_even_queries_in_half_precision(

@@ -51,6 +51,12 @@ def test_an_embedding_does_not_depend_on_the_others(tiny_sd, encoder):
     np.testing.assert_array_equal(PromptEncoder(tiny_sd)([prompt])[0], embedding)
 
 
+def test_the_encoder_waits_in_host_memory(encoder):
+  for _ in range(2):
+    assert {type(leaf) for leaf in jax.tree.leaves(encoder._weights)} == {np.ndarray}
+    encoder(PROMPTS)
+
+
 def test_only_so_many_are_remembered(encoder, monkeypatch):
   monkeypatch.setattr(embeddings, "_REMEMBERED", 2)
   all_three = encoder(PROMPTS)
@@ -58,6 +64,13 @@ def test_only_so_many_are_remembered(encoder, monkeypatch):
   assert encoder.count == 3  # the two that were asked for last are known
   np.testing.assert_array_equal(encoder(["a cat"]), all_three[:1])
   assert encoder.count == 4
+
+
+def test_what_was_asked_for_again_is_not_forgotten_first(encoder, monkeypatch):
+  monkeypatch.setattr(embeddings, "_REMEMBERED", 2)
+  for prompt in ("a", "b", "a", "c", "a"):
+    encoder([prompt])
+  assert encoder.count == 3
 
 
 def test_a_prompt_that_is_too_long_is_said_once(encoder, capfd):
