@@ -26,7 +26,6 @@ def test_trouble_is_said_once(trouble, words):
   assert watch.new_warnings(HEALTHY | trouble) == []
 
 
-
 @pytest.mark.parametrize("quiet,trouble", [
     ({"ratio_drift": 0.9e-5}, {"ratio_drift": 1.1e-5}),
     ({"diversity": 0.08}, {"diversity": 0.07}),
@@ -40,6 +39,8 @@ def test_where_trouble_begins(quiet, trouble):
   assert watch.new_warnings(HEALTHY) == []
   assert watch.new_warnings(HEALTHY | quiet) == []
   assert len(watch.new_warnings(HEALTHY | trouble)) == 1
+
+
 def test_drift_that_was_not_to_be_cured():
   cfg = resolve(small_config(**{"train.recompute_log_probs": False}))
   (line,) = diagnostics.Watch(cfg).new_warnings(HEALTHY | {"ratio_drift": 2e-5})
