@@ -253,6 +253,16 @@ def test_configs_that_ask_for_more_are_refused_by_field(config, field, value):
     config.from_dict({field: value})
 
 
+def test_stable_diffusions_old_configs_do_not_say_how_latents_are_scaled():
+  assert VAEConfig.from_dict({}).scaling_factor == 0.18215
+
+
+def test_a_folder_may_be_of_the_pipeline_that_starts_from_an_image(folder):
+  """It has the same networks."""
+  edit_json(folder / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
+  load_pretrained(folder)
+
+
 @pytest.mark.parametrize("values", (
     {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"_class_name": "EDMEulerScheduler"},
     {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}))
