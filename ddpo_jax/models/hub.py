@@ -209,8 +209,6 @@ def _choose_weights(names: Sequence[str], stem: str) -> list[str]:
                rf"{stem}\.safetensors\.index{variant}\.json|"
                rf"{stem}-\d+-of-\d+{variant}\.safetensors")
     found = [n for n in names if re.fullmatch(pattern, n)]
-    if variant == "":
-      found = [n for n in found if ".fp16" not in n]
     if found:
       return found
   return []

@@ -17,7 +17,7 @@ from ddpo_jax.models.hub import find_weights
 from ddpo_jax.models.unet import GRADIENT_CHECKPOINTING, UNet2DConditionModel, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 from ddpo_jax.models.weights import load_module, save_module
-from ddpo_jax.ops import activations
+from ddpo_jax.ops import activations, normalization
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -313,6 +313,14 @@ def test_gradient_of_norms(monkeypatch, kind, dtype, mean, tolerance, backend):
   for a, b in zip(ours, (expected, *(tensor.grad for tensor in inputs))):
     assert a.dtype == dtype
     assert relative_error(a.astype(jnp.float32), b) < tolerance
+
+
+def test_norm_of_an_image_of_one_colour():
+  """In half precision rounding leaves E[x²] − E[x]² below 0 there."""
+  x = jnp.full((1, 7, 9, 32), 1001, jnp.bfloat16)
+  ours = normalization.normalize(8, 1e-5, normalization.identity, jnp.bfloat16, x,
+                                 jnp.ones(32), jnp.zeros(32))
+  np.testing.assert_allclose(np.asarray(ours, np.float32), 0, atol=1)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [
