@@ -28,10 +28,10 @@ _ROOM_BESIDE_JAX = (
 
 @contextlib.contextmanager
 def with_advice(cfg: Config) -> Iterator[None]:
-  """Turns running out of memory or of disk space into one line that says what to change.
+  """Turns running out of memory or of disk space, or losing the run's folder, into one line.
 
   Raises:
-    UserError: in the place of either; whatever else is raised passes.
+    UserError: in the place of these, says what to change; whatever else is raised passes.
   """
   try:
     yield
@@ -43,9 +43,8 @@ def with_advice(cfg: Config) -> Iterator[None]:
     of_run = not any(map(raised_by_user, causes))
     if of_run and any(map(_is_full_disk, causes)):
       raise UserError(full_disk(cfg)) from error
-    lost = next((cause for cause in causes if _is_of_run(cause, cfg)), None)
-    if of_run and lost is not None:
-      raise UserError(f"{named_by(cfg)}: {lost}; must stay readable and writable as long as the "
+    if of_run and _is_of_run(error, cfg):
+      raise UserError(f"{named_by(cfg)}: {error}; must stay readable and writable as long as the "
                       "run lasts. Go on with resume_from") from error
     if any(map(_is_without_room_beside_jax, causes)):
       raise UserError(_ROOM_BESIDE_JAX) from error
