@@ -100,8 +100,10 @@ class Tracker:
     if not self._writes:
       return
     path = self._run / "images" / f"eval_{epochs:04d}.jpg"
+    drawn_again = path.exists()  # by a resumed run: dashboards have it
     image_grid(images, prompts).save(path, quality=92)
-    self._loggers.each(lambda logger: logger.log_eval(epochs, path))
+    if not drawn_again:
+      self._loggers.each(lambda logger: logger.log_eval(epochs, path))
 
   def close(self) -> None:
     """Writes the report for the last time, and ends the dashboards."""

@@ -198,8 +198,7 @@ def test_wandb_goes_on_in_the_same_run_with_a_step_for_each_epoch(cfg, monkeypat
   black = np.zeros((1, 16, 16, 3), np.uint8)
   for first_epoch in (0, 1, 0):
     tracker = tracking.Tracker(run, offline, first_epoch)
-    if not first_epoch:
-      tracker.log_eval(0, black, ["a cat"])
+    tracker.log_eval(first_epoch, black, ["a cat"])  # which a resumed run has logged before
     log(tracker, first_epoch)
     tracker.log_eval(first_epoch + 1, black, ["a cat"])
     tracker.close()
