@@ -95,6 +95,8 @@ def test_a_process_that_a_reward_forks_ends_at_once():
   said = assert_program_ended_by(signal.SIGTERM, """
       from ddpo_jax import interrupt
       interrupt.end_at_signals()
+      import warnings
+      warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, of fork
       with interrupt.interruptible() as stop:
         worker = os.fork()
         if not worker:
