@@ -89,11 +89,16 @@ def read_config(argv: Sequence[str]) -> Config:
   return _resolve(values, problems + _left_out(files[-1], values))
 
 
-def _left_out(file: str, values: Mapping[str, Any]) -> list[str]:
+def _is_of_run(file: str) -> bool:
+  """Whether a config file is the config.json that a run wrote."""
+  return pathlib.Path(file).suffix == ".json"
+
+
+def _left_out(spec: str, values: Mapping[str, Any]) -> list[str]:
   """A line for each group whose key or password a run's config.json does not hold."""
-  if not file.endswith(".json"):
+  if not _is_of_run(spec.partition(":")[0]):
     return []
-  return [f"{group} holds {REDACTED!r} where {file} leaves out a key or password; give it again, "
+  return [f"{group} holds {REDACTED!r} where {spec} leaves out a key or password; give it again, "
           f"as --config.{group}.ARGUMENT=VALUE"
           for group in ("prompt_fn_kwargs", "reward_kwargs")
           if REDACTED in str(values.get(group))]
@@ -122,7 +127,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   if not os.path.isfile(file):
     raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
                     "as configs/demo.py")
-  if pathlib.Path(file).suffix == ".json":
+  if _is_of_run(file):
     return _explained(spec, lambda: _config_of_run(file))
   if pathlib.Path(file).suffix != ".py":
     raise UserError(f"--config={spec}: {file!r} must be a Python file such as "
