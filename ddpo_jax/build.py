@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpo_jax import advantages, diagnostics, distributed, files, glibc, lora, rng_streams, update
+from ddpo_jax import advantages, diagnostics, distributed, files, lora, rng_streams, update
 from ddpo_jax.batches import BatchPlan
+from ddpo_jax.compilation import compile_ahead
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.devices import AXIS, host_memory, samples_at_once
@@ -65,7 +66,7 @@ class Trainer:
 
 def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
           reward_fns: Mapping[str, RewardFn], model: LazyModel[StableDiffusion]) -> Trainer:
-  """Compiles the update, reads the model meanwhile, and puts it where training needs it."""
+  """Compiles the programs, reads the model meanwhile, and puts it where training needs it."""
   mesh = make_mesh(plan)
   replicated = jax.sharding.NamedSharding(mesh, P())
   schedule = make_schedule(cfg, model.shapes.noise_schedule)
@@ -77,23 +78,19 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
     with futures.ThreadPoolExecutor(1) as pool:
       # Into host memory alone, so that kernels are timed on a device that is at rest.
       reading = pool.submit(_read_into_host_memory, model)
-      compiled = compile_update(cfg, plan, mesh, schedule, optimizer, model.shapes)
+      compiled, generate = compile_programs(cfg, plan, mesh, schedule, optimizer, model.shapes)
     models = reading.result()
     models.vae.drop_encoder()
     with host_memory():
       unet = prepare_unet(cfg, models.unet)
     cfg = _with_actual_rank(cfg, unet)
   with host_memory():
-    graphdef, params, frozen_unet = lora.partition(unet, cfg.use_lora)
+    _, params, frozen_unet = lora.partition(unet, cfg.use_lora)
     state = update.init_state(params, optimizer, uses_loss_scaling(cfg))
   frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
   sampling = make_generate_config(cfg, plan)
-  generate: Generate
   if isinstance(compiled, SharedProgram):
     _warn_of_wasted_samples(cfg, compiled.wasted_samples(sampling.batch_size))
-    generate = make_shared_generate(sampling, models.vae, compiled, mesh)
-  else:
-    generate = make_generate(sampling, models.vae, graphdef, schedule, mesh)
   worker = RolloutWorker(sampling, models, generate, frozen, prompt_fn, reward_fns, cfg.seed,
                          mesh)
   tracking_config = cfg.per_prompt_stat_tracking
@@ -213,10 +210,10 @@ def _must_round_alike(cfg: Config) -> bool:
   return cfg.train.recompute_log_probs and (cfg.mixed_precision != "no" or uses_tf32)
 
 
-def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
-                   schedule: DDIMSchedule, optimizer: optax.GradientTransformation,
-                   shapes: StableDiffusion) -> update.Update | SharedProgram:
-  """Compiles the update for arrays of the shapes that an epoch will have.
+def compile_programs(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
+                     schedule: DDIMSchedule, optimizer: optax.GradientTransformation,
+                     shapes: StableDiffusion) -> tuple[update.Update | SharedProgram, Generate]:
+  """Compiles the update and the sampler for arrays of the shapes that an epoch will have.
 
   Before anything is sampled, and not beside it: on a CPU both would use the same cores
   and hold memory at once; on a GPU the compiler times kernels, which nothing may disturb.
@@ -224,26 +221,38 @@ def compile_update(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   `shapes` is the model as it is read, with shapes in the place of its weights.
   """
   unet = nnx.eval_shape(functools.partial(prepare_unet, cfg), shapes.unet)
-  graphdef, params, frozen = lora.partition(unet, cfg.use_lora)
-  config = make_update_config(cfg, plan)
+  vae = nnx.clone(shapes.vae)
+  vae.drop_encoder()
+  graphdef, params, frozen_unet = lora.partition(unet, cfg.use_lora)
+  config, sampling = make_update_config(cfg, plan), make_generate_config(cfg, plan)
   state = jax.eval_shape(
       lambda params: update.init_state(params, optimizer, config.loss_scaling), params)
   replicated = jax.sharding.NamedSharding(mesh, P())
   on_all: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
-  state, frozen = jax.tree.map(on_all, state), placed_shapes(frozen, replicated)
+  state = jax.tree.map(on_all, state)
+  frozen = placed_shapes(FrozenModels(frozen_unet, nnx.state(vae)), replicated)
   embedding = on_all(embedding_shape(shapes.text_encoder))
   latent_shape = (*native_size(unet), unet.config.in_channels)
-  compiled: update.Update | SharedProgram
   if _must_round_alike(cfg):
-    compiled = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh)
-    compiled.compile(state, frozen, embedding)
-  else:
-    program: Any = update.make_update(config, graphdef, schedule, optimizer, mesh)
-    compiled = program.lower(
-        state, frozen, _batch_shapes(cfg, plan, mesh, latent_shape, embedding),
-        jax.random.key(0), jnp.int32(0)).compile()
-  glibc.return_freed_memory()  # the compiler's, or what reading its program took
-  return compiled
+    program = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh)
+    program.compile(state, frozen.unet, embedding)
+    return program, make_shared_generate(sampling, vae, program, mesh)
+  key = jax.random.key(0)
+  compiled = compile_ahead(
+      update.make_update(config, graphdef, schedule, optimizer, mesh), state, frozen.unet,
+      _batch_shapes(cfg, plan, mesh, latent_shape, embedding), key, jnp.int32(0))
+  generate = compile_ahead(
+      make_generate(sampling, vae, graphdef, schedule, mesh), state.params, frozen, embedding,
+      *_prompt_shapes(plan, mesh, embedding), key)
+  return compiled, generate
+
+
+def _prompt_shapes(plan: BatchPlan, mesh: jax.sharding.Mesh, embedding: Any) -> tuple[Any, Any]:
+  """Of a sampling batch's embeddings and sample indices."""
+  sharded = jax.sharding.NamedSharding(mesh, P(AXIS))
+  samples = plan.sample_batch_size * plan.num_devices
+  return (jax.ShapeDtypeStruct((samples, *embedding.shape[1:]), embedding.dtype, sharding=sharded),
+          jax.ShapeDtypeStruct((samples,), jnp.int32, sharding=sharded))
 
 
 def _batch_shapes(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,

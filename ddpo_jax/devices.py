@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import threading
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddpo_jax import distributed
@@ -117,33 +115,6 @@ def samples_at_once(batch_size: int) -> int:
   """How many samples of a batch a device of the default backend had best compute at a time."""
   on_cpu = jax.default_backend() == "cpu"
   return largest_divisor(batch_size, _MOST_SAMPLES_AT_ONCE) if on_cpu else batch_size
-
-
-def compiler_options() -> dict[str, int]:
-  """What XLA is told for the default backend's long programs; flags in XLA_FLAGS go first.
-
-  Sampler and update have to be told the same, or half precision rounds differently in them.
-  """
-  options = {
-      # By itself XLA uses half of AVX-512's registers, as is best where nothing else does.
-      "cpu": {"xla_cpu_prefer_vector_width": 512},
-      # Products with the same activations are joined up to this size of theirs, in MB. Larger
-      # ones, such as LoRA's with its matrix's, would only have to be cut apart again.
-      # Triton's products are hardly quicker than cuBLAS's, which add residuals on the way.
-      "gpu": {"xla_gpu_dot_merger_threshold_mb": 1, "xla_gpu_enable_triton_gemm": False}}
-  flags = os.environ.get("XLA_FLAGS", "")
-  return {name: value for name, value in options.get(jax.default_backend(), {}).items()
-          if name not in flags and _is_known(name, value)}
-
-
-@functools.cache
-def _is_known(option: str, value: int) -> bool:
-  """Whether this version of XLA has the option; its options come and go."""
-  try:
-    jax.jit(lambda: jnp.zeros(()), compiler_options={option: value}).lower().compile()
-  except jax.errors.JaxRuntimeError:
-    return False
-  return True
 
 
 def _cores_as_devices() -> int:

@@ -11,7 +11,8 @@ import jax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ddpo_jax import hoisting
-from ddpo_jax.devices import AXIS, compiler_options
+from ddpo_jax.compilation import compiler_options
+from ddpo_jax.devices import AXIS
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.diffusion.sampler import sample_keys

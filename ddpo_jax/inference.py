@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpo_jax import build, checkpoint, lora
+from ddpo_jax.compilation import compiler_options
 from ddpo_jax.config import Config, resolve
-from ddpo_jax.devices import compiler_options, host_memory
+from ddpo_jax.devices import host_memory
 from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder

@@ -13,7 +13,6 @@ deterministic.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent import futures
 import dataclasses
 import enum
 import functools
@@ -26,7 +25,8 @@ from jaxtyping import Array, Float, Float32, Int, Key
 import optax
 
 from ddpo_jax import hoisting, ppo
-from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
+from ddpo_jax.compilation import compile_ahead, compile_meanwhile, compiler_options
+from ddpo_jax.devices import AXIS, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
 from ddpo_jax.diffusion.sampler import draw_noise, sample_keys
@@ -166,7 +166,7 @@ class SharedProgram:
         placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
         (work, trajectory, sums, scale, number))
     common = CommonInputs(state.params, frozen, embedding, scale)
-    self._visit = self._visit.lower(common, work, number, number, sums, trajectory).compile()
+    self._visit = compile_ahead(self._visit, common, work, number, number, sums, trajectory)
     # Its kernels are not timed, so sampling may run beside it; on a CPU they would share cores.
     if jax.default_backend() != "cpu":
       self._finish = compile_meanwhile(self._finish, state, frozen, sums)
@@ -397,14 +397,6 @@ class SharedProgram:
     own = self._config.batch_size  # rows after these are padding
     flat = log_probs.reshape(-1, log_probs.shape[-1])
     return flat.at[batch_index[:own]].set(new[:own]).reshape(log_probs.shape)
-
-
-def compile_meanwhile(program: Any, *arguments: Any) -> Callable[..., Any]:
-  """Compiles a jitted function in a thread, for arguments like these; a call waits for it."""
-  pool = futures.ThreadPoolExecutor(1)
-  compiled = pool.submit(lambda: program.lower(*arguments).compile())
-  pool.shutdown(wait=False)
-  return lambda *arguments: compiled.result()(*arguments)
 
 
 def join_parts(parts: Sequence[Trajectory], samples: int) -> Trajectory:

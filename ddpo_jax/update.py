@@ -24,7 +24,8 @@ from jaxtyping import Array, Float32, Int, Key
 import optax
 
 from ddpo_jax import hoisting, ppo
-from ddpo_jax.devices import AXIS, compiler_options, samples_at_once
+from ddpo_jax.compilation import compiler_options
+from ddpo_jax.devices import AXIS, samples_at_once
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.lora import Split

@@ -85,7 +85,7 @@ def main(folder, coordinator, index):
   model = build.open_model(trainer.cfg)
   if index == 1:
     model = dataclasses.replace(model, read=failing_once(model.read, OSError(errno.EIO, "")))
-  build.compile_update = lambda *arguments: None
+  build.compile_programs = lambda *arguments: (None, None)
   built = outcome(lambda: build.build(trainer.cfg, trainer.plan, lambda rng: ("", {}), {}, model))
   assert distributed.is_main() == (index == 0)
   shared = [distributed.is_shared(run / "cache"), distributed.is_shared(run / f"cache_{index}")]

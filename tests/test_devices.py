@@ -14,10 +14,11 @@ import pytest
 from small_model import small_model
 
 from configs import base
-from ddpo_jax import build, devices, inner_loop, train
+from ddpo_jax import build, compilation, devices, inner_loop, train
 from ddpo_jax.batches import BatchPlan
+from ddpo_jax.compilation import compiler_options
 from ddpo_jax.config import resolve
-from ddpo_jax.devices import compiler_options, usable_cores
+from ddpo_jax.devices import usable_cores
 from ddpo_jax.errors import UserError
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.prompts import get_prompt_fn
@@ -180,8 +181,8 @@ def test_compiler_options(monkeypatch, backend, flags, expected):
 
 
 def test_options_that_xla_does_not_know_are_left_out():
-  assert devices._is_known("xla_cpu_prefer_vector_width", 512)
-  assert not devices._is_known("xla_cpu_no_such_option", 512)
+  assert compilation._is_known("xla_cpu_prefer_vector_width", 512)
+  assert not compilation._is_known("xla_cpu_no_such_option", 512)
 
 
 _COUNT_ARENAS = """

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpo_jax.compilation import compile_ahead, compile_meanwhile
 from ddpo_jax.models import layers, placement
 from ddpo_jax.ops.activations import geglu
-from ddpo_jax.shared_program import compile_meanwhile
 
 P = jax.sharding.PartitionSpec
 
@@ -79,6 +79,16 @@ def test_kernels_stay_as_they_are_on_a_cpu(convolution):
   _, weights, _, replicated = convolution
   placed = placement.place_weights(weights, replicated)
   assert placed["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)
+
+
+def test_a_program_compiled_ahead():
+  x = jnp.ones(4)
+  double, triple = jax.jit(lambda x: 2 * x), jax.jit(lambda x: 3 * x)
+  np.testing.assert_array_equal(triple(x), 3)
+  compiled = compile_ahead(double, jax.ShapeDtypeStruct(x.shape, x.dtype))
+  np.testing.assert_array_equal(compiled(x), 2)
+  assert double._cache_size() == triple._cache_size() == 0  # tracing them is forgotten
+  np.testing.assert_array_equal(triple(x), 3)
 
 
 def test_a_program_compiled_meanwhile():

@@ -15,8 +15,8 @@ from small_model import small_model, with_weights
 from configs import base
 from ddpo_jax import hoisting, inner_loop, lora, train, update
 from ddpo_jax.batches import BatchPlan
+from ddpo_jax.compilation import compiler_options
 from ddpo_jax.config import resolve
-from ddpo_jax.devices import compiler_options
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.schedule import NoiseSchedule
 from ddpo_jax.errors import Interrupted

@@ -99,13 +99,13 @@ def test_run_folder_and_resume(make_config, tmp_path, monkeypatch, capsys):
   np.testing.assert_array_equal(weights_of(run, 2), weights_of(tmp_path / "other", 2))
 
 
-def test_the_model_is_read_while_the_update_compiles(make_config, monkeypatch):
+def test_the_model_is_read_while_the_programs_compile(make_config, monkeypatch):
   compiling = threading.Event()
-  compile_update = build.compile_update
+  compile_programs = build.compile_programs
 
   def begin(*arguments):
     compiling.set()
-    return compile_update(*arguments)
+    return compile_programs(*arguments)
 
   def wait():
     assert compiling.wait(timeout=60)
@@ -113,7 +113,7 @@ def test_the_model_is_read_while_the_update_compiles(make_config, monkeypatch):
 
   cfg = make_config()
   model = build.open_model(cfg)
-  monkeypatch.setattr(build, "compile_update", begin)
+  monkeypatch.setattr(build, "compile_programs", begin)
   trainer = build_trainer(cfg, dataclasses.replace(model, read=wait))
   assert {leaf.dtype for leaf in jax.tree.leaves(trainer.frozen_unet)} == {jnp.dtype("float32")}
 
