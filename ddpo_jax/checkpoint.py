@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from ddpo_jax import distributed
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import read_jsonl
+from ddpo_jax.files import absolute, read_jsonl
 from ddpo_jax.messages import one_line
 from ddpo_jax.types import TrainState
 
@@ -48,15 +48,22 @@ class Restored:
 
 
 def run_of(path: str | os.PathLike) -> pathlib.Path:
-  """The run folder that a path names: itself, or that of its `checkpoints`, or of one in there.
+  """The run folder that a path names: itself, or that of its `checkpoints`, or of one in there."""
+  return _run_and_epoch(path)[0]
 
-  Runs may have such names, too: what has checkpoints of its own is a run.
-  """
-  path = pathlib.Path(path).expanduser().resolve()
-  is_run = (path / "checkpoints").is_dir()
-  if path.name.isdigit() and path.parent.name == "checkpoints" and not is_run:
-    return path.parent.parent
-  return path.parent if path.name == "checkpoints" and not is_run else path
+
+def _run_and_epoch(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
+  """The run folder that a path names, and the epoch if it names one checkpoint."""
+  resolved = pathlib.Path(path).expanduser().resolve()
+  if (resolved / "checkpoints").is_dir():  # a run, even one that is called "checkpoints" itself
+    return resolved, None
+  # As it is given first: `checkpoints` may be a link to a folder of any name on another disk.
+  for each in (pathlib.Path(absolute(path)), resolved):
+    if each.name.isdigit() and each.parent.name == "checkpoints":
+      return each.parent.parent.resolve(), int(each.name)
+    if each.name == "checkpoints":
+      return each.parent.resolve(), None
+  return resolved, None
 
 
 def find(path: str | os.PathLike, name: str = "resume_from") -> tuple[pathlib.Path, int]:
@@ -78,12 +85,12 @@ def find_all(path: str | os.PathLike, name: str = "resume_from"
     UserError: if there is no checkpoint.
   """
   given = f"{name}={str(path)!r}"
-  path, run = pathlib.Path(path).expanduser().resolve(), run_of(path)
+  path, (run, epoch) = pathlib.Path(path).expanduser(), _run_and_epoch(path)
   if not path.is_dir():
     problem = "is a file" if path.exists() else "does not exist"
     raise UserError(f"{given} {problem}; must be a run folder or a checkpoint in it")
-  if path.parent == run / "checkpoints":
-    return run, [int(path.name)]
+  if epoch is not None:
+    return run, [epoch]
   epochs = saved_epochs(run)
   if not epochs:
     raise UserError(f"{given} holds no checkpoint; must be a run folder whose checkpoints/ "

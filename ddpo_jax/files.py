@@ -45,8 +45,9 @@ def append_jsonl(path: pathlib.Path, line: Mapping[str, Any]) -> None:
     file.write(json.dumps(line) + "\n")
 
 
-def absolute(path: str) -> str:
-  """A path that a user gives, as it is called from any folder; "" stays "", which is none."""
+def absolute(path: str | os.PathLike[str]) -> str:
+  """A user's path as an absolute one, links not followed; "" stays "", which means none."""
+  path = os.fspath(path)
   return os.path.abspath(os.path.expanduser(path)) if path else path
 
 

@@ -162,6 +162,23 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(tmp_path, epochs, l
     assert checkpoint.to_resume("auto", tmp_path) == (tmp_path, [])
 
 
+@pytest.mark.parametrize("disk", ("scratch", "job/checkpoints"))
+def test_checkpoints_may_be_a_link_to_another_disk(tmp_path, disk):
+  run = tmp_path / "run"
+  (tmp_path / disk / "7").mkdir(parents=True)
+  (tmp_path / disk / "8").mkdir()
+  run.mkdir()
+  (run / "checkpoints").symlink_to(tmp_path / disk)
+  for path in (run, run / "checkpoints"):
+    assert checkpoint.find_all(path) == (run, [8, 7])
+  assert checkpoint.find_all(run / "checkpoints" / "7") == (run, [7])
+
+
+def test_a_link_to_a_checkpoint_is_followed(run):
+  (run / "best").symlink_to(run / "checkpoints" / "3")
+  assert checkpoint.find_all(run / "best") == (run, [3])
+
+
 def test_a_disk_that_is_not_mounted_is_no_new_run(tmp_path):
   (tmp_path / "checkpoints").symlink_to("/nowhere/checkpoints")
   with pytest.raises(UserError, match="is a link to /nowhere/checkpoints, which does not exist"):
