@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 
+from ddpo_jax import files
+
 TINY = "tiny"
 TINY_FOLDER = pathlib.Path(__file__).parent / "assets" / "tiny_sd"
 FORMATS = f"a folder in diffusers' format, a hub id such as 'owner/name', or {TINY!r}"
@@ -27,7 +29,5 @@ def is_moved(model: str, before: str) -> bool:
 
 
 def absolute(model: str) -> str:
-  """A local model's folder, as it is called from any other; everything else as it is."""
-  if model == TINY or not is_local(model):
-    return model
-  return str(pathlib.Path(model).expanduser().absolute())
+  """A local model's folder as an absolute path; everything else as it is."""
+  return files.absolute(model) if is_local(model) and model != TINY else model

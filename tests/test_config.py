@@ -237,6 +237,17 @@ def test_a_base_model_may_have_moved(tmp_path):
     check_continues(resolve(changed(**{"pretrained.model": "owner/name"})), saved, "it")
 
 
+def test_a_base_model_may_be_called_from_any_folder(tmp_path, monkeypatch):
+  for name in ("model", "here", "there/below"):
+    (tmp_path / name).mkdir(parents=True)
+  monkeypatch.chdir(tmp_path / "here")
+  saved = with_absolute_paths(resolve(changed(**{"pretrained.model": "../model"})))
+  assert saved.pretrained.model == str(tmp_path / "model")
+  monkeypatch.chdir(tmp_path / "there/below")
+  now = resolve(changed(**{"pretrained.model": "../../model/"}))
+  check_continues(now, saved.to_dict(), "it")
+
+
 def test_weights_to_begin_with_may_be_called_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "l.safetensors").touch()
