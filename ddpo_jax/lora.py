@@ -8,6 +8,7 @@ checkpoints only ever see the trained ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
+import json
 import os
 import re
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from ddpo_jax.models import layers
 from ddpo_jax.tensor_files import open_tensors, save_tensors
 
 FORMATS = ("diffusers", "kohya")
+_PEFT_CONFIG = "lora_adapter_metadata"  # where diffusers keeps it in a file's header, as JSON
 
 # How files in circulation name the same matrix, rewritten to the first, diffusers' own.
 _IMPORT_RULES = (
@@ -146,13 +148,13 @@ def import_lora(unet: nnx.Module, path: str | os.PathLike) -> None:
 
   Takes diffusers' format, with or without the `unet.` prefix, the names of older
   releases (`….processor.to_q_lora.down.weight`), and kohya's. Each matrix has the rank
-  that it has in the file; an `alpha` scales the update by alpha/rank.
+  that it has in the file; an `alpha`, beside it or in the header, scales the update by alpha/rank.
 
   Raises:
     UserError: if the file cannot be read, or a weight is missing, unknown or misshapen.
   """
   projections = list(attention_projections(unet))
-  tensors = _read(path, {_kohya_name(name): name for name, _ in projections})
+  tensors, header_alpha = _read(path, {_kohya_name(name): name for name, _ in projections})
   for name, linear in projections:
     down, up = (_take(tensors, f"{name}.{suffix}.weight", path)
                 for suffix in ("lora_A", "lora_B"))
@@ -163,7 +165,7 @@ def import_lora(unet: nnx.Module, path: str | os.PathLike) -> None:
                       f"must be {expected[0]} and {expected[1]} for this model")
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
       raise UserError(f"LoRA file {path}: {name} holds NaN or infinity; must be finite numbers")
-    alpha = _alpha(tensors, f"{name}.alpha", rank, path)
+    alpha = _alpha(tensors, f"{name}.alpha", rank if header_alpha is None else header_alpha, path)
     linear.lora_down = nnx.LoRAParam(jnp.asarray(down.T, jnp.float32))
     linear.lora_up = nnx.LoRAParam(jnp.asarray(up.T, jnp.float32) * (alpha / rank))
   if tensors:
@@ -175,10 +177,35 @@ def _kohya_name(name: str) -> str:
   return "lora_unet_" + name.replace(".", "_")
 
 
-def _read(path: str | os.PathLike, modules: dict[str, str]) -> dict[str, Any]:
-  """A file's tensors under diffusers' names; `modules` maps kohya's module names to ours."""
+def _read(path: str | os.PathLike, modules: dict[str, str]
+          ) -> tuple[dict[str, Any], float | None]:
+  """A file's tensors under diffusers' names, and the alpha in its header, if it has one.
+
+  Args:
+    path: of the file.
+    modules: kohya's names of the modules, and ours.
+  """
   with open_tensors(f"LoRA file {path}", path) as tensors:
-    return {_canonical(name, modules): tensors.get_tensor(name) for name in tensors.keys()}
+    header = tensors.metadata() or {}
+    return ({_canonical(name, modules): tensors.get_tensor(name) for name in tensors.keys()},
+            _header_alpha(header.get(_PEFT_CONFIG, "{}"), path))
+
+
+def _header_alpha(text: str, path: str | os.PathLike) -> float | None:
+  """The alpha of all layers in peft's config, which diffusers keeps since 0.34."""
+  try:
+    config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
+  except (ValueError, AttributeError) as error:
+    raise UserError(f"LoRA file {path}: its header's {_PEFT_CONFIG} cannot be read: {error}; must "
+                    "be a JSON object") from error
+  for name in ("alpha_pattern", "use_rslora"):
+    if config.get(name):
+      raise UserError(f"LoRA file {path}: its header's {name}={config[name]!r} is not supported; "
+                      "must be absent: one lora_alpha scales every update by lora_alpha/rank")
+  alpha = config.get("lora_alpha")
+  if not isinstance(alpha, (int, float, type(None))):
+    raise UserError(f"LoRA file {path}: its header's lora_alpha is {alpha!r}; must be a number")
+  return alpha
 
 
 def _canonical(name: str, modules: dict[str, str]) -> str:
@@ -200,8 +227,8 @@ def _take(tensors: dict[str, Any], name: str, path: str | os.PathLike) -> Any:
   return tensor
 
 
-def _alpha(tensors: dict[str, Any], name: str, rank: int, path: str | os.PathLike) -> float:
-  alpha = tensors.pop(name, np.array(rank))
+def _alpha(tensors: dict[str, Any], name: str, default: float, path: str | os.PathLike) -> float:
+  alpha = tensors.pop(name, np.array(default))
   if alpha.size != 1 or not np.isfinite(alpha).all():
     raise UserError(f"LoRA file {path}: {name} is {alpha}; must be one finite number")
   return float(alpha.item())

@@ -1,5 +1,7 @@
 """LoRA: which weights it adds, that they start as nothing, and its files."""
 
+import json
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -106,6 +108,28 @@ def test_alpha_scales_a_kohya_file(unet, golden_lora, tmp_path):
     np.testing.assert_array_equal(half.lora_down[...], whole.lora_down[...])
   save_file({**tensors, min(tensors): np.zeros(2, np.float32)}, file)
   with pytest.raises(UserError, match="alpha"):
+    lora.import_lora(unet, file)
+
+
+@pytest.mark.parametrize("prefix", ("", "unet."))
+def test_alpha_in_the_header_of_a_diffusers_file(unet, golden_lora, tmp_path, prefix):
+  """Where diffusers, since 0.34, keeps peft's config."""
+  trained, file = golden_lora("lora_new"), tmp_path / "lora.safetensors"
+
+  def with_header(config):
+    text = json.dumps({prefix + name: value for name, value in config.items()})
+    lora.export_lora(trained, file, {"lora_adapter_metadata": text})
+
+  with_header({"r": 4, "lora_alpha": 8, "alpha_pattern": {}, "use_rslora": False})
+  lora.import_lora(unet, file)
+  for double, whole in zip(lora.adapted(unet), lora.adapted(trained), strict=True):
+    np.testing.assert_array_equal(double.lora_up[...], whole.lora_up[...] * 2)
+  for name, value in {"use_rslora": True, "alpha_pattern": {"to_q": 2}, "lora_alpha": "8"}.items():
+    with_header({name: value})
+    with pytest.raises(UserError, match=name):
+      lora.import_lora(unet, file)
+  lora.export_lora(trained, file, {"lora_adapter_metadata": "[]"})
+  with pytest.raises(UserError, match="must be a JSON object"):
     lora.import_lora(unet, file)
 
 
