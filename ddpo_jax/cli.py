@@ -128,6 +128,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
                     "as configs/demo.py")
   if _is_of_run(file):
+    if colon:
+      raise UserError(f"--config={spec}: has no experiments; must be --config={file}")
     return _explained(spec, lambda: _config_of_run(file))
   if pathlib.Path(file).suffix != ".py":
     raise UserError(f"--config={spec}: {file!r} must be a Python file such as "

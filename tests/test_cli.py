@@ -203,6 +203,8 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
   assert read(f"--config={file}") == cfg
   again = read(f"--config={file}", "--config.train.learning_rate=1e-5", "--config.num_epochs=9")
   assert (again.train.learning_rate, again.num_epochs, again.seed) == (1e-5, 9, 7)
+  with pytest.raises(UserError, match=":alignment: has no experiments; must be --config="):
+    read(f"--config={file}:alignment")
   for text, message in (("[]", "must be the config.json"), ("{", "Expecting"),
                         ("{}", "seed is missing from the config")):
     file.write_text(text)
