@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import timeit
@@ -14,6 +15,7 @@ from runs import ROOT, start
 from small_model import small_config, small_model
 
 from configs import demo
+from ddpo_jax import build
 from ddpo_jax.benchmark import compare, flops, profile
 from ddpo_jax.benchmark.jax_side import JaxSide, random_model
 from ddpo_jax.benchmark.side import _DOING, Side
@@ -45,6 +47,19 @@ def test_both_sides_do_the_same_work(tmp_path):
     profile = results["profile"][part]
     assert 0 < profile["busy_seconds"] and profile["operations"]
   assert "times as fast" in printed
+
+
+def test_an_old_schedulers_file_means_what_it_means_in_training(tmp_path):
+  """It lacks steps_offset, without which the last step has no density."""
+  shutil.copytree(small_model(), tmp_path, dirs_exist_ok=True)
+  file = tmp_path / "scheduler" / "scheduler_config.json"
+  values = json.loads(file.read_text())
+  del values["steps_offset"], values["clip_sample"]
+  file.write_text(json.dumps(values))
+  cfg = resolve(small_config(**{"pretrained.model": str(tmp_path)}))
+  schedule, trained = (model.shapes.noise_schedule for model in
+                       (random_model(cfg), build.open_model(cfg)))
+  assert schedule == trained and schedule.steps_offset == 1
 
 
 def test_flops_are_counted_from_shapes():

@@ -169,7 +169,7 @@ def random_model(cfg: Config) -> LazyModel[StableDiffusion]:
                              for name, (module, config) in PARTS.items()}
   model = StableDiffusion(
       tokenizer=load_clip_tokenizer(model_folder("tiny") / "tokenizer"),  # as many tokens as any
-      noise_schedule=NoiseSchedule.from_dict(configs["scheduler"]), **modules)
+      noise_schedule=NoiseSchedule.of_pipeline(configs["scheduler"]), **modules)
 
   def read() -> StableDiffusion:
     drawn: Any = {name: _with_random_weights(module) for name, module in modules.items()}
