@@ -122,11 +122,7 @@ def _zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
   return (root**2).astype(np.float32)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["timesteps", "alphas_cumprod", "alphas_cumprod_prev",
-                 "one_minus_alphas_cumprod", "one_minus_alphas_cumprod_prev", "variances"],
-    meta_fields=["noise_schedule", "has_density"])
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DDIMSchedule:
   """What DDIM needs to know of each of its T steps; 0 is the first denoising step.
@@ -141,8 +137,9 @@ class DDIMSchedule:
   one_minus_alphas_cumprod: Float32[Array, " T"]  # 1 − ᾱ of the former
   one_minus_alphas_cumprod_prev: Float32[Array, " T"]  # and of the latter
   variances: Float32[Array, " T"]  # σ_t² of formula 16 at eta 1
-  noise_schedule: NoiseSchedule
-  has_density: bool  # whether every variance is above 0
+  noise_schedule: NoiseSchedule = dataclasses.field(metadata={"static": True})
+  # Whether every variance is above 0.
+  has_density: bool = dataclasses.field(metadata={"static": True})
 
   @property
   def num_steps(self) -> int:
