@@ -71,7 +71,7 @@ def predict_clean(
   """
   config = schedule.noise_schedule
   signal_root, noise_root = (  # sqrt(ᾱ_t) and sqrt(1 − ᾱ_t)
-      jnp.sqrt(_per_sample(x, step, latents))
+      jnp.sqrt(_per_sample(x, step))
       for x in (schedule.alphas_cumprod, schedule.one_minus_alphas_cumprod))
   if config.prediction_type == "epsilon":
     noise = model_output
@@ -100,10 +100,10 @@ def ddim_mean_and_std(
   """
   model_output, latents = (x.astype(jnp.float32) for x in (model_output, latents))
   clean, noise = predict_clean(schedule, model_output, step, latents)
-  variance = eta**2 * _per_sample(schedule.variances, step, latents)
+  variance = eta**2 * _per_sample(schedule.variances, step)
   direction = jnp.sqrt(jnp.maximum(
-      _per_sample(schedule.one_minus_alphas_cumprod_prev, step, latents) - variance, 0.0))
-  signal = jnp.sqrt(_per_sample(schedule.alphas_cumprod_prev, step, latents))
+      _per_sample(schedule.one_minus_alphas_cumprod_prev, step) - variance, 0.0))
+  signal = jnp.sqrt(_per_sample(schedule.alphas_cumprod_prev, step))
   return signal * clean + direction * noise, jnp.sqrt(variance)
 
 
@@ -178,16 +178,14 @@ def policy_step(
                    prev_latents=prev_latents)
 
 
-def _per_sample(values: Float[Array, " T"], step: Int[Array, " B"],
-                latents: Float[Array, "B h w C"]) -> Float[Array, "B 1 1 1"]:
+def _per_sample(values: Float[Array, " T"], step: Int[Array, " B"]) -> Float[Array, "B 1 1 1"]:
   """Each sample's entry of a [T] table, shaped to broadcast against its latents."""
-  return values[step].reshape(-1, *(1,) * (latents.ndim - 1))
+  return values[step].reshape(-1, 1, 1, 1)
 
 
 def _threshold(clean: Float[Array, "B h w C"], ratio: float, max_value: float
                ) -> Float[Array, "B h w C"]:
   """Dynamic thresholding (arXiv:2205.11487, section 2.3), per sample."""
-  flat = jnp.abs(clean).reshape(clean.shape[0], -1)
-  bound = jnp.clip(jnp.quantile(flat, ratio, axis=1), 1.0, max_value)
-  bound = bound.reshape(-1, *(1,) * (clean.ndim - 1))
+  bound = jnp.quantile(jnp.abs(clean), ratio, axis=(1, 2, 3), keepdims=True)
+  bound = jnp.clip(bound, 1.0, max_value)
   return jnp.clip(clean, -bound, bound) / bound
