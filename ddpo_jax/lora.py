@@ -7,7 +7,6 @@ checkpoints only ever see the trained ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import json
 import os
 import re
@@ -37,7 +36,7 @@ _IMPORT_RULES = (
 )
 
 
-def attention_projections(unet: nnx.Module) -> Iterator[tuple[str, layers.Linear]]:
+def attention_projections(unet: nnx.Module) -> list[tuple[str, layers.Linear]]:
   """Every linear layer that LoRA is attached to, with its dotted path, in path order."""
   found = []
   for path, module in nnx.iter_graph(unet):
@@ -46,7 +45,7 @@ def attention_projections(unet: nnx.Module) -> Iterator[tuple[str, layers.Linear
       found += [(f"{prefix}.{name}", getattr(module, name))
                 for name in ("to_q", "to_k", "to_v")]
       found.append((f"{prefix}.to_out.0", module.to_out[0]))
-  return iter(sorted(found, key=lambda item: item[0]))
+  return sorted(found, key=lambda item: item[0])
 
 
 def adapted(unet: nnx.Module) -> list[layers.Linear]:
@@ -73,7 +72,7 @@ def inject_lora(unet: nnx.Module, rank: int, key: jax.Array) -> None:
   """
   if rank < 1:
     raise ValueError(f"{rank=} must be at least 1")
-  projections = list(attention_projections(unet))
+  projections = attention_projections(unet)
   if not projections:
     raise ValueError("the UNet has no attention projections to attach LoRA to")
   for i, (_, linear) in enumerate(projections):
@@ -153,7 +152,7 @@ def import_lora(unet: nnx.Module, path: str | os.PathLike) -> None:
   Raises:
     UserError: if the file cannot be read, or a weight is missing, unknown or misshapen.
   """
-  projections = list(attention_projections(unet))
+  projections = attention_projections(unet)
   tensors, header_alpha = _read(path, {_kohya_name(name): name for name, _ in projections})
   for name, linear in projections:
     down, up = (_take(tensors, f"{name}.{suffix}.weight", path)

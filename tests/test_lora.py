@@ -30,7 +30,7 @@ def test_attached_lora_changes_nothing_yet(unet):
   lora.inject_lora(unet, rank=4, key=jax.random.key(0))
   np.testing.assert_array_equal(noise_of(unet), before)
   # And is not merely ignored:
-  _, first = next(lora.attention_projections(unet))
+  _, first = lora.attention_projections(unet)[0]
   first.lora_up[...] = jnp.ones_like(first.lora_up[...])
   assert not np.allclose(noise_of(unet), before)
 
