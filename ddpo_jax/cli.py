@@ -14,7 +14,7 @@ from typing import Any
 
 import ml_collections
 
-from ddpo_jax.config import GROUPS, Config, fields_of, inspect_config
+from ddpo_jax.config import FREE_FORM, GROUPS, Config, fields_of, inspect_config
 from ddpo_jax.console import write
 from ddpo_jax.errors import USAGE_ERROR, Interrupted, UserError
 from ddpo_jax.messages import one_line, place, with_type
@@ -100,7 +100,7 @@ def _left_out(spec: str, values: Mapping[str, Any]) -> list[str]:
     return []
   return [f"{group} holds {REDACTED!r} where {spec} leaves out a key or password; give it again, "
           f"as --config.{group}.ARGUMENT=VALUE"
-          for group in ("prompt_fn_kwargs", "reward_kwargs")
+          for group in FREE_FORM
           if REDACTED in str(values.get(group))]
 
 

@@ -128,7 +128,7 @@ class Config:
   def to_dict(self) -> dict[str, Any]:
     """Plain nested dicts, ready for JSON and for other eyes: without keys and passwords."""
     values = dataclasses.asdict(self)
-    return {**values, **{name: redacted(values[name]) for name in _FREE_FORM}}
+    return {**values, **{name: redacted(values[name]) for name in FREE_FORM}}
 
   @property
   def reward_weights(self) -> Mapping[str, float] | None:
@@ -177,7 +177,7 @@ _NEAR = 0.7  # how alike names are, of 1, where one may have been meant for the 
 _SHORTENED = 0.9  # how alike "clip" is to "clip_range"
 _MOST_NEAR = 3  # such names in a message
 
-_FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")  # what users fill with their own
+FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")  # what users fill with their own
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "run_name": (lambda x: x not in (".", "..") and not re.search(r"[/\\\0]", x),

@@ -22,6 +22,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output
 from ddpo_jax.images import image_grid
 from ddpo_jax.inference import ImageGenerator, SamplingOptions, load_base_unet, load_run
+from ddpo_jax.messages import counted
 from ddpo_jax.model_names import TINY
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, model_folder
@@ -111,7 +112,7 @@ def sample_to_files(request: SampleRequest) -> None:
     captions = [f"{which}: {prompt}" for prompt in prompts for which in ("before", "after")]
   _write(images, captions, output, is_grid=request.is_grid)
   say(f"Wrote {output}" if request.is_grid else
-      f"Wrote {_number(len(images))} to {output}{os.sep}")
+      f"Wrote {counted(len(images), 'image')} to {output}{os.sep}")
 
 
 def _not_finite(request: SampleRequest, error: FloatingPointError) -> str:
@@ -138,12 +139,8 @@ def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]
 
 def _generator(models: StableDiffusion, options: SamplingOptions, count: int) -> ImageGenerator:
   """Says what takes long from here on, and makes the generator."""
-  say(f"Compiling, and sampling {_number(count)} in {options.num_steps} steps")
+  say(f"Compiling, and sampling {counted(count, 'image')} in {options.num_steps} steps")
   return ImageGenerator(models, options)
-
-
-def _number(images: int) -> str:
-  return "1 image" if images == 1 else f"{images} images"
 
 
 def _load_base(model: str, dtype: DTypeLike) -> StableDiffusion:
