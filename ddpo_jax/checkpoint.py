@@ -119,10 +119,14 @@ def to_resume(resume_from: str, run: pathlib.Path) -> tuple[pathlib.Path, list[i
 
 
 def check_none_is_lost(run: pathlib.Path, named: str) -> None:
-  """Refuses to begin a run again whose checkpoints were there: that would delete its metrics.
+  """Refuses to start a run over whose checkpoints have vanished: that would delete its metrics.
+
+  Args:
+    run: the run's folder.
+    named: the option that leads to it, with its value, for the message.
 
   Raises:
-    UserError: says what is `named`, an option with its value.
+    UserError: if the run has finished more epochs than it may have without a checkpoint.
   """
   folder = run / "checkpoints"
   advice = f"{named}: {folder} {{}}; bring it back, or choose another run_name"
@@ -138,7 +142,7 @@ def _save_freq(run: pathlib.Path) -> int:
   try:
     return int(json.loads((run / "config.json").read_text(encoding="utf-8"))["save_freq"])
   except (OSError, ValueError, LookupError, TypeError):
-    return 0  # it is not known to have been less often
+    return 0  # unknown: then two finished epochs count as proof that there were checkpoints
 
 
 class Checkpointer:
@@ -204,9 +208,10 @@ class Checkpointer:
 
 @functools.cache
 def _hide_tracebacks() -> None:
-  """Of a checkpoint that cannot be written there would be hundreds of lines for the one above.
+  """Silences orbax's own reports of a failed write, which `finish_writing` says in one line.
 
-  Each thread of orbax logs its error, and each file left to write finds its event loop closed.
+  There would be hundreds: each of its threads logs its error, and each file that is left to write
+  finds its event loop closed.
   """
   logging.getLogger("absl").addFilter(
       lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)

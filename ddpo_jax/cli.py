@@ -105,7 +105,7 @@ def _left_out(spec: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def _resolve(values: Mapping[str, Any], problems: list[str]) -> Config:
-  """As `config.resolve`; with something wrong, the rest is checked as well before it is said."""
+  """`config.resolve`, which in case of problems also runs the later checks, to report them all."""
   resolved, found = inspect_config(values)
   problems = problems + found
   if problems:
@@ -166,7 +166,7 @@ def _config_of(file: str, arguments: Sequence[str]) -> Any:
 
 
 def _explained(spec: str, load: Callable[[], Any]) -> Any:
-  """What `load` returns; whatever it raises as a line that names the place in the file."""
+  """Returns `load()`; what it raises becomes a UserError that names the line of the file."""
   file = pathlib.Path(spec.partition(":")[0]).resolve()
   try:
     return load()
@@ -196,10 +196,10 @@ def _join(arguments: Sequence[str]) -> list[str]:
 
 
 def _instead(before: Sequence[str]) -> str:
-  """What should have been in the place of an argument that is no option.
+  """What to write instead of an argument that is not an option.
 
   Args:
-    before: the options so far. The last may be the rest of a dict that the shell took apart.
+    before: the options so far. The last may be the first piece of a dict that the shell split.
   """
   name, value = _split(before[-1]) if before else ("", "")
   if name.startswith("--config.") and value.count("{") > value.count("}"):

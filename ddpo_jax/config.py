@@ -3,8 +3,8 @@
 Imports nothing slow, so that a mistake in a config is answered at once.
 
 A new field goes into configs/base.py, which documents it, a dataclass here, and `_RULES`; into
-`_RELATIONS` if it depends on others, and `resume_checks._MAY_CHANGE` if a resumed run may have it
-otherwise.
+`_RELATIONS` if it depends on others, and `resume_checks._MAY_CHANGE` if it may differ when a run
+is resumed.
 """
 
 from __future__ import annotations
@@ -242,11 +242,11 @@ def resolve(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
 
 def inspect_config(config: ml_collections.ConfigDict | Mapping[str, Any]
                    ) -> tuple[Config | None, list[str]]:
-  """As `resolve`, for a caller that has more to check before it says what is wrong.
+  """`resolve` for a caller that has more to check before it reports all problems.
 
   Returns:
-    The config, or None if it is none at all; its fields that `fields_of(problems)` names must not
-    be read. And the problems, a line for each.
+    The config and a line for each problem. The config's values for `fields_of(problems)` must not
+    be used; it is None if the input is not a group of fields at all.
   """
   problems: list[str] = []
   values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
@@ -355,7 +355,7 @@ def _with_groups(field: str) -> list[str]:
 
 
 def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
-  """Fills one dataclass, with None for what is wrong and said so in `problems`."""
+  """Fills one dataclass, and adds to `problems` what is wrong; missing fields become None."""
   if not isinstance(values, Mapping):
     problems.append(f"{prefix.rstrip('.')}={shown(values)} must be a group of fields")
     return None
@@ -395,7 +395,7 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 
 def _problem(kind: Any, value: Any, path: str) -> str | None:
-  """What a field that is no group must be, if its value is something else."""
+  """What a single field (not a group) must be, or None if its value is right."""
   if typing.get_origin(kind) is Mapping:
     return _argument_problem(value)
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -412,7 +412,7 @@ def _problem(kind: Any, value: Any, path: str) -> str | None:
 
 
 def _argument_problem(value: Any) -> str | None:
-  """What a function's arguments must be, if they are something else."""
+  """What a function's arguments must be, or None if they are right."""
   if not isinstance(value, Mapping):
     return "must be a dict"
   try:
@@ -427,7 +427,7 @@ def _argument_problem(value: Any) -> str | None:
 
 
 def _keys(value: Any) -> Iterator[Any]:
-  """Those of a dict, and of all dicts within."""
+  """The keys of a dict and of all dicts nested in it; of a list, those of the dicts in it."""
   if isinstance(value, Mapping):
     yield from value
   for item in value.values() if isinstance(value, Mapping) else value:
@@ -436,7 +436,7 @@ def _keys(value: Any) -> Iterator[Any]:
 
 
 def _is_usable(text: str) -> bool:
-  """Whether the operating system takes a text, be it as a path."""
+  """Whether the operating system accepts a text, even as a path."""
   encoded = text.encode("utf-8", "surrogatepass")
   return (b"\0" not in encoded and len(encoded) <= _MAX_TEXT
           and all(len(name) <= _MAX_NAME for name in encoded.split(b"/")))

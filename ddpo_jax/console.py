@@ -31,7 +31,7 @@ def say(text: str) -> None:
 
 
 def write(text: str, stream: TextIO | None) -> None:
-  """Writes a line on a standard stream, be it closed, broken, or of few characters."""
+  """Writes a line to a standard stream, which may be closed, broken or of a narrow encoding."""
   if stream is None:  # as Python has a stream that was closed when it started
     return
   try:
@@ -48,13 +48,13 @@ def hide_bars() -> bool | None:
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-  """The text with ? for what the stream's encoding has not."""
+  """The text with ? for every character that the stream's encoding lacks."""
   encoding = getattr(stream, "encoding", None) or "utf-8"
   return text.encode(encoding, "replace").decode(encoding)
 
 
 def _lead_nowhere(stream: TextIO) -> None:
-  """Lets what a broken stream still holds go, which Python would complain of as it ends."""
+  """Points a broken stream at /dev/null, or Python would fail to flush it at exit."""
   with contextlib.suppress(OSError, ValueError):  # no file of the system's is behind it
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())

@@ -39,10 +39,10 @@ def configure_devices() -> None:
 
 
 def open_in_background() -> None:
-  """Has the driver open this process's devices, which takes a GPU seconds, in a thread.
+  """Opens this process's devices in a thread: that takes a GPU's driver seconds.
 
-  Must come after `configure_devices`. What needs a device before it is open waits for it, and
-  finds the error where there is one.
+  Must come after `configure_devices`. Code that needs a device before then waits for it, and gets
+  the error if there is one.
   """
   def touch() -> None:
     with contextlib.suppress(RuntimeError):

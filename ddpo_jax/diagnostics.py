@@ -46,7 +46,7 @@ def diversity(images: UInt8[np.ndarray, "N H W 3"]) -> float:
 
 
 class Watch:
-  """Looks at each epoch's metrics for signs of trouble, and names each of them once."""
+  """Looks at each epoch's metrics for signs of trouble, and reports each kind once."""
 
   def __init__(self, cfg: Config):
     self._cfg = cfg

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-  """A signal asked the program to stop; who lets it pass has saved what was computed."""
+  """A signal asked the program to stop. Code that lets this pass has saved its work first."""
 
   def __init__(self, signum: int):
     super().__init__(f"stopped by signal {signum}")

@@ -24,7 +24,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
   """The objects of a file with one JSON object for each epoch; none if it is absent.
 
-  What is no object with an epoch, such as a line that was cut off, is left out.
+  Lines that are not objects with an epoch, such as one that was cut off, are skipped.
   """
   if not path.exists():
     return []

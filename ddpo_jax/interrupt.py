@@ -1,6 +1,6 @@
-"""SIGTERM, SIGINT and SIGHUP: a run stops where everything is at rest, anything else at once.
+"""SIGTERM, SIGINT and SIGHUP: a run stops where the devices are idle, anything else at once.
 
-Imports nothing slow, so that scripts can ask for the latter before anything else.
+Imports nothing slow, so that scripts can call `end_at_signals` before anything else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Stop:
     self.signum: int | None = None
 
   def check(self) -> None:
-    """Raises Interrupted if so, on all processes; called where everything is at rest."""
+    """Raises Interrupted if so, on all processes; called where the devices are idle. Collective."""
     from ddpo_jax import distributed  # imports JAX, which is there already in a run
     signum = distributed.max_over_processes(self.signum or 0)
     if signum:

@@ -1,4 +1,4 @@
-"""What users give, and exceptions of other people's code, as parts of one line."""
+"""Formats users' values, and exceptions of other people's code, for one-line messages."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def place(error: BaseException, is_of: Callable[[str], bool] = is_users) -> str:
 
   Args:
     error: that was caught.
-    is_of: whether a file is one of those that the user should look at. Of the calls in these
-      the innermost is named, or the line that is not Python.
+    is_of: whether a file is one that the user should look at. The innermost call in such a file
+      is named, or the line that has the syntax error.
   """
   if isinstance(error, SyntaxError) and error.filename and is_of(error.filename):
     return f" ({error.filename}, line {error.lineno})"

@@ -54,7 +54,7 @@ def with_advice(cfg: Config) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-  """The error, and those that it came from or in the handling of."""
+  """The error and, recursively, its causes and the errors during whose handling it was raised."""
   pending, seen = [error], set()
   while pending:
     each = pending.pop()

@@ -13,7 +13,7 @@ from ddpo_jax.config import Config, PerPromptStatTrackingConfig
 from ddpo_jax.errors import UserError
 from ddpo_jax.redaction import is_secret
 
-# What a resumed run may have otherwise than before.
+# Fields that may differ when a run is resumed.
 _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
                "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
                "tensorboard", "distributed", "sample.decode_batch_size",

@@ -25,7 +25,7 @@ def choose_run_name(cfg: Config) -> str:
 
 
 def is_named_by_checkpoint(cfg: Config) -> bool:
-  """Whether the run's folder is that of the checkpoint which it goes on from."""
+  """Whether the run has no name of its own and writes where its checkpoint came from."""
   return bool(cfg.resume_from) and not cfg.run_name
 
 
@@ -58,7 +58,7 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
 
 
 def _continues(cfg: Config, run: pathlib.Path) -> bool:
-  """Whether the config goes on with this run, and does not begin another one in its folder."""
+  """Whether the config resumes this run, and does not start another one in its folder."""
   if cfg.resume_from in ("", "auto"):
     return cfg.resume_from == "auto"
   return checkpoint.run_of(cfg.resume_from) == run.resolve()

@@ -55,11 +55,11 @@ def resolve_function(field: str, name: str, known: dict[str, Callable],
 
 
 class calling:
-  """Around a call of a user's function: its errors say whose they are.
+  """A context for calls of a user's function: notes in its errors that it raised them.
 
   Raises:
-    RuntimeError: where it exits, as the run would end as if all was done; is cancelled; or
-      raises StopIteration, at which an iterator around the call would end.
+    RuntimeError: in place of SystemExit, which would end the run as if it were done; of
+      CancelledError; and of StopIteration, which would end an iterator around the call.
   """
 
   def __init__(self, what: str):
@@ -145,7 +145,7 @@ def _parameters(signature: inspect.Signature) -> str:
 
 
 def _wanted(parameter: inspect.Parameter | None, value: Any) -> str:
-  """The type that an argument should have had, by annotation or default; "" if it may do."""
+  """The type that an argument must have, by annotation or default; "" if nothing contradicts it."""
   if parameter is None:  # of **kwargs
     return ""
   annotation, default = parameter.annotation, parameter.default

@@ -107,7 +107,7 @@ def prepare(cfg: Config, run_name: str = "") -> Prepared:
 
 
 def other_problems(cfg: Config, wrong: Set[str]) -> list[str]:
-  """What else to say beside the fields that are wrong already; loads no network.
+  """Further problems of a config some of whose fields are wrong already; loads no network.
 
   Args:
     cfg: with values that must not be used in the fields `wrong`.

@@ -140,7 +140,7 @@ def resize_and_crop(images: np.ndarray, config: CLIPImageConfig) -> np.ndarray:
 
 
 def normalise_pixels(images: jax.Array, config: CLIPImageConfig) -> jax.Array:
-  """[B, S, S, 3] uint8 -> float32 of the mean and the spread that the tower was trained on."""
+  """[B, S, S, 3] uint8 -> float32, standardised by CLIP's mean and std of each channel."""
   x = images.astype(jnp.float32) / 255
   return (x - jnp.float32(config.mean)) / jnp.float32(config.std)
 

@@ -1,4 +1,4 @@
-"""Several rewards as one: each on a scale of its own making, then weighted."""
+"""Several rewards as one: each standardised by its own history, then weighted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RewardCombiner:
   """
 
   def __init__(self, weights: Mapping[str, float]):
-    """Takes each function's weight; a negative one turns its reward round."""
+    """Takes each function's weight; a negative one asks for little of that reward."""
     self._weights = dict(weights)
     self._moments = {name: (0, 0.0, 0.0) for name in weights}  # count, mean, Σ(r − mean)²
 

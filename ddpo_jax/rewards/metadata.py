@@ -1,4 +1,4 @@
-"""What a reward needs of the prompts' metadata, looked at before anything is sampled."""
+"""Checks, before anything is sampled, that the prompts' metadata has what a reward needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def checks_metadata(check: Callable[[list[dict[str, Any]]], Any]) -> Callable[[F
 
 
 def check_metadata(function: RewardFn, metadata: list[dict[str, Any]]) -> None:
-  """Makes the check that a reward function has, if it has one.
+  """Runs the check that `checks_metadata` attached to a reward function, if there is one.
 
   Raises:
     UserError: if the function cannot score images with such metadata.
