@@ -61,7 +61,8 @@ def configure_jax(cfg: Config) -> None:
         "folder for all processes; one that is would make the next start quicker")
     folder = None
   if folder is not None:
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Absolute, because a reward may change the working folder.
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   if jax.distributed.is_initialized():
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # for the same reason

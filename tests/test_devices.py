@@ -1,5 +1,6 @@
 """The same seed on 1, 2, 4 and 8 devices: the same samples, gradients and weights."""
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -215,3 +216,17 @@ def test_threads_share_arenas(tmp_path, wish, expected):
   subprocess.run([sys.executable, "-c", _COUNT_ARENAS, str(tmp_path / "arenas.xml")],
                  check=True, env=environment, cwd=ROOT)
   assert (tmp_path / "arenas.xml").read_text().count("<heap nr=") == expected
+
+
+def test_the_compilation_cache_stays_where_it_was(monkeypatch, tmp_path):
+  """A reward may change the working folder."""
+  monkeypatch.chdir(tmp_path)
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+           "jax_default_matmul_precision")
+  before = {name: jax.config.values[name] for name in names}
+  try:
+    devices.configure_jax(dataclasses.replace(make_config(1), compilation_cache="cache"))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache")
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
