@@ -110,7 +110,6 @@ class Server:
     self.url = url
     self.limits = limits
     self._where = f"reward_fn={reward!r}, reward_kwargs.url={redacted(url)!r}"
-    self._pool = DaemonThreadPool(limits.max_parallel, reward)
     try:
       parts = urllib.parse.urlsplit(url)
       right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -119,6 +118,7 @@ class Server:
     if not right:
       raise UserError(f"{self._where} must be a web address, such as "
                       "'http://127.0.0.1:8085'")
+    self._pool = DaemonThreadPool(limits.max_parallel, reward)
 
   @property
   def check_timeout(self) -> float:
