@@ -21,6 +21,7 @@ from PIL import Image
 from ddpo_jax.diagnostics import drift_tolerance
 from ddpo_jax.files import read_jsonl, write_atomically
 from ddpo_jax.images import encode_image, number_of
+from ddpo_jax.messages import counted
 
 _INK = "#010203"  # becomes the page's text colour, whichever that is
 _ACCENT, _SECOND, _THIRD = "#3b82f6", "#f59e0b", "#10b981"  # readable on white and black
@@ -120,7 +121,7 @@ def _grids(run: pathlib.Path) -> list[str]:
 
 def _picture(path: pathlib.Path) -> str:
   number = number_of(path)
-  caption = "before training" if number == 0 else f"after {number} epochs"
+  caption = "before training" if number == 0 else f"after {counted(number, 'epoch')}"
   image: Image.Image = Image.open(path)
   if image.width > _GRID_WIDTH:
     image = image.resize((_GRID_WIDTH, round(image.height * _GRID_WIDTH / image.width)))
