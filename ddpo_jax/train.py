@@ -176,8 +176,7 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
   first = int(trainer.state.step) == 0
   rollout = trainer.worker.run(trainer.state.params, epoch, check_stop=stop.check)
   if first:
-    with distributed.raising_together():
-      check_predictions(trainer, rollout)
+    check_predictions(trainer, rollout)
   rewards = total_rewards(trainer, rollout)
   batch = make_batch(trainer, rollout, rewards)
   training_started = time.perf_counter()
@@ -208,11 +207,13 @@ def evaluate(trainer: Trainer, tracker: tracking.Tracker, epochs: int) -> None:
 def check_predictions(trainer: Trainer, rollout: Rollout) -> None:
   """Refuses a model with which no sample has a log-probability that is a finite number."""
   any_finite = jax.jit(lambda log_probs: jnp.isfinite(log_probs.sum(axis=-1)).any())
-  if not any_finite(rollout.trajectory.log_probs):
-    raise UserError(
-        f"pretrained.model={trainer.cfg.pretrained.model!r}: what its UNet predicts is not "
-        "finite; its files must hold no NaN or infinity, and its numbers must not be too large "
-        f"for mixed_precision={trainer.cfg.mixed_precision!r}")
+  is_right = bool(any_finite(rollout.trajectory.log_probs))  # collective, so outside of the block
+  with distributed.raising_together():
+    if not is_right:
+      raise UserError(
+          f"pretrained.model={trainer.cfg.pretrained.model!r}: what its UNet predicts is not "
+          "finite; its files must hold no NaN or infinity, and its numbers must not be too large "
+          f"for mixed_precision={trainer.cfg.mixed_precision!r}")
 
 
 def count_skipped(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:
