@@ -128,26 +128,26 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
     # A run that goes on from another's checkpoint has it from the start: should it be killed
     # before its own first one, resume_from="auto" finds it.
     checkpointer.save(finished, *state)
-  evaluate(trainer, tracker, first_epoch)  # once more, should the run have ended in it
-  for epoch in range(first_epoch, cfg.num_epochs):
-    try:
+  try:
+    evaluate(trainer, tracker, first_epoch)  # once more, should the run have ended in it
+    for epoch in range(first_epoch, cfg.num_epochs):
       run_epoch(trainer, tracker, epoch, stop, started)
       finished, state = epoch, checkpoint_of(trainer)
       evaluate(trainer, tracker, epoch + 1)
-    except BaseException as error:
-      if not distributed.raised_on_all(error):
-        end_alone(cfg, error)
-      # An epoch is a pure function of the state before it, so nothing is lost: neither by a
-      # signal, nor where a reward fails or exits, or training gets no finite numbers.
-      if finished >= 0:
-        checkpointer.save_and_wait(finished, *state)
-        say(f"Saved after {counted(finished + 1, 'epoch')}: --config.resume_from="
-            f"{shlex.quote(str(checkpointer.run))} goes on from there")
-      raise
-    if epoch + 1 == cfg.num_epochs:
-      checkpointer.save_and_wait(epoch, *state)
-    elif not checkpointer.finish_writing() or (epoch + 1) % cfg.save_freq == 0:
-      checkpointer.save(epoch, *state)
+      if epoch + 1 == cfg.num_epochs:
+        checkpointer.save_and_wait(epoch, *state)
+      elif not checkpointer.finish_writing() or (epoch + 1) % cfg.save_freq == 0:
+        checkpointer.save(epoch, *state)
+  except BaseException as error:
+    if not distributed.raised_on_all(error):
+      end_alone(cfg, error)
+    # An epoch is a pure function of the state before it, so nothing is lost: neither by a
+    # signal, nor where a reward fails or exits, or training gets no finite numbers.
+    if finished >= 0:
+      checkpointer.save_and_wait(finished, *state)
+      say(f"Saved after {counted(finished + 1, 'epoch')}: --config.resume_from="
+          f"{shlex.quote(str(checkpointer.run))} goes on from there")
+    raise
 
 
 def end_alone(cfg: Config, error: BaseException) -> NoReturn:

@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from ddpo_jax import checkpoint, lora, train
+from ddpo_jax import checkpoint, lora, rollout, train
 from ddpo_jax.build import load_models
 from ddpo_jax.config import resolve
 
@@ -119,6 +119,16 @@ def no_more_prompts_on_process_one(rng, after):
   """Four are drawn before a run; in an epoch its own eight, and then those of all sixteen."""
   if jax.process_index() == 1 and next(_prompts_drawn) > after:
     raise KeyError("no such prompt")
+  return "a red circle", {}
+
+
+def no_device_on_process_one(rng):
+  """From the first prompts that are drawn for sampling, before the first epoch."""
+  def fails(*_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+  if jax.process_index() == 1:
+    rollout.RolloutWorker._launch = fails
   return "a red circle", {}
 
 

@@ -119,6 +119,16 @@ def test_a_device_that_fails_on_one_ends_both(whole):
   assert checkpoint.saved_epochs(whole / "device") == [0]
 
 
+def test_a_device_that_fails_before_the_first_epoch_ends_both(whole):
+  """In the evaluation: neither waits the five minutes for which JAX waits for processes to end."""
+  started = time.monotonic()
+  codes, errors = finish(start_two(small_command(
+      whole, "no_device", "--config.prompt_fn=tests.runs:no_device_on_process_one")))
+  assert codes[1] == 1 and codes[0] != 0, errors
+  assert time.monotonic() - started < 150
+  assert "the device is gone" in errors[1] and "Process 1 ends without saving" in errors[1]
+
+
 @pytest.mark.parametrize("after,saved", [(_DRAWS + 8 + 3, []), (_DRAWS + 8 + 16 + 3, [0])])
 def test_a_prompt_that_fails_on_one_stops_both(whole, after, saved):
   """In the first epoch, of the prompts of all; or in the second: the first is saved, by both."""
