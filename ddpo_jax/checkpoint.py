@@ -151,10 +151,13 @@ class Checkpointer:
   def __init__(self, run: pathlib.Path, keep: int):
     """Opens `run`/checkpoints, of which at most `keep` stay."""
     _hide_tracebacks()
-    self.run = run
-    policy = ocp.checkpoint_managers.LatestN(keep)
-    self._manager = ocp.CheckpointManager(
-        (run / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(
+    self.run, self._keep = run, keep
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    policy = ocp.checkpoint_managers.LatestN(self._keep)
+    return ocp.CheckpointManager(
+        (self.run / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(
             preservation_policy=policy, enable_async_checkpointing=True,
             cleanup_tmp_directories=True),
         item_handlers={"state": ocp.StandardCheckpointHandler(),
@@ -198,7 +201,11 @@ class Checkpointer:
           "again")
     if not distributed.max_over_processes(int(failed)):
       return True
-    self._manager.reload()
+    # Where several files could not be written, this manager's next save would raise what it has
+    # not said yet.
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    self._manager = self._open()
     return False
 
   def close(self) -> None:
