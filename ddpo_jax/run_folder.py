@@ -42,12 +42,12 @@ def choose_run_folder(cfg: Config, name: str = "") -> pathlib.Path:
 
   Args:
     cfg: of the run.
-    name: where the config has none; from `choose_run_name`.
+    name: from `choose_run_name`, where it has been asked already.
 
   Raises:
     UserError: if a run that is not to be continued is already there.
   """
-  name = cfg.run_name or name or choose_run_name(cfg)
+  name = name or choose_run_name(cfg)
   if is_named_by_checkpoint(cfg):  # and so not by "auto"
     return checkpoint.run_of(cfg.resume_from)
   run = pathlib.Path(cfg.logdir).expanduser() / name

@@ -1,14 +1,16 @@
 """Which folder a run writes to, and that no other run writes there at the same time."""
 
 import dataclasses
+import errno
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from configs import demo
-from ddpo_jax import run_folder, tracking
+from ddpo_jax import checkpoint, run_folder, tracking
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.run_folder import choose_run_folder, claim
@@ -87,9 +89,10 @@ def test_one_run_at_a_time(cfg, monkeypatch, capsys):
     claim(run, cfg)
   resuming = dataclasses.replace(cfg, resume_from="auto")
   monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.1)
+  monkeypatch.setattr("time.sleep", lambda seconds: None)
   with pytest.raises(UserError, match="another run is writing"):
     claim(run, resuming)
-  assert "waiting up to 0.1 s for its end" in capsys.readouterr().out
+  assert capsys.readouterr().out.count("waiting up to 0.1 s for its end") == 1
   monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 60)
   monkeypatch.setattr("time.sleep", lambda seconds: first.release())
   claim(run, resuming).release()
@@ -145,9 +148,16 @@ def test_unwritable_logdir_names_the_field(cfg, tmp_path):
     claim(choose_run_folder(bad), bad)
 
 
-def test_without_locks_a_run_may_still_be_in_its_first_epoch(cfg, monkeypatch):
+def cannot_lock(descriptor, operation):
+  raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("locks", (None, types.SimpleNamespace(
+    flock=cannot_lock, LOCK_SH=1, LOCK_EX=2, LOCK_NB=4)), ids=("system", "file system"))
+def test_without_locks_a_run_may_still_be_in_its_first_epoch(cfg, monkeypatch, locks):
   """As on some network file systems."""
-  monkeypatch.setitem(sys.modules, "fcntl", None)
+  monkeypatch.setitem(sys.modules, "fcntl", locks)
+  assert claim(choose_run_folder(cfg), cfg).lock is None
   tracking.Tracker(choose_run_folder(cfg), cfg).close()
   with pytest.raises(UserError, match="already holds a run.*resume_from='auto'"):
     choose_run_folder(cfg)
@@ -171,8 +181,9 @@ def test_a_run_that_goes_on_without_a_name_writes_where_it_wrote(cfg):
     claimed.release()  # it holds no lock that it could give up again
 
 
-def test_a_run_may_lie_in_a_folder_called_checkpoints(cfg, tmp_path, monkeypatch):
-  run = tmp_path / "checkpoints" / "7"
+@pytest.mark.parametrize("path", ("checkpoints/7", "checkpoints"))
+def test_a_run_may_be_called_as_what_is_in_one(cfg, tmp_path, monkeypatch, path):
+  run = tmp_path / path
   (run / "checkpoints" / "7").mkdir(parents=True)
   (run / "config.json").write_text("{}")
   changes = {"logdir": str(run.parent), "resume_from": str(run)}
@@ -180,6 +191,16 @@ def test_a_run_may_lie_in_a_folder_called_checkpoints(cfg, tmp_path, monkeypatch
     assert choose_run_folder(dataclasses.replace(cfg, run_name=name, **changes)) == run
   monkeypatch.chdir(run / "checkpoints")
   assert choose_run_folder(dataclasses.replace(cfg, run_name="", resume_from="7")) == run
+
+
+def test_runs_may_be_in_ones_home(cfg, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  run = choose_run_folder(dataclasses.replace(cfg, logdir="~/logs"))
+  assert run == tmp_path / "logs" / "run"
+  (run / "checkpoints" / "7").mkdir(parents=True)
+  resumed = dataclasses.replace(cfg, run_name="", resume_from="~/logs/run")
+  assert choose_run_folder(resumed) == run
+  assert checkpoint.find("~/logs/run") == (run, 7)
 
 
 def test_a_name_is_made_from_the_time(cfg):
