@@ -51,8 +51,10 @@ def test_cores_share_the_batches_of_one_device():
   assert (two.sample_batch_size, two.train_batch_size) == (64, 32)
   same = dict(num_devices=1, devices_per_batch=1, sample_batch_size=128, train_batch_size=64)
   assert dataclasses.replace(two, **same) == one
-  assert "1 x cpu (2 cores share each batch)" in dataclasses.replace(
-      two, device="cpu").describe()
+  shown = dataclasses.replace(two, device="cpu").describe()
+  assert "1 x cpu (2 cores share each batch)" in shown
+  assert "Sample batch size per device = 128" in shown
+  assert "Train batch size per device = 64" in shown
 
 
 def test_the_batch_arithmetic_is_shown():
@@ -255,6 +257,10 @@ def test_weights_to_begin_with_may_be_called_from_any_folder(tmp_path, monkeypat
   saved = with_absolute_paths(given)
   assert saved.lora.init_from == str(tmp_path / "l.safetensors")
   check_continues(given, saved.to_dict(), "it")
+  (tmp_path / "other.safetensors").touch()
+  with pytest.raises(UserError, match="^lora.init_from='other.safetensors' contradicts it"):
+    check_continues(resolve(changed(**{"lora.init_from": "other.safetensors"})), saved.to_dict(),
+                    "it")
   assert with_absolute_paths(resolve(base.get_config())).lora.init_from == ""
 
 
@@ -273,6 +279,12 @@ def test_arguments_are_compared_by_what_they_say():
   now = changed(prompt_fn_kwargs={"b": 2, "a": 1}, reward_fn={"z:y": 0.5, "x:y": 1.0})
   saved = json.loads(json.dumps(resolve(before).to_dict()))
   check_continues(resolve(now), saved, "it")
+  more = changed(prompt_fn_kwargs={"a": 1, "b": 2, "c": 3},
+                 reward_fn={"x:y": 1, "z:y": 0.5, "w:y": 1})
+  with pytest.raises(UserError) as error:
+    check_continues(resolve(more), saved, "it")
+  assert sorted(line.partition("=")[0] for line in str(error.value).splitlines()) == [
+      "prompt_fn_kwargs", "reward_fn"]
 
 
 def test_batch_sizes_go_with_the_devices():
