@@ -110,13 +110,15 @@ def test_a_process_that_a_reward_forks_ends_at_once():
 
 
 def test_what_is_left_to_do_is_done_before_the_end():
+  """As far as it can be."""
   said = assert_program_ended_by(signal.SIGTERM, """
       from ddpo_jax import interrupt
       interrupt.end_at_signals()
       with interrupt.ending_with(lambda: print("not meanwhile")):
         pass
       with interrupt.ending_with(lambda: print("at the end", flush=True)):
-        in_a_c_library(signal.SIGTERM)
+        with interrupt.ending_with(lambda: 1 / 0):
+          in_a_c_library(signal.SIGTERM)
       """)
   assert said == "at the end\n"
 
@@ -132,6 +134,18 @@ def test_nohup_is_respected():
       swallowed(signal.SIGTERM)
       """)
   assert said == "still here\n"
+
+
+def test_a_handler_of_the_users_own_is_respected():
+  said = assert_program_ended_by(signal.SIGINT, """
+      from ddpo_jax import interrupt
+      interrupt.end_at_signals()
+      signal.signal(signal.SIGTERM, lambda *_: print("handled", flush=True))
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(0.2)
+      swallowed(signal.SIGINT)
+      """)
+  assert said == "handled\n"
 
 
 def test_after_the_run_a_signal_ends_the_process_again():

@@ -1,9 +1,11 @@
 """Two real processes of two devices each, over gloo."""
 
+import importlib.machinery
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import types
 
@@ -187,6 +189,15 @@ def test_prompts_that_processes_could_not_agree_on_are_refused(monkeypatch):
 ))
 def test_clusters_are_recognised(environment, expected):
   assert distributed.started_by_cluster(environment) is expected
+
+
+@pytest.mark.parametrize("installed", (False, True))
+def test_kubernetes_is_asked_where_its_package_is_installed(monkeypatch, installed):
+  package = types.ModuleType("kubernetes")
+  package.__spec__ = importlib.machinery.ModuleSpec("kubernetes", None)
+  monkeypatch.setitem(sys.modules, "kubernetes", package if installed else None)
+  environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+  assert distributed.started_by_cluster(environment) is installed
 
 
 @pytest.mark.parametrize("environment, expected", (
