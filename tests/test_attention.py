@@ -57,6 +57,14 @@ def test_gradients_of_chunks_are_added_up_in_float32():
     assert error(ours) < 1.5 * error(whole)
 
 
+def test_chunks_keep_what_they_were_given_for_the_backward_pass():
+  """Not in float32 as well, which would take twice as much."""
+  inputs = [x.astype(jnp.bfloat16) for x in draw(256, 48)]
+  _, backward = jax.vjp(lambda *args: attend_in_chunks(attend, *args, 4 * 48), *inputs)
+  kept = sum(x.nbytes for x in jax.tree.leaves(backward))
+  assert kept == sum(x.nbytes for x in inputs)
+
+
 @pytest.mark.parametrize("max_scores,shape", [
     (12288, (2, 64, 2, 8)), (6144, (1, 64, 2, 8)), (3072, (1, 64, 1, 8)), (768, (1, 16, 1, 8))])
 def test_attention_in_blocks(max_scores, shape):

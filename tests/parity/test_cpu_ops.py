@@ -30,7 +30,7 @@ def check(ours, theirs, *inputs, dtype=np.float32, tolerance=TOLERANCE):
   pairs = [(actual, expected), *zip(backward(jnp.asarray(grad, actual.dtype)),
                                     (tensor.grad for tensor in tensors))]
   for a, b in pairs:
-    assert a.shape == b.shape
+    assert (a.shape, a.dtype) == (b.shape, dtype)
     b = b.detach().numpy()
     assert np.abs(np.asarray(a, np.float64) - b).max() < tolerance * np.abs(b).max()
 
@@ -60,14 +60,15 @@ def gradients_of(function):
     ((1, 1), (32, 32), True), ((2, 2), (8, 6), True), ((1, 3), (8, 6), True),
     ((5, 7), (8, 3), True), ((2, 4), (32, 2), True),
     ((2, 3), (8, 6), False), ((4, 4), (4, 32), False), ((8, 8), (32, 32), False),
-    ((3, 4), (32, 32), False), ((5, 6), (16, 12), False), ((6, 5), (16, 12), False)])
+    ((3, 4), (32, 32), False), ((4, 3), (32, 32), False), ((5, 6), (16, 12), False),
+    ((6, 5), (16, 12), False)])
 def test_convolution(size, channels, as_products):
   x, kernel = draw((3, *size, channels[0]), (3, 3, *channels))
-  check(cpu_convolution.convolve, torch_convolution, x, kernel)
   prepared = cpu_convolution.prepare(jnp.float32(kernel))
-  check(lambda x, kernel: cpu_convolution.convolve(x, kernel, prepared), torch_convolution, x,
-        kernel)
-  assert (num_convolutions(cpu_convolution.convolve, x, kernel) > 0) != as_products
+  for convolve in (cpu_convolution.convolve,
+                   lambda x, kernel: cpu_convolution.convolve(x, kernel, prepared)):
+    check(convolve, torch_convolution, x, kernel)
+    assert (num_convolutions(convolve, x, kernel) > 0) != as_products
 
 
 @pytest.mark.parametrize("size,channels,as_products", [
@@ -84,7 +85,8 @@ def test_convolution_of_many_channels(size, channels, as_products):
 
 @pytest.mark.parametrize("size,channels,as_products", [
     ((2, 3), (256, 260), True), ((4, 4), (260, 256), True), ((6, 8), (256, 256), True),
-    ((5, 40), (256, 256), True), ((6, 8), (256, 255), False), ((10, 21), (256, 256), False)])
+    ((5, 40), (256, 256), True), ((6, 8), (256, 255), False), ((6, 8), (255, 256), False),
+    ((10, 21), (256, 256), False)])
 def test_convolution_in_half_precision(monkeypatch, size, channels, as_products):
   """Of all pixels at once, or of some rows at a time: two, or one where that is too long."""
   for name, value in (("_HALF_MAX_PIXELS_AT_ONCE", 16), ("_HALF_MAX_PIXELS_IN_PARTS", 200),
@@ -113,6 +115,12 @@ def test_gradient_in_the_kernel_is_a_product(function):
   x, kernel = draw((2, 8, 8, 32), (3, 3, 32, 40))
   forward = num_convolutions(function, x, kernel)
   assert num_convolutions(gradients_of(function), x, kernel) == 2 * forward > 0
+
+
+@pytest.mark.parametrize("size", ((2, 2), (4, 4)))
+def test_gradient_in_the_input_is_products_as_the_convolution_is(size):
+  x, kernel = draw((2, *size, 32), (3, 3, 32, 40))
+  assert num_convolutions(gradients_of(cpu_convolution.convolve), x, kernel) == 0
 
 
 def convolution_of_doubled(x, kernel):
@@ -171,9 +179,14 @@ def test_attention(query_length, key_length):
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-def test_attention_in_half_precision(dtype):
-  inputs = draw(*((2, length, 32) for length in (16, 7, 7)))
+@pytest.mark.parametrize("queries", (16, 64))
+def test_attention_in_half_precision(dtype, queries):
+  """All products are asked for with float32 sums, forward and backward."""
+  inputs = draw(*((2, length, 32) for length in (queries, 7, 7)))
   split = lambda x: x.reshape(*x.shape[:2], 4, 8)
-  check(lambda *x: attention.multi_head_attention(*x, num_heads=4),
-        lambda *x: torch_attention(*map(split, x)).reshape(2, 16, 32), *inputs,
+  attend = lambda *x: attention.multi_head_attention(*x, num_heads=4)
+  check(attend, lambda *x: torch_attention(*map(split, x)).reshape(2, queries, 32), *inputs,
         dtype=jnp.dtype(dtype), tolerance=1e-2)
+  gradients = jax.grad(lambda *x: attend(*x).sum().astype(jnp.float32), (0, 1, 2))
+  program = str(jax.make_jaxpr(gradients)(*(jnp.asarray(x, dtype) for x in inputs)))
+  assert program.count("preferred_element_type=float32") == program.count("dot_general") == 6
