@@ -88,6 +88,8 @@ def test_requests_are_the_references(server):
   (request,) = sent(server)
   assert request["queries"] == [["Answer concisely: what is going on in this image?"]] * 10
   assert request["answers"] == [[f"The image contains {prompt}"] for prompt in PROMPTS]
+  # Replies are read as they come: a pickle, not a compressed one.
+  assert all(headers["Accept-Encoding"] == "identity" for _, headers, _ in server.requests)
   for image, data in zip(images, request["images"]):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="JPEG", quality=80)
@@ -288,6 +290,18 @@ def test_one_failure_gives_up_the_other_requests_at_once(server):
   with pytest.raises(remote.RewardError, match="HTTP status 403"):
     reward_fn(servers.grey_images(COUNTS), PROMPTS, NOTHING)
   assert time.monotonic() - start < 5
+
+
+def test_one_failure_ends_the_attempts_of_all(server):
+  """The first of five requests does not come back, and of those that wait one may have begun."""
+  reward_fn = llava.make_llava_bertscore(url=server.url, batch_size=2, max_parallel=2,
+                                         **{**FAST, "backoff": 0.3})
+  server.faults = [servers.status(500), servers.status(403)]
+  server.always = servers.hang
+  with pytest.raises(remote.RewardError, match="HTTP status 403"):
+    reward_fn(servers.grey_images(COUNTS), PROMPTS, NOTHING)
+  time.sleep(0.5)
+  assert len(server.requests) in (2, 3)
 
 
 @pytest.mark.parametrize("make", [llava.make_llava_bertscore,

@@ -118,8 +118,9 @@ def test_strict(server):
     ("A cat", "cat", True), ("cats", "cat", True), ("a category", "cat", False),
     ("Two wolves!", "wolf", True), ("concatenate", "cat", False), ("", "cat", False),
     ("a polar\nbear", "polar bear", False), ("Polar bears", "polar bear", True),
-    ("C++ (code)", "c++", True), ("2026", "twenty", False), ("٣", "three", False),
-    ("three", "3", True), ("There is one cat.", "1", True), ("13", "3", False)])
+    ("C++ (code)", "c++", True), ("2026", "twenty", False), ("2026", "six", False),
+    ("٣", "three", False), ("three", "3", True), ("There is one cat.", "1", True),
+    ("13", "3", False)])
 def test_answers_are_words(reply, answer, found):
   assert has_answer(reply, answer) == found
 
@@ -248,6 +249,17 @@ def test_unusable_replies_are_not_asked_for_again(server, fault):
   assert len(server.requests) == 1
   assert "'vlm_score'" in str(error.value) and server.url in str(error.value)
   assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_an_error_of_another_kind_is_no_broken_connection(server, monkeypatch):
+  reward_fn = make(server)
+
+  def fails(chunks, deadline):
+    raise ZeroDivisionError
+
+  monkeypatch.setattr(remote, "read_reply", fails)
+  with pytest.raises(ZeroDivisionError):
+    reward_fn(servers.grey_images([1]), ["cat"], [{}])
 
 
 def test_replies_to_questions_are_texts(server):
