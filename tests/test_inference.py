@@ -1,5 +1,6 @@
 """From a run's folder to images and files, as scripts/sample.py and export_lora.py do."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import runpy
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -84,6 +86,37 @@ def test_a_run_whose_base_model_has_moved(run, tmp_path):
   assert moved.keys() == there.keys() and all((moved[k] == there[k]).all() for k in there)
   with pytest.raises(UserError, match="--base_model needs --run"):
     sample(tmp_path / "grid.png", model="tiny", base_model="tiny")
+
+
+@pytest.mark.parametrize("text", ("{", "[]", "{}"))
+def test_a_config_that_cannot_be_read_is_a_line(text, tmp_path):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(UserError, match="config.json cannot be read: .*; must be the config that"):
+    inference.config_of(tmp_path, None)
+
+
+def test_a_runs_config_and_what_is_given_beside_it(run, monkeypatch):
+  """Precision, base model and sampling options; a picture may end in capitals."""
+  cfg = inference.config_of(run, None)
+  assert cfg.mixed_precision != "bf16" == inference.config_of(run, "bf16").mixed_precision
+  assert inference.config_of(run, None, "owner/name").pretrained.model == "owner/name"
+  cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, eta=0.5))
+  request = sample_files.SampleRequest(output="a.JPG", run=str(run),
+                                       guidance_scale=2.0, mixed_precision="bf16")
+  options = request.sampling_options(cfg)
+  assert (options.num_steps, options.guidance_scale, options.eta) == (
+      cfg.sample.num_steps, 2.0, 0.5)
+  assert request.is_grid
+
+  def stop(*args, **kwargs):
+    raise InterruptedError([*args, *kwargs.values()])
+
+  monkeypatch.setattr(sample_files, "load_run", stop)
+  monkeypatch.setattr(sample_files, "load_pretrained", stop)
+  for changes, precision in (({}, "bf16"), ({"run": None, "model": "tiny"}, jnp.bfloat16)):
+    with pytest.raises(InterruptedError) as loaded:
+      sample_files.sample_to_files(dataclasses.replace(request, prompts=["a cat"], **changes))
+    assert precision in loaded.value.args[0]
 
 
 def test_outputs_may_be_in_ones_home(run, tmp_path, monkeypatch):
@@ -247,6 +280,8 @@ def test_full_finetuning_trains_every_weight_and_exports_a_unet_folder(tmp_path)
     export.export_run(str(run), tmp_path / "unet", "kohya")
   with pytest.raises(UserError, match="--output=.*full.safetensors: the run has use_lora=False"):
     export.export_run(str(run), tmp_path / "full.safetensors")
+  with pytest.raises(UserError, match="is the base model's own folder; choose another"):
+    export.export_run(str(run), small_model() / "unet")
   export.export_run(str(run), tmp_path / "unet")
   assert json.loads((tmp_path / "unet/config.json").read_text()) == json.loads(
       (small_model() / "unet/config.json").read_text())
