@@ -121,7 +121,7 @@ def _set(config: ml_collections.ConfigDict, path: str, value: Any) -> list[str]:
   *groups, name = path.split(".")
   for group in groups:
     if not isinstance(config.get(group), ml_collections.ConfigDict):
-      config[group] = ml_collections.ConfigDict()
+      config[group] = ml_collections.ConfigDict(type_safe=False)
     config = config[group]
   config[name] = value
   return []

@@ -71,6 +71,13 @@ def test_groups():
   assert (cfg.sample.num_steps, cfg.sample.batch_size) == (12, 128)
   assert cfg.per_prompt_stat_tracking == PerPromptStatTrackingConfig(
       buffer_size=3, min_count=2)
+  # The last value counts, in a group that was none as well, and of whatever type it is.
+  with pytest.raises(UserError) as error:
+    read("--config", DEMO, "--config.per_prompt_stat_tracking=None",
+         "--config.per_prompt_stat_tracking.min_count=1",
+         "--config.per_prompt_stat_tracking.buffer_size=3",
+         "--config.per_prompt_stat_tracking.buffer_size=x")
+  assert str(error.value) == "per_prompt_stat_tracking.buffer_size='x' must be of type int"
 
 
 def test_none_is_no_arguments():
