@@ -401,8 +401,8 @@ def _problem(kind: Any, value: Any, path: str) -> str | None:
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
     return f"must be of type {kind.__name__}"
   if isinstance(value, str) and not _is_usable(value):
-    return (f"must have no NUL, at most {_MAX_TEXT} bytes, and at most {_MAX_NAME} between two "
-            "slashes")
+    return (f"must have no NUL and no half of a surrogate pair, at most {_MAX_TEXT} bytes, and at "
+            f"most {_MAX_NAME} between two slashes")
   if kind is int and abs(value) >= 2**31:
     return "must be below 2147483648"
   if kind is float and not math.isfinite(value):
@@ -437,7 +437,10 @@ def _keys(value: Any) -> Iterator[Any]:
 
 def _is_usable(text: str) -> bool:
   """Whether the operating system accepts a text, even as a path."""
-  encoded = text.encode("utf-8", "surrogatepass")
+  try:
+    encoded = text.encode("utf-8", "surrogateescape")  # as paths are
+  except UnicodeEncodeError:
+    return False
   return (b"\0" not in encoded and len(encoded) <= _MAX_TEXT
           and all(len(name) <= _MAX_NAME for name in encoded.split(b"/")))
 

@@ -53,6 +53,7 @@ BAD_FIELDS = [
     ("run_name", NOT_A_TEXT), ("run_name", "../x"), ("run_name", "a\0b"), ("run_name", "n" * 300),
     ("seed", "x"), ("seed", -1), ("seed", HUGE),
     ("logdir", NOT_A_TEXT), ("logdir", ""), ("logdir", "x" * 5000), ("logdir", "~nobody_/x"),
+    ("logdir", "half\ud800"),
     ("num_epochs", 1.5), ("num_epochs", 0), ("num_epochs", True),
     ("save_freq", None), ("save_freq", 0), ("eval_freq", "10"), ("eval_freq", -1),
     ("num_checkpoint_limit", [1]), ("num_checkpoint_limit", 0),
