@@ -17,7 +17,7 @@ import ml_collections
 from ddpo_jax.config import FREE_FORM, GROUPS, Config, fields_of, inspect_config
 from ddpo_jax.console import write
 from ddpo_jax.errors import USAGE_ERROR, Interrupted, UserError
-from ddpo_jax.messages import one_line, place, with_type
+from ddpo_jax.messages import one_line, place, shown, with_type
 from ddpo_jax.overrides import override, unquoted
 from ddpo_jax.redaction import REDACTED
 
@@ -186,7 +186,7 @@ def _join(arguments: Sequence[str]) -> list[str]:
     argument = rest.pop(0)
     first, *fields = argument.partition("=")[0].split(".")
     if first != "--config" or not all(fields):
-      raise UserError(f"{argument!r} is not an option; {_instead(joined)}")
+      raise UserError(f"{shown(argument)} is not an option; {_instead(joined)}")
     if "=" not in argument:
       if not rest:
         raise UserError(f"{argument} has no value")

@@ -242,6 +242,7 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
      "per_prompt_stat_tracking='on' must be a group of fields, or None"),
     ([f"--config={'x' * 300}"], "does not exist"),
     ([f"--config={DEMO}", "extra"], "'extra' is not an option"),
+    ([f"--config={DEMO}", "x" * 5000], "^'x{119}… is not an option"),
     ([f"--config={DEMO}", "--config.sample.eta=0.0"], r"sample.eta=0.0 must be in \(0, 1\]"),
 ])
 def test_mistakes(arguments, message):
