@@ -190,7 +190,7 @@ def make_generate_config(cfg: Config, plan: BatchPlan) -> GenerateConfig:
 
 def make_update_config(cfg: Config, plan: BatchPlan) -> update.UpdateConfig:
   return update.UpdateConfig(
-      batch_size=plan.train_batch_size, sample_batch_size=plan.sample_batch_size,
+      batch_size=plan.train_batch_size,
       accumulation_steps=cfg.train.gradient_accumulation_steps,
       num_train_timesteps=plan.num_train_timesteps,
       timesteps_per_batch=cfg.train.timesteps_per_batch,

@@ -47,7 +47,6 @@ class UpdateConfig:
   """What the update needs to know; sizes are per device."""
 
   batch_size: int  # samples of one microbatch
-  sample_batch_size: int  # samples of one sampling batch, a multiple of batch_size
   accumulation_steps: int  # microbatches of samples in one optimizer step
   num_train_timesteps: int  # of each sample's T
   timesteps_per_batch: int  # of one sample in the same microbatch; divides the above
@@ -186,25 +185,23 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
                         key: Key[Array, ""], index: Int[Array, ""]) -> Microbatches:
   """Draws the microbatches of optimizer step `index` from the inner epoch's shuffle.
 
-  Samples never leave the device that drew them. So the epoch is laid out as a matrix:
-  a column for each slot of the training batch over all devices, and each column is
-  shuffled by itself. Devices own columns; the layout, and with it the samples of each
-  optimizer step, is the same however many devices share the columns.
+  Samples never leave the device that drew them. So the epoch is laid out as a matrix: a column
+  for each sample of an optimizer step, a row for each step of the inner epoch, and each column
+  is shuffled by itself. Devices own columns, and so do the slots of their microbatches: each
+  optimizer step has the same samples, however many devices and microbatches share them.
   """
-  per_slot = config.sample_batch_size // config.batch_size  # samples of a batch in a column
-  first_column = jax.lax.axis_index(AXIS) * config.batch_size
+  columns = config.batch_size * config.accumulation_steps
+  rows = batches * samples // columns
+  first_column = jax.lax.axis_index(AXIS) * columns
   sample_key, time_key = jax.random.split(key)
   del key
 
-  # Of two batches of samples 0 to 3 and 4 to 7, with a batch_size of 2, slot 0 has samples
-  # 0, 1, 4 and 5 in its column, and slot 1 has samples 2, 3, 6 and 7.
-  def column(slot: jax.Array) -> jax.Array:  # -> [accumulation_steps] local samples
-    order = jax.random.permutation(
-        jax.random.fold_in(sample_key, first_column + slot), batches * per_slot)
-    rows = jax.lax.dynamic_slice_in_dim(order, index * config.accumulation_steps,
-                                        config.accumulation_steps)
-    batch, place = rows // per_slot, rows % per_slot
-    return batch * samples + slot * per_slot + place
+  # Of two batches, of samples 0 to 3 and 4 to 7, and two rows, the columns are 0 and 4, 1 and 5,
+  # 2 and 6, 3 and 7.
+  def draw(column: jax.Array) -> jax.Array:  # -> a local sample
+    order = jax.random.permutation(jax.random.fold_in(sample_key, first_column + column), rows)
+    place, batch = jnp.divmod(column * rows + order[index], batches)
+    return batch * samples + place
 
   def timesteps(sample: jax.Array) -> jax.Array:  # -> [num_train_timesteps]
     batch, place = sample // samples, sample % samples
@@ -213,7 +210,9 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
     order = jax.random.permutation(jax.random.fold_in(time_key, global_index), num_steps)
     return order[:config.num_train_timesteps]
 
-  chosen = jax.vmap(column, out_axes=1)(jnp.arange(config.batch_size))
+  # A slot's columns follow each other, so that its samples follow each other in their batches:
+  # the shared program has them in the same slot when it samples.
+  chosen = jax.vmap(draw)(jnp.arange(columns)).reshape(config.batch_size, -1).T
   steps = jax.vmap(jax.vmap(timesteps))(chosen)  # [accumulation, batch, timesteps]
   steps = steps.reshape(*chosen.shape, -1, config.timesteps_per_batch)
   return Microbatches(sample=chosen.astype(jnp.int32),

@@ -79,7 +79,7 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
 
   draw = jax.jit(draw, compiler_options=compiler_options())
   config = update.UpdateConfig(
-      batch_size=train_batch, sample_batch_size=sample_batch, accumulation_steps=1,
+      batch_size=train_batch, accumulation_steps=1,
       num_train_timesteps=train_steps, timesteps_per_batch=timesteps_per_batch,
       guidance_scale=guidance_scale, eta=1.0, clip_range=1e-4, adv_clip_max=5.0,
       loss_scaling=loss_scaling)

@@ -67,7 +67,7 @@ def results(micro, schedule, batch, golden_lora, request):
   together, backend = request.param
   optimizer = update.make_optimizer(3e-4)
   config = update.UpdateConfig(
-      batch_size=4, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=3,
+      batch_size=4, accumulation_steps=1, num_train_timesteps=3,
       timesteps_per_batch=together, guidance_scale=float(micro["guidance_scale"]),
       eta=float(micro["eta"]), clip_range=0.0, adv_clip_max=float(micro["adv_clip_max"]),
       loss_scaling=False)
@@ -170,50 +170,54 @@ def test_gradients_are_clipped_by_their_global_norm():
   np.testing.assert_allclose([*adam.mu["a"], *adam.mu["b"]], [0.3, 0.4], rtol=1e-6)
 
 
+def layout_config(batch_size, accumulation_steps, num_train_timesteps):
+  return update.UpdateConfig(
+      batch_size=batch_size, accumulation_steps=accumulation_steps,
+      num_train_timesteps=num_train_timesteps, timesteps_per_batch=3, guidance_scale=1.0, eta=1.0,
+      clip_range=1e-4, adv_clip_max=5.0, loss_scaling=False)
+
+
 def test_microbatches_cover_every_sample_and_timestep_once():
-  """Over an inner epoch, on any number of devices, and in the same groups of samples."""
-  groups = {}
-  for devices in (1, 2, 4):
-    config = update.UpdateConfig(
-        batch_size=4 // devices, sample_batch_size=8 // devices, accumulation_steps=2,
-        num_train_timesteps=6, timesteps_per_batch=3, guidance_scale=1.0, eta=1.0,
-        clip_range=1e-4, adv_clip_max=5.0, loss_scaling=False)
+  """Over an inner epoch; by the same steps on any number of devices, in batches of any size."""
+  groups = []
+  for devices, batch_size, accumulation in ((1, 4, 2), (1, 2, 4), (1, 8, 1), (2, 2, 2), (4, 1, 2)):
+    config, own = layout_config(batch_size, accumulation, 6), 8 // devices
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices],
                          axis_types=(jax.sharding.AxisType.Auto,))
 
     def choose(index):
-      local = update.choose_microbatches(config, 6, 3, 8 // devices, jax.random.key(5),
-                                         index)
-      batch, place = local.sample // (8 // devices), local.sample % (8 // devices)
-      everywhere = batch * 8 + jax.lax.axis_index("data") * (8 // devices) + place
+      local = update.choose_microbatches(config, 6, 3, own, jax.random.key(5), index)
+      batch, place = local.sample // own, local.sample % own
+      everywhere = batch * 8 + jax.lax.axis_index("data") * own + place
       everywhere = jnp.broadcast_to(everywhere[:, None, :, None], local.step.shape)
-      return everywhere[None], local.step[None]
+      # The slot that the shared program would sample it in.
+      slots = place // (own // config.batch_size)
+      return everywhere[None], local.step[None], slots[None]
 
     mapped = jax.jit(jax.shard_map(choose, mesh=mesh, in_specs=P(), out_specs=P("data")))
     steps = [mapped(jnp.int32(index)) for index in range(3)]
     pairs = [{(int(s), int(t)) for s, t in zip(np.ravel(sample), np.ravel(step))}
-             for sample, step in steps]
+             for sample, step, _ in steps]
     assert set.union(*pairs) == {(s, t) for s in range(24) for t in range(6)}
     assert sum(map(len, pairs)) == 24 * 6
-    groups[devices] = pairs
-  assert groups[1] == groups[2] == groups[4]
+    for _, _, slots in steps:
+      np.testing.assert_array_equal(slots, np.broadcast_to(np.arange(batch_size), slots.shape))
+    groups.append(pairs)
+  assert all(pairs == groups[0] for pairs in groups)
 
 
 def test_samples_and_timesteps_are_shuffled():
   """Each sample's timesteps by themselves, and all of it anew with another key."""
-  config = update.UpdateConfig(
-      batch_size=4, sample_batch_size=8, accumulation_steps=6, num_train_timesteps=3,
-      timesteps_per_batch=3, guidance_scale=1.0, eta=1.0, clip_range=1e-4, adv_clip_max=5.0,
-      loss_scaling=False)
+  config = layout_config(batch_size=4, accumulation_steps=1, num_train_timesteps=3)
   mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1],
                        axis_types=(jax.sharding.AxisType.Auto,))
   choose = jax.jit(jax.shard_map(
-      lambda key: update.choose_microbatches(config, 20, 3, 8, key, jnp.int32(0)),
-      mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+      lambda key: jax.vmap(lambda index: update.choose_microbatches(config, 20, 3, 8, key, index))(
+          jnp.arange(6)), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
   one, other = (choose(jax.random.key(seed)) for seed in (5, 6))
-  order = np.asarray(one.sample)  # a column for each slot
+  order = np.asarray(one.sample)[:, 0]  # a column for each sample of a step
   assert (order != np.sort(order, axis=0)).any(axis=0).all()
-  assert (order != other.sample).any()
+  assert (order != other.sample[:, 0]).any()
   steps, others = (dict(zip(np.ravel(x.sample).tolist(), np.reshape(x.step, (-1, 3)).tolist()))
                    for x in (one, other))
   assert len(set(map(tuple, steps.values()))) > 20  # of 24 samples
@@ -244,7 +248,7 @@ def test_memory_does_not_grow_with_the_microbatches(schedule, batch):
   graphdef, params, frozen = lora.partition(load_pretrained(small_model()).unet,
                                             use_lora=False)
   config = update.UpdateConfig(
-      batch_size=1, sample_batch_size=4, accumulation_steps=1, num_train_timesteps=1,
+      batch_size=1, accumulation_steps=1, num_train_timesteps=1,
       timesteps_per_batch=1, guidance_scale=1.0, eta=1.0, clip_range=1e-4,
       adv_clip_max=5.0, loss_scaling=False)
   optimizer = update.make_optimizer(3e-4)
