@@ -12,8 +12,8 @@ For less, halve train.batch_size and double train.gradient_accumulation_steps (7
 with train.batch_size=4), or set train.gradient_checkpointing="blocks". On a larger card
 train.batch_size=16 or 32 (20 and 37 GiB planned), with half or a quarter of the
 train.gradient_accumulation_steps, makes a GPU's work less fine-grained, with as many images in
-each optimizer step (5 to 7% quicker with 32 on an H200). It is also how many samples are denoised at a time, so with 32
-also set sample.batch_size=32 and sample.num_batches_per_epoch=8.
+each optimizer step (5 to 7% quicker with 32 on an H200). It is also how many samples are
+denoised at a time, so with 32 also set sample.batch_size=32 and sample.num_batches_per_epoch=8.
 """
 
 import ml_collections

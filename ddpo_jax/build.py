@@ -41,8 +41,6 @@ from ddpo_jax.rollout import RolloutWorker
 from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Batch, PromptFn, RewardFn, TrainState, Trajectory
 
-P = jax.sharding.PartitionSpec
-
 DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 
 
@@ -68,7 +66,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
           reward_fns: Mapping[str, RewardFn], model: LazyModel[StableDiffusion]) -> Trainer:
   """Compiles the programs, reads the model meanwhile, and puts it where training needs it."""
   mesh = make_mesh(plan)
-  replicated = jax.sharding.NamedSharding(mesh, P())
+  replicated = jax.NamedSharding(mesh, jax.P())
   schedule = make_schedule(cfg, model.shapes.noise_schedule)
   optimizer = update.make_optimizer(
       cfg.train.learning_rate, beta1=cfg.train.adam_beta1, beta2=cfg.train.adam_beta2,
@@ -227,7 +225,7 @@ def compile_programs(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   config, sampling = make_update_config(cfg, plan), make_generate_config(cfg, plan)
   state = jax.eval_shape(
       lambda params: update.init_state(params, optimizer, config.loss_scaling), params)
-  replicated = jax.sharding.NamedSharding(mesh, P())
+  replicated = jax.NamedSharding(mesh, jax.P())
   on_all: Any = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
   state = jax.tree.map(on_all, state)
   frozen = placed_shapes(FrozenModels(frozen_unet, nnx.state(vae)), replicated)
@@ -249,7 +247,7 @@ def compile_programs(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
 
 def _prompt_shapes(plan: BatchPlan, mesh: jax.sharding.Mesh, embedding: Any) -> tuple[Any, Any]:
   """Of a sampling batch's embeddings and sample indices."""
-  sharded = jax.sharding.NamedSharding(mesh, P(AXIS))
+  sharded = jax.NamedSharding(mesh, jax.P(AXIS))
   samples = plan.sample_batch_size * plan.num_devices
   return (jax.ShapeDtypeStruct((samples, *embedding.shape[1:]), embedding.dtype, sharding=sharded),
           jax.ShapeDtypeStruct((samples,), jnp.int32, sharding=sharded))
@@ -258,7 +256,7 @@ def _prompt_shapes(plan: BatchPlan, mesh: jax.sharding.Mesh, embedding: Any) -> 
 def _batch_shapes(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
                   latent_shape: tuple[int, ...], embedding: Any) -> Batch:
   """Of an epoch's samples."""
-  sharded = jax.sharding.NamedSharding(mesh, P(None, AXIS))
+  sharded = jax.NamedSharding(mesh, jax.P(None, AXIS))
   samples = (cfg.sample.num_batches_per_epoch, plan.sample_batch_size * plan.num_devices)
   per_sample: Any = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
       (*samples, *shape), dtype, sharding=sharded)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -110,6 +111,15 @@ def host_memory() -> contextlib.AbstractContextManager:
     return jax.default_device(jax.local_devices(backend="cpu")[0])
   except RuntimeError:  # JAX_PLATFORMS leaves it out
     return contextlib.nullcontext()
+
+
+def varying(tree: Any) -> Any:
+  """Arrays that all devices have, marked as differing between them.
+
+  So a backward pass does not sum each microbatch's gradient over the devices: that is done once,
+  at the end of the optimizer step. To be called within `jax.shard_map`.
+  """
+  return jax.lax.pcast(tree, AXIS, to="varying")
 
 
 def samples_at_once(batch_size: int) -> int:

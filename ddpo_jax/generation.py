@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ddpo_jax import hoisting
 from ddpo_jax.compilation import compiler_options
-from ddpo_jax.devices import AXIS
+from ddpo_jax.devices import AXIS, varying
 from ddpo_jax.diffusion import DDIMSchedule, sample
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.diffusion.sampler import sample_keys
@@ -21,8 +21,6 @@ from ddpo_jax.models.vae import AutoencoderKL, to_uint8
 from ddpo_jax.parts import map_in_parts
 from ddpo_jax.shared_program import SharedProgram, join_parts
 from ddpo_jax.types import Trajectory
-
-P = jax.sharding.PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +78,8 @@ def make_generate(config: GenerateConfig, vae: AutoencoderKL, unet_graphdef: nnx
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
                key: Key[Array, ""]) -> Generation:
-    # Marked as differing between devices, as in the update.
-    trained, rest = jax.lax.pcast((params, frozen.unet), AXIS, to="varying")
-    unet = hoisting.cast_lora(hoisting.hoist_weights(Split(unet_graphdef, trained, rest)))
+    split = Split(unet_graphdef, *varying((params, frozen.unet)))
+    unet = hoisting.cast_lora(hoisting.hoist_weights(split))
     keys = sample_keys(key, sample_indices)
 
     def draw(embeddings: jax.Array, keys: jax.Array) -> Trajectory:
@@ -95,8 +92,8 @@ def make_generate(config: GenerateConfig, vae: AutoencoderKL, unet_graphdef: nnx
     return Generation(trajectory, decode(frozen.vae, trajectory.final_latents))
 
   mapped = jax.shard_map(generate, mesh=mesh,
-                         in_specs=(P(), P(), P(), P(AXIS), P(AXIS), P()),
-                         out_specs=P(AXIS))
+                         in_specs=(jax.P(), jax.P(), jax.P(), jax.P(AXIS), jax.P(AXIS), jax.P()),
+                         out_specs=jax.P(AXIS))
   return jax.jit(mapped, compiler_options=compiler_options())
 
 
@@ -109,8 +106,8 @@ def make_shared_generate(config: GenerateConfig, vae: AutoencoderKL, program: Sh
     trajectory = join_parts(parts, config.batch_size)
     return Generation(trajectory, decode(vae, trajectory.final_latents))
 
-  finished = jax.jit(jax.shard_map(finish, mesh=mesh, in_specs=(P(), P(AXIS)),
-                                   out_specs=P(AXIS)), compiler_options=compiler_options())
+  finished = jax.jit(jax.shard_map(finish, mesh=mesh, in_specs=(jax.P(), jax.P(AXIS)),
+                                   out_specs=jax.P(AXIS)), compiler_options=compiler_options())
 
   def generate(params: nnx.State, frozen: FrozenModels,
                negative_embedding: Float[Array, "1 L D"],

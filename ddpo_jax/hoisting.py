@@ -138,8 +138,7 @@ def cast_lora(unet: Split) -> Split:
   Gradients of the result have that dtype too: add them up in float32, as the gradient of the
   weights given.
   """
-  projections = lora.attention_projections(nnx.merge(*unet))
-  dtype = next((linear.dtype for _, linear in projections), None)
+  dtype = nnx.merge(*unet).conv_in.dtype
 
   def rounded(weight: nnx.Variable) -> nnx.Variable:
     is_lora = isinstance(weight, nnx.LoRAParam)

@@ -28,8 +28,6 @@ from ddpo_jax.rewards import call_reward
 from ddpo_jax.rewards.info import InfoCollector, RewardInfo
 from ddpo_jax.types import PromptFn, RewardFn, Trajectory
 
-P = jax.sharding.PartitionSpec
-
 _REWARD_THREADS = 2  # calls of reward functions at a time
 _SECONDS_BETWEEN_CHECKS = 1.0  # for signals, while rewards are waited for
 
@@ -80,12 +78,12 @@ class RolloutWorker:
     self._reward_fns = reward_fns
     self._info = InfoCollector()
     self._seed = seed
-    self._sharding = jax.sharding.NamedSharding(mesh, P(AXIS))
+    self._sharding = jax.NamedSharding(mesh, jax.P(AXIS))
     self._global_batch = config.batch_size * mesh.size
     self._generate = generate
     negative = self._encode([""])
     self.negative_embedding = jax.make_array_from_callback(  # [1, L, D]
-        negative.shape, jax.sharding.NamedSharding(mesh, P()), lambda index: negative[index])
+        negative.shape, jax.NamedSharding(mesh, jax.P()), lambda index: negative[index])
 
   @property
   def samples_per_epoch(self) -> int:

@@ -26,7 +26,7 @@ import optax
 
 from ddpo_jax import hoisting, ppo
 from ddpo_jax.compilation import compile_ahead, compile_meanwhile, compiler_options
-from ddpo_jax.devices import AXIS, samples_at_once
+from ddpo_jax.devices import AXIS, samples_at_once, varying
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
 from ddpo_jax.diffusion.sampler import draw_noise, sample_keys
@@ -44,8 +44,6 @@ from ddpo_jax.update import (
   packing,
   take_step,
 )
-
-P = jax.sharding.PartitionSpec
 
 
 class Mode(enum.IntEnum):
@@ -87,8 +85,8 @@ class Work:
   step: Int[Array, "microbatches pairs"]
 
 
-_BY_ROW: Any = P(AXIS)
-_BY_PAIR: Any = P(None, AXIS)
+_BY_ROW: Any = jax.P(AXIS)
+_BY_PAIR: Any = jax.P(None, AXIS)
 _WORK_SPECS = Work(text_embeddings=_BY_ROW, advantages=_BY_ROW, noise_key=_BY_ROW,
                    batch_index=_BY_ROW, row=_BY_PAIR, step=_BY_PAIR)
 
@@ -120,7 +118,7 @@ class SharedProgram:
     self._pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
     self._rows = ceil_div(config.batch_size, self._pairs) * self._pairs
     self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
-    by_batch, by_row, replicated = P(None, AXIS), P(AXIS), P()
+    by_batch, by_row, replicated = jax.P(None, AXIS), jax.P(AXIS), jax.P()
     # `_visit` is `_visit_on_device` mapped over the devices and compiled; so are the others.
     self._visit = self._jit(
         self._visit_on_device, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
@@ -133,7 +131,7 @@ class SharedProgram:
         self._lay_out_training_on_device, (BATCH_SPECS, *[replicated] * 3), (_WORK_SPECS, by_row))
     self._keep_log_probs = self._jit(
         self._keep_log_probs_on_device, (by_batch, by_row, by_row), by_batch)
-    self._largest = jax.jit(jnp.max, out_shardings=jax.sharding.NamedSharding(mesh, P()))
+    self._largest = jax.jit(jnp.max, out_shardings=jax.NamedSharding(mesh, jax.P()))
     self._finish = self._jit(self._finish_on_device, (replicated, replicated, by_row), replicated,
                              donate_argnums=0)
 
@@ -157,13 +155,13 @@ class SharedProgram:
     sums = jax.eval_shape(self._zero_sums, state.params, frozen)
     scale: Any = jax.ShapeDtypeStruct((), jnp.float32)
 
-    def placed(spec: jax.sharding.PartitionSpec, tree: Any) -> Any:
-      sharding = jax.sharding.NamedSharding(self._mesh, spec)
+    def placed(spec: jax.P, tree: Any) -> Any:
+      sharding = jax.NamedSharding(self._mesh, spec)
       return jax.tree.map(
           lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     work, trajectory, sums, scale, number = jax.tree.map(
-        placed, (_WORK_SPECS, P(AXIS), P(AXIS), P(), P()),
+        placed, (_WORK_SPECS, jax.P(AXIS), jax.P(AXIS), jax.P(), jax.P()),
         (work, trajectory, sums, scale, number))
     common = CommonInputs(state.params, frozen, embedding, scale)
     self._visit = compile_ahead(self._visit, common, work, number, number, sums, trajectory)
@@ -316,9 +314,7 @@ class SharedProgram:
     return loss, dataclasses.replace(info, ratio_drift=drift), Trajectory(visited, log_probs)
 
   def _varying_unet(self, params: nnx.State, frozen: nnx.State) -> Split:
-    # Marked as differing between devices, so that the backward pass does not sum each
-    # microbatch's gradient over them: that is done once, at the end of the step.
-    return Split(self._graphdef, *jax.lax.pcast((params, frozen), AXIS, to="varying"))
+    return Split(self._graphdef, *varying((params, frozen)))
 
   def _zero_sums_on_device(self, params: nnx.State, frozen: nnx.State) -> Sums:
     weights = hoisting.hoist_weights(self._varying_unet(params, frozen)).trained

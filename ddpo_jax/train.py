@@ -49,8 +49,6 @@ from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.types import Batch
 
-P = jax.sharding.PartitionSpec
-
 _EVAL_IMAGES = 8
 
 
@@ -243,7 +241,7 @@ def make_batch(trainer: Trainer, rollout: Rollout, rewards: np.ndarray) -> Batch
   else:
     values = trainer.stat_tracker.update(rollout.prompts, rewards)
   shape = rollout.trajectory.log_probs.shape[:2]
-  sharding = jax.sharding.NamedSharding(trainer.mesh, P(None, AXIS))
+  sharding = jax.NamedSharding(trainer.mesh, jax.P(None, AXIS))
   global_advantages = values.reshape(shape)
   return Batch(trajectory=rollout.trajectory, text_embeddings=rollout.text_embeddings,
                negative_embedding=trainer.worker.negative_embedding,

@@ -25,15 +25,15 @@ import optax
 
 from ddpo_jax import hoisting, ppo
 from ddpo_jax.compilation import compiler_options
-from ddpo_jax.devices import AXIS, samples_at_once
+from ddpo_jax.devices import AXIS, samples_at_once, varying
 from ddpo_jax.diffusion import DDIMSchedule, policy_step
 from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.lora import Split
 from ddpo_jax.types import Batch, LossScale, TrainState
 
-P = jax.sharding.PartitionSpec
-_BY_SAMPLE: Any = P(None, AXIS)
-_EVERYWHERE: Any = P()
+P = jax.P
+_BY_SAMPLE: Any = jax.P(None, AXIS)
+_EVERYWHERE: Any = jax.P()
 BATCH_SPECS = Batch(trajectory=_BY_SAMPLE, text_embeddings=_BY_SAMPLE,
                     negative_embedding=_EVERYWHERE, advantages=_BY_SAMPLE)
 
@@ -106,7 +106,7 @@ class Sums:
   @classmethod
   def zero(cls, grads: Any) -> Sums:
     """The sums of no microbatch, with gradients of the same shapes as `grads`."""
-    zero = jax.lax.pcast(jnp.float32(0), AXIS, to="varying")
+    zero = varying(jnp.float32(0))
     return cls(jax.tree.map(jnp.zeros_like, grads), zero, zero, zero, zero)
 
   def add(self, loss: jax.Array, info: ppo.PPOInfo, summed_grads: Any) -> Sums:
@@ -147,8 +147,10 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
     …], sharded over the second axis; all else is replicated.
   """
   local = functools.partial(_update, config, graphdef, schedule, optimizer)
-  mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), BATCH_SPECS, P(), P()),
-                         out_specs=P())
+  everywhere = jax.P()
+  mapped = jax.shard_map(
+      local, mesh=mesh, in_specs=(everywhere, everywhere, BATCH_SPECS, everywhere, everywhere),
+      out_specs=everywhere)
   return jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options())
 
 
@@ -267,9 +269,7 @@ def accumulate_gradients(config: UpdateConfig, graphdef: nnx.GraphDef,
     The gradient, and the metrics without `skipped`.
   """
   scale = state.loss_scale.scale
-  # Marked as differing between devices, so that the backward pass does not sum each
-  # microbatch's gradient over them: that is done once, below.
-  params, frozen = jax.lax.pcast((state.params, frozen), AXIS, to="varying")
+  params, frozen = varying((state.params, frozen))
   # The network computes with weights that are derived from the trained ones. Gradients are
   # added up for the derived weights, and pulled back to the trained ones once.
   hoisted, pullback = hoisting.with_pullback(hoisting.hoist_weights,

@@ -238,6 +238,7 @@ def dry_run(cfg: Config) -> None:
   """
   distributed.initialize(cfg.distributed)
   configure_devices()
+  distributed.check_devices()
   plan = plan_batches(cfg)
   prepared = prepare(cfg)
   _check_model(cfg)

@@ -75,7 +75,7 @@ class TorchSide:
     self.alphas = torch.cumprod(1 - betas, 0).float().to(self.device)
     stride = TRAINING_STEPS // cfg.sample.num_steps
     self.timesteps = (torch.arange(cfg.sample.num_steps).flip(0) * stride
-                      + scheduler.get("steps_offset", 0)).to(self.device)
+                      + scheduler.get("steps_offset", 1)).to(self.device)
     self.stride = stride
     self.guided = cfg.sample.guidance_scale > 1
 

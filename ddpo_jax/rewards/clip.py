@@ -23,6 +23,7 @@ from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig
 from ddpo_jax.models.pretrained import tokenize
 from ddpo_jax.parts import ceil_div
 from ddpo_jax.rewards.aesthetic_head import HEAD_SHA256, AestheticHead, load_aesthetic_head
+from ddpo_jax.rewards.arguments import check_count
 from ddpo_jax.types import RewardFn
 
 VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -249,5 +250,4 @@ def _has_tokenizer(clip: CLIP) -> bool:
 def _check_arguments(dtype: str, batch_size: int) -> None:
   if dtype not in DTYPES:
     raise UserError(f"reward_kwargs.dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-  if not isinstance(batch_size, int) or batch_size < 1:
-    raise UserError(f"reward_kwargs.batch_size={batch_size!r} must be an integer, 1 or more")
+  check_count("batch_size", batch_size)

@@ -22,6 +22,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.images import encode_image
 from ddpo_jax.parts import ceil_div
 from ddpo_jax.rewards import remote
+from ddpo_jax.rewards.arguments import check_count
 from ddpo_jax.rewards.metadata import checks_metadata, questions_and_answers
 from ddpo_jax.types import RewardFn
 
@@ -173,7 +174,7 @@ class _Reader(pickle.Unpickler):
 
 def _connect(name: str, url: str, batch_size: int, max_parallel: int, timeout: float,
              time_limit: float, backoff: float) -> remote.Server:
-  remote.check_count("batch_size", batch_size)
+  check_count("batch_size", batch_size)
   server = remote.Server(name, url, remote.Limits(timeout, time_limit, backoff, max_parallel))
   server.check_reachable()
   return server

@@ -20,6 +20,7 @@ import urllib3.exceptions
 from ddpo_jax.daemon_threads import DaemonThreadPool
 from ddpo_jax.errors import UserError
 from ddpo_jax.redaction import redacted
+from ddpo_jax.rewards.arguments import check_count
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -80,16 +81,6 @@ class Limits:
         raise UserError(f"reward_kwargs.{name}={value!r} must be a number of seconds "
                         "above 0")
     check_count("max_parallel", self.max_parallel)
-
-
-def check_count(name: str, value: Any) -> None:
-  """Refuses what is not a positive integer.
-
-  Raises:
-    UserError: naming `reward_kwargs.{name}`.
-  """
-  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise UserError(f"reward_kwargs.{name}={value!r} must be an integer, 1 or more")
 
 
 class Server:

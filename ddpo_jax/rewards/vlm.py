@@ -19,6 +19,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.images import encode_image
 from ddpo_jax.redaction import redacted
 from ddpo_jax.rewards import remote
+from ddpo_jax.rewards.arguments import check_count
 from ddpo_jax.rewards.metadata import checks_metadata, questions_and_answers
 from ddpo_jax.types import RewardFn
 
@@ -68,7 +69,7 @@ def make_vlm_score(
     raise UserError(f"reward_kwargs.mode={mode!r} must be one of {', '.join(_MODES)}")
   if "{prompt}" not in question:
     raise UserError(f"reward_kwargs.question={question!r} must have {{prompt}} in it")
-  remote.check_count("top_logprobs", top_logprobs)
+  check_count("top_logprobs", top_logprobs)
   server = remote.Server(_NAME, url,
                          remote.Limits(timeout, time_limit, backoff, max_parallel))
   client = _Client(server, _read_key(api_key_env) or _NO_KEY)
