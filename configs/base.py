@@ -131,8 +131,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.reward_fn = config_dict.FieldReference(
       "jpeg_compressibility", field_type=object)  # not str: a dict may take its place
   # (new) Its keyword arguments; with several functions, a dict for each under its name. On
-  # the command line reward_kwargs.strength=2, or reward_kwargs.aesthetic_score.model=folder.
-  config.reward_kwargs = ml_collections.ConfigDict()
+  # the command line reward_kwargs.strength=2, or reward_kwargs.aesthetic_score.model=folder; in a
+  # config config.reward_kwargs["package.module:function"] = {"strength": 2}, for its dots.
+  config.reward_kwargs = ml_collections.ConfigDict(allow_dotted_keys=True)
 
   # ---- per-prompt statistics ----
   # Rewards are standardised by the mean and deviation of their own prompt. None, which the

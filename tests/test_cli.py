@@ -199,6 +199,23 @@ def test_braces_in_the_text_of_an_argument():
   assert cfg.reward_kwargs == {"question": "{prompt}?", "opening": "{", "closing": "}"}
 
 
+def test_a_config_gives_arguments_to_ones_own_function_among_several(tmp_path):
+  """Its name has a dot, which other groups of fields do not take."""
+  file = tmp_path / "mine.py"
+  file.write_text("""
+from configs import demo
+
+def get_config():
+  config = demo.get_config()
+  config.reward_fn = {"tests.runs:brightness": 1.0, "jpeg_compressibility": 0.5}
+  config.reward_kwargs["tests.runs:brightness"] = {"strength": 2}
+  return config
+""")
+  assert read(f"--config={file}").reward_kwargs == {"tests.runs:brightness": {"strength": 2}}
+  changed = read(f"--config={file}", "--config.reward_kwargs.tests.runs:brightness.strength=3")
+  assert changed.reward_kwargs == {"tests.runs:brightness": {"strength": 3}}
+
+
 def test_the_config_of_a_run_is_a_config_file(tmp_path):
   """So that it is continued without all that its command line said."""
   file = tmp_path / "config.json"
