@@ -68,8 +68,8 @@ def train(cfg: Config) -> pathlib.Path:
   glibc.share_arenas()
   distributed.initialize(cfg.distributed)
   configure_devices()
-  distributed.check_devices()
   plan = plan_batches(cfg)
+  distributed.check_devices()
   open_in_background()
   run_name = distributed.broadcast_from_main(run_folder.choose_run_name(cfg))
   with distributed.raising_together():

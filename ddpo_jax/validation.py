@@ -238,8 +238,8 @@ def dry_run(cfg: Config) -> None:
   """
   distributed.initialize(cfg.distributed)
   configure_devices()
-  distributed.check_devices()
   plan = plan_batches(cfg)
+  distributed.check_devices()
   prepared = prepare(cfg)
   _check_model(cfg)
   if cfg.tensorboard and importlib.util.find_spec("tensorboardX") is None:

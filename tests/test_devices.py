@@ -156,9 +156,10 @@ def test_the_plan_names_the_devices(monkeypatch, kind, platform, expected):
   assert f"Devices = {plan.num_devices} x {expected}\n" in plan.describe()
 
 
-def test_platforms_that_are_not_there():
+@pytest.mark.parametrize("options", ([], ["--dry_run"]))
+def test_platforms_that_are_not_there(options):
   run = subprocess.run(
-      [sys.executable, "scripts/train.py", "--config=configs/demo.py", "--dry_run"],
+      [sys.executable, "scripts/train.py", "--config=configs/demo.py", *options],
       env={**os.environ, "JAX_PLATFORMS": "nope"}, cwd=ROOT, capture_output=True, text=True)
   assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
   assert "JAX finds no device of JAX_PLATFORMS='nope'" in run.stderr
