@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_jax import distributed, report
+from ddpo_jax import distributed
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.files import append_jsonl, read_jsonl, write_atomically
@@ -113,6 +113,7 @@ class Tracker:
 
   def _write_report(self, final: bool) -> None:
     """Writes the report, unless the last one was too short a time ago."""
+    from ddpo_jax import report  # imports matplotlib: only in the process that writes
     started = time.perf_counter()
     if started < self._report_due and not final:
       return
