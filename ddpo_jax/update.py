@@ -31,7 +31,6 @@ from ddpo_jax.diffusion.ddim import guidance_context
 from ddpo_jax.lora import Split
 from ddpo_jax.types import Batch, LossScale, TrainState
 
-P = jax.P
 _BY_SAMPLE: Any = jax.P(None, AXIS)
 _EVERYWHERE: Any = jax.P()
 BATCH_SPECS = Batch(trajectory=_BY_SAMPLE, text_embeddings=_BY_SAMPLE,
@@ -147,10 +146,9 @@ def make_update(config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSche
     …], sharded over the second axis; all else is replicated.
   """
   local = functools.partial(_update, config, graphdef, schedule, optimizer)
-  everywhere = jax.P()
   mapped = jax.shard_map(
-      local, mesh=mesh, in_specs=(everywhere, everywhere, BATCH_SPECS, everywhere, everywhere),
-      out_specs=everywhere)
+      local, mesh=mesh, out_specs=_EVERYWHERE,
+      in_specs=(_EVERYWHERE, _EVERYWHERE, BATCH_SPECS, _EVERYWHERE, _EVERYWHERE))
   return jax.jit(mapped, donate_argnums=0, compiler_options=compiler_options())
 
 
