@@ -45,11 +45,12 @@ class TorchSide:
     torch.backends.cudnn.allow_tf32 = cfg.allow_tf32
     torch.manual_seed(cfg.seed)
     configs = model_configs(cfg.pretrained.model)
-    unet = UNet2DConditionModel.from_config(dict(configs["unet"]))
-    vae = AutoencoderKL.from_config(dict(configs["vae"]))
-    text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
+    with self.device:  # drawn there, where that takes no time
+      unet = UNet2DConditionModel.from_config(dict(configs["unet"]))
+      vae = AutoencoderKL.from_config(dict(configs["vae"]))
+      text_encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
     for module in (unet, vae, text_encoder):
-      module.requires_grad_(False).eval().to(self.device, self.dtype)
+      module.requires_grad_(False).eval().to(self.dtype)
     if cfg.use_lora:
       unet.add_adapter(LoraConfig(r=cfg.lora.rank, lora_alpha=cfg.lora.rank,
                                   target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
