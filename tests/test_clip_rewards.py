@@ -55,7 +55,7 @@ def head(tmp_path_factory):
 
 def embed(reference, folder, images, prompts):
   """Normalised embeddings of images and prompts by transformers alone."""
-  processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+  processor = tiny_clip.ImageProcessor.from_pretrained(folder)
   tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
   pixels = processor(images=[Image.fromarray(x) for x in images], return_tensors="pt")
   # As transformers' own users call it: padded to the longest, with an attention mask.
@@ -108,7 +108,7 @@ def test_aesthetic_score_of_full_size(tmp_path):
   images = np.random.default_rng(0).integers(0, 256, (3, 512, 512, 3)).astype(np.uint8)
   images[1] = images[1] // 64 * 64
   images[2, :, :, 1:] = 40
-  pixels = transformers.CLIPImageProcessor()(images=list(images), return_tensors="pt")
+  pixels = tiny_clip.ImageProcessor()(images=list(images), return_tensors="pt")
   layers = torch.load(PUBLIC_HEAD, map_location="cpu", weights_only=True)
   with torch.no_grad():
     x = model.visual_projection(model.vision_model(pixels.pixel_values).pooler_output)

@@ -11,6 +11,8 @@ TOKENIZER = pathlib.Path(__file__).parent / "golden" / "tiny-sd" / "tokenizer"
 PROJECTION = 24
 TEXT = dict(vocab_size=530, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
             num_attention_heads=4, bos_token_id=528, eos_token_id=529, pad_token_id=529)
+# Resizes by Pillow. Where torchvision is installed, CLIPImageProcessor rounds as that does.
+ImageProcessor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
 VISION = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2,
               num_attention_heads=3, image_size=32, patch_size=8)
 
@@ -26,7 +28,7 @@ def save_clip(folder):
       if parameter.ndim > 1:
         parameter *= 4
   model.save_pretrained(folder)
-  transformers.CLIPImageProcessor(
+  ImageProcessor(
       size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
       ).save_pretrained(folder)
   for path in TOKENIZER.iterdir():

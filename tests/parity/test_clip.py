@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 import pytest
+import tiny_clip
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_clip
@@ -259,7 +260,7 @@ def preprocess(images, config):
 def test_preprocessing(height, width):
   """Up and down, square and not, odd rests in the crop."""
   images = pictures(height, width)
-  processor = transformers.CLIPImageProcessor()
+  processor = tiny_clip.ImageProcessor()
   expected = np.stack(processor(images=[Image.fromarray(x) for x in images]).pixel_values)
   ours = preprocess(images, CLIPImageConfig(224, 224))
   assert ours.shape == (4, 224, 224, 3) and ours.dtype == jnp.float32
@@ -278,7 +279,7 @@ def test_preprocessing(height, width):
 @pytest.mark.parametrize("saved_by", ("image processor", "processor"))
 def test_preprocessing_is_the_folder_s_own(values, saved_by, tmp_path):
   make_clip(tmp_path)
-  processor = transformers.CLIPImageProcessor(**values)
+  processor = tiny_clip.ImageProcessor(**values)
   if saved_by == "image processor":
     processor.save_pretrained(tmp_path)
   else:
