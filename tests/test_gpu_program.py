@@ -63,6 +63,29 @@ def test_kernels_lie_output_first(convolution):
   np.testing.assert_allclose(program(placed, x), program(weights, x), rtol=1e-5)
 
 
+def test_few_kernels_at_a_time_are_there_twice(convolution, monkeypatch):
+  *_, replicated = convolution
+  weights = {str(i): np.full((3, 3, 8, 8), i, np.float32) for i in range(8)}
+  size, before = weights["0"].nbytes, set(map(id, jax.live_arrays()))
+  most, jit = [], jax.jit
+
+  def measured(function, **options):
+    def call(kernels):
+      results = jit(function, **options)(kernels)
+      most.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+      return results
+
+    return call
+
+  monkeypatch.setattr(jax, "jit", measured)
+  monkeypatch.setattr(placement, "_REORDERED_AT_ONCE", 2 * size)
+  placed = placement.place_weights(weights, replicated, output_first=True)
+  assert max(most) <= (8 + 2) * size
+  for name, weight in weights.items():
+    assert placed[name].format.layout.major_to_minor == (3, 0, 1, 2)
+    np.testing.assert_array_equal(placed[name], weight)
+
+
 def test_a_program_compiled_for_shapes_takes_the_weights_as_they_lie(convolution):
   """The update is compiled while its weights are still in files."""
   program, weights, x, replicated = convolution

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 
 # The axes of an [H, W, I, O] kernel from the slowest in memory to the fastest.
 _OUTPUT_FIRST = (3, 0, 1, 2)
+# Bytes of kernels that are put in order at a time.
+_REORDERED_AT_ONCE = 2**28
 
 
 def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
@@ -25,14 +28,21 @@ def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
     sharding: where to put them.
     output_first: whether to reorder; on GPUs if None.
   """
-  placed, treedef = jax.tree.flatten(replicate(weights, sharding))
-  formats = [_format(weight, sharding, output_first) for weight in placed]
+  leaves, treedef = jax.tree.flatten(weights)
+  formats = [_format(weight, sharding, output_first) for weight in leaves]
   kernels = [i for i, each in enumerate(formats) if isinstance(each, Format)]
-  if kernels:
+  ends = dict(zip(kernels, itertools.accumulate(leaves[i].nbytes for i in kernels)))
+  placed = list(leaves)
+  # Part by part, because meanwhile each is there twice; and while there is nothing else.
+  for _, part in itertools.groupby(kernels, lambda i: ends[i] // _REORDERED_AT_ONCE):
+    indices = list(part)
     # The device puts them in order, in one program: one for each shape would compile for seconds.
-    reorder = jax.jit(lambda kernels: kernels, out_shardings=[formats[i] for i in kernels])
-    for i, kernel in zip(kernels, reorder([placed[i] for i in kernels])):
+    reorder = jax.jit(lambda kernels: kernels, out_shardings=[formats[i] for i in indices])
+    in_order = jax.block_until_ready(reorder([replicate(leaves[i], sharding) for i in indices]))
+    for i, kernel in zip(indices, in_order):
       placed[i] = kernel
+  for i in set(range(len(leaves))) - set(kernels):
+    placed[i] = replicate(leaves[i], sharding)
   return jax.tree.unflatten(treedef, placed)
 
 
