@@ -49,6 +49,8 @@ from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
 from ddpo_jax.rollout import Rollout
 from ddpo_jax.types import Batch
 
+_COMPILING = "Compiling, and reading the model: half a minute to two minutes, less from the cache"
+_WARNS_ON_GPUS = "; XLA's warnings of memory meanwhile are of kernels that it only tries"
 _EVAL_IMAGES = 8
 
 
@@ -85,7 +87,7 @@ def train(cfg: Config) -> pathlib.Path:
       closing.callback(claim.release)
     run = pathlib.Path(distributed.broadcast_from_main(str(claim.path)))
     writes_to = run.absolute()  # a reward may change the working folder
-    say("Compiling, and reading the model: half a minute to two minutes, less from the cache")
+    say(_COMPILING + (_WARNS_ON_GPUS if jax.default_backend() == "gpu" else ""))
     with ending_with(claim.release):  # nothing is lost yet, so there is nothing to wait for
       trainer = build(cfg, plan, prepared.prompt_fn, prepared.reward_fns, model)
     stop = closing.enter_context(interruptible())
