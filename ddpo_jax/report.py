@@ -297,10 +297,10 @@ def _drift_chart(tolerance: float, metrics: Sequence[Mapping]) -> str:
 
   def plot(axes: Axes) -> None:
     for name, values in drifts.items():
-      axes.plot(_values(metrics, "epoch"), values, label=name, **styles[name])
+      axes.plot(_values(metrics, "epoch"), values, label=name, clip_on=False, **styles[name])
     axes.axhline(tolerance, color=_INK, lw=1, ls=":", label="tolerance: clip_range / 10")
-    axes.set_ylim(min(shown) / 2, max(shown) * 2)
-    axes.set_yscale("log")
+    axes.set_yscale("symlog", linthresh=min(shown) / 2)  # so that 0, as it should be, is seen
+    axes.set_ylim(0, max(shown) * 2)
     _add_legend(axes)
   return _chart("Drift by rounding: |ratio − 1| before the first step", plot)
 

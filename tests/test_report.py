@@ -80,6 +80,14 @@ def test_drift_is_shown_beside_what_is_tolerated(drawn):
   assert axes.get_ylim()[1] > 1e-5
 
 
+def test_no_drift_is_seen_as_well(drawn):
+  """As on GPUs by default: all of it is 0, of which a logarithm would show nothing."""
+  axes = drawn("Drift", [{"ratio_drift": 0.0, "sampler_drift": 0.0}] * 2)
+  bottom = axes.get_window_extent().y0
+  for line in axes.lines[:2]:
+    assert line.get_window_extent().y0 == pytest.approx(bottom, abs=3)
+
+
 PROMPTS = [f"a yellow square beside a violet square on a {colour} background"
            for colour in ("white", "black", "green")]
 
