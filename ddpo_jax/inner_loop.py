@@ -35,7 +35,7 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
   as the old ones. Where they show that the sampler's are too far from the update's, it recomputes
   those that the other steps will read.
   """
-  glibc.return_freed_memory()  # sampling's, and its compiler's
+  glibc.return_freed_memory()  # what sampling took
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), rng_streams.SHUFFLE)
   shuffle = jax.random.fold_in(shuffle, epoch)
   steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index))
