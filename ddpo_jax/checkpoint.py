@@ -275,12 +275,12 @@ def restore(run: pathlib.Path, epoch: int, like: TrainState) -> Restored:
 
 
 def restore_params(run: pathlib.Path, epoch: int, like: nnx.State) -> nnx.State:
-  """Reads the trained weights alone, on this machine's first device.
+  """Reads the trained weights alone, to where those of `like` are.
 
   Args:
     run: the run's folder.
     epoch: of the checkpoint.
-    like: the same weights of the same model; LoRA's may be of another rank.
+    like: the same weights of the same model, on one device; LoRA's may be of another rank.
 
   Raises:
     UserError: if the checkpoint is missing, damaged or of another model.
@@ -291,9 +291,8 @@ def restore_params(run: pathlib.Path, epoch: int, like: nnx.State) -> nnx.State:
   for name, leaf in wanted.items():
     if name not in stored or _without_rank(name, stored[name]) != _without_rank(name, leaf.shape):
       raise _another_model(run, epoch, name)
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   flat = _restore_arrays(run, epoch, {
-      name: jax.ShapeDtypeStruct(stored[name], leaf.dtype, sharding=sharding)
+      name: jax.ShapeDtypeStruct(stored[name], leaf.dtype, sharding=leaf.sharding)
       for name, leaf in wanted.items()})
   return jax.tree.unflatten(treedef, [flat[name] for name in wanted])
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_model import small_config, small_model
 
-from ddpo_jax import checkpoint, export, inference, lora, sample_files, train
+from ddpo_jax import build, checkpoint, export, inference, lora, sample_files, train
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_pretrained
@@ -67,6 +67,16 @@ def test_load_run_has_the_checkpoints_weights(run):
   parts = [lora.partition(unet) for unet in (newest.models.unet, inference.load_base_unet(newest))]
   assert all(a is b for a, b in zip(*(jax.tree.leaves(frozen) for _, _, frozen in parts)))
   assert parts[0][0] == parts[1][0] and not any(leaf.any() for leaf in jax.tree.leaves(parts[1][1]))
+
+
+def test_a_run_is_read_into_host_memory(run, monkeypatch):
+  """A GPU holds its weights once, where they are placed, and to export them takes no GPU."""
+  host = jax.devices()[1]
+  for module in (build, inference):
+    monkeypatch.setattr(module, "host_memory", lambda: jax.default_device(host), raising=False)
+  tuned = inference.load_run(str(run))
+  for unet in (tuned.models.unet, inference.load_base_unet(tuned)):
+    assert {device for leaf in jax.tree.leaves(unet) for device in leaf.devices()} == {host}
 
 
 def test_a_run_whose_base_model_has_moved(run, tmp_path):
