@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import errno
 import os
 import pathlib
+from typing import Any
 
 import jax
 
@@ -14,16 +15,22 @@ from ddpo_jax import files
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
+from ddpo_jax.rewards import ON_DEVICE
 from ddpo_jax.run_folder import named_by
 from ddpo_jax.user_functions import raised_by_user
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new, old
 
+_NO_CUDNN = "DNN library initialization failed"
 _ROOM_BESIDE_JAX = (
     "the GPU has no memory left beside what JAX takes; another program may use it "
     f"(nvidia-smi shows which). Else set {_MEMORY_FRACTIONS[0]}=0.65 in the environment, or lower "
     "if it is set already")
+_ROOM_OR_CUDNN = (
+    "cuDNN cannot be used: the errors above say whether its version or the GPU's driver is too "
+    "old (those of the extra cuda12 or cuda13 fit; LD_LIBRARY_PATH must not name others). Else "
+    f"{_ROOM_BESIDE_JAX}")
 
 
 @contextlib.contextmanager
@@ -47,10 +54,36 @@ def with_advice(cfg: Config) -> Iterator[None]:
       raise UserError(f"{named_by(cfg)}: {error}; must stay readable and writable as long as the "
                       "run lasts. Go on with resume_from") from error
     if any(map(_is_without_room_beside_jax, causes)):
-      raise UserError(_ROOM_BESIDE_JAX) from error
+      raise UserError(_room_beside_jax(causes)) from error
     if any(map(_is_out_of_memory if of_run else _is_out_of_device_memory, causes)):
       raise UserError(out_of_memory(cfg)) from error
     raise
+
+
+@contextlib.contextmanager
+def with_sampling_advice(batch_size: int, mixed_precision: str) -> Iterator[None]:
+  """As `with_advice`, for scripts/sample.py: of memory alone, and with its options.
+
+  Raises:
+    UserError: likewise.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    causes = list(_causes(error))
+    if any(map(_is_without_room_beside_jax, causes)):
+      raise UserError(_room_beside_jax(causes)) from error
+    if not any(map(_is_out_of_memory, causes)):
+      raise
+    advice = [*_more_of_the_gpu()]
+    if batch_size > 1:
+      advice.append(f"--batch_size={batch_size // 2}")
+    if mixed_precision == "no":
+      advice.append("--mixed_precision=fp16")
+    advice.append("another device, or this one once no other program (such as a run) uses it")
+    raise UserError(f"out of memory; try, in this order: {'; '.join(advice)}") from error
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -85,8 +118,12 @@ def _is_without_room_beside_jax(error: BaseException) -> bool:
   """
   return type(error).__module__.partition(".")[0] in ("jax", "jaxlib") and any(
       text in str(error) for text in ("instantiate command buffer", "CUDNN_STATUS_ALLOC_FAILED",
-                                      "DNN library initialization failed",
-                                      "CUDA_ERROR_OUT_OF_MEMORY"))
+                                      _NO_CUDNN, "CUDA_ERROR_OUT_OF_MEMORY"))
+
+
+def _room_beside_jax(causes: Iterable[BaseException]) -> str:
+  """One line: what the user can do. XLA says no more of a cuDNN that does not start."""
+  return _ROOM_OR_CUDNN if any(_NO_CUDNN in str(each) for each in causes) else _ROOM_BESIDE_JAX
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -108,7 +145,7 @@ def full_disk(cfg: Config) -> str:
 def out_of_memory(cfg: Config) -> str:
   """One line: which settings to change, and to what.
 
-  Only the last two, mixed_precision and use_lora, change what is learnt.
+  Only the last ones, from a reward's dtype on, change what is learnt.
   """
   advice = [*_more_of_the_gpu(), *_smaller(cfg)]
   if not advice:
@@ -139,10 +176,20 @@ def _smaller(cfg: Config) -> Iterator[str]:
     smaller = train.batch_size * _part(sample.batch_size // train.batch_size)
     batches = sample.num_batches_per_epoch * sample.batch_size // smaller
     yield f"sample.batch_size={smaller} with sample.num_batches_per_epoch={batches}"
+  yield from _smaller_rewards(cfg)
   if cfg.mixed_precision == "no":
     yield "mixed_precision='fp16'"
   if not cfg.use_lora:
     yield "use_lora=True"
+
+
+def _smaller_rewards(cfg: Config) -> Iterator[str]:
+  """Of rewards whose network is on the device."""
+  several = not isinstance(cfg.reward_fn, str)
+  for name in [cfg.reward_fn] if isinstance(cfg.reward_fn, str) else cfg.reward_fn:
+    group: Mapping[str, Any] = cfg.reward_kwargs.get(name, {}) if several else cfg.reward_kwargs
+    if name in ON_DEVICE and group.get("dtype", "float32") == "float32":
+      yield f"reward_kwargs.{f'{name}.' if several else ''}dtype='float16'"
 
 
 def _part(count: int) -> int:

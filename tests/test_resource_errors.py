@@ -1,6 +1,7 @@
 """What is said where memory or disk space runs out."""
 
 import contextlib
+import dataclasses
 import errno
 
 import jax
@@ -69,6 +70,43 @@ def test_memory_that_jax_has_taken_from_others_is_said_to_be_that(capsys, monkey
   assert cli.exit_status(lambda: cli.train(resolve(small_config()))) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert "another program may use it" in line and "XLA_CLIENT_MEM_FRACTION=0.65" in line
+
+
+@pytest.mark.parametrize("message,is_said", (
+    ("FAILED_PRECONDITION: DNN library initialization failed.", True),
+    ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", False)))
+def test_a_cudnn_that_does_not_start_may_be_the_wrong_one(message, is_said):
+  """XLA has this one message where its version does not fit, and where it finds no memory."""
+  with pytest.raises(UserError) as error:
+    with resource_errors.with_advice(resolve(small_config())):
+      raise jax.errors.JaxRuntimeError(message)
+  assert ("cuDNN cannot be used" in str(error.value)) == is_said
+
+
+@pytest.mark.parametrize("reward,kwargs,expected", (
+    ("pick_score", {}, ["reward_kwargs.dtype='float16'"]),
+    ("pick_score", {"dtype": "bfloat16"}, []), ("jpeg_compressibility", {}, []),
+    ({"clip_score": 1.0, "jpeg_compressibility": 1.0}, {},
+     ["reward_kwargs.clip_score.dtype='float16'"])))
+def test_a_rewards_network_takes_memory_too(reward, kwargs, expected):
+  cfg = dataclasses.replace(resolve(small_config()), reward_fn=reward, reward_kwargs=kwargs)
+  assert [line for line in resource_errors._smaller(cfg) if "reward" in line] == expected
+
+
+@pytest.mark.parametrize("backend,batch_size,precision,expected", (
+    ("gpu", 8, "no", "XLA_CLIENT_MEM_FRACTION=0.9 .*; --batch_size=4; --mixed_precision=fp16; "),
+    ("cpu", 1, "fp16", "try, in this order: another device")))
+def test_out_of_memory_of_sampling(monkeypatch, backend, batch_size, precision, expected):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  with pytest.raises(UserError, match=f"^out of memory.*{expected}"):
+    with resource_errors.with_sampling_advice(batch_size, precision):
+      allocate_too_much()
+  with pytest.raises(UserError, match="another program may use it"):
+    with resource_errors.with_sampling_advice(batch_size, precision):
+      raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+  with pytest.raises(ZeroDivisionError):
+    with resource_errors.with_sampling_advice(batch_size, precision):
+      raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("variable", (None, *resource_errors._MEMORY_FRACTIONS))

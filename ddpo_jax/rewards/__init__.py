@@ -36,6 +36,8 @@ REWARD_FACTORIES = {
     "llava_bertscore": "ddpo_jax.rewards.llava:make_llava_bertscore",
     "vlm_score": "ddpo_jax.rewards.vlm:make_vlm_score",
 }
+# Those of them whose network is on the device, in the `dtype` that they are given.
+ON_DEVICE = ("aesthetic_score", "clip_score", "pick_score")
 
 
 def get_reward(name: str, **kwargs: Any) -> RewardFn:
