@@ -146,8 +146,13 @@ class Config:
       return None
     if self.compilation_cache != "auto":
       return pathlib.Path(self.compilation_cache).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "ddpo_jax" / "xla"
+    return automatic_cache_folder()
+
+
+def automatic_cache_folder() -> pathlib.Path:
+  """Where compiled programs are kept if nobody says where."""
+  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(root) / "ddpo_jax" / "xla"
 
 
 def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ddpo_jax import distributed
 from ddpo_jax.batches import BatchPlan
-from ddpo_jax.config import Config
+from ddpo_jax.config import Config, automatic_cache_folder
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
@@ -62,12 +63,27 @@ def configure_jax(cfg: Config) -> None:
         "folder for all processes; one that is would make the next start quicker")
     folder = None
   if folder is not None:
-    # Absolute, because a reward may change the working folder.
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    _keep_programs(folder)
   if jax.distributed.is_initialized():
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # for the same reason
-  precision = "tensorfloat32" if cfg.allow_tf32 else "highest"
+  _configure_numbers(cfg.allow_tf32)
+
+
+def configure_jax_for_base_model() -> None:
+  """As `configure_jax` with the defaults of configs/base.py, where there is no config."""
+  if jax.config.values["jax_compilation_cache_dir"] is None:  # else the environment says where
+    _keep_programs(automatic_cache_folder())
+  _configure_numbers(allow_tf32=True)
+
+
+def _keep_programs(folder: pathlib.Path) -> None:
+  # Absolute, because a reward may change the working folder.
+  jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _configure_numbers(allow_tf32: bool) -> None:
+  precision = "tensorfloat32" if allow_tf32 else "highest"
   jax.config.update("jax_default_matmul_precision", precision)
   jax.config.update("jax_enable_x64", False)  # the environment may: JAX then draws otherwise
 
@@ -81,18 +97,27 @@ def plan_batches(cfg: Config) -> BatchPlan:
   Raises:
     UserError: if JAX finds no device.
   """
+  device = first_device()
+  cores = _cores_as_devices()
+  smallest = math.gcd(cfg.sample.batch_size, cfg.train.batch_size)
+  parts = largest_divisor(smallest, max(1, min(cores, smallest // _LEAST_SAMPLES)))
+  plan = BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
+  return dataclasses.replace(plan, device=_name(device))
+
+
+def first_device() -> jax.Device:
+  """The first of those that JAX computes on.
+
+  Raises:
+    UserError: if JAX finds none.
+  """
   try:
-    cores = _cores_as_devices()
-    device = jax.devices()[0]
+    return jax.devices()[0]
   except (RuntimeError, AssertionError) as error:  # which of them, depends
     platforms = os.environ.get("JAX_PLATFORMS", "")
     reason = f" ({one_line(error)})" if str(error) else ""
     raise UserError(f"JAX finds no device of JAX_PLATFORMS={platforms!r}{reason}; must be "
                     "unset, 'cpu', or the platform of a device that this machine has") from error
-  smallest = math.gcd(cfg.sample.batch_size, cfg.train.batch_size)
-  parts = largest_divisor(smallest, max(1, min(cores, smallest // _LEAST_SAMPLES)))
-  plan = BatchPlan.create(cfg, parts if cores > 1 else jax.device_count(), parts)
-  return dataclasses.replace(plan, device=_name(device))
 
 
 def _name(device: jax.Device) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ddpo_jax import build, checkpoint, lora
 from ddpo_jax.compilation import compiler_options
 from ddpo_jax.config import Config, resolve
-from ddpo_jax.devices import host_memory
+from ddpo_jax.devices import configure_jax, first_device, host_memory
 from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder
@@ -45,7 +45,7 @@ class FineTuned:
 
 def load_run(path: str, mixed_precision: str | None = None, base_model: str | None = None
              ) -> FineTuned:
-  """Loads the model that a run has trained.
+  """Loads the model that a run has trained, into host memory; sets JAX up as the run had it.
 
   Args:
     path: the run's folder (its newest checkpoint is taken) or one checkpoint in it.
@@ -53,10 +53,13 @@ def load_run(path: str, mixed_precision: str | None = None, base_model: str | No
     base_model: where the model that it began with is, if not where it was.
 
   Raises:
-    UserError: if there is no checkpoint, or its base model is not there any more.
+    UserError: if there is no checkpoint, or its base model is not there any more, or JAX finds
+      no device.
   """
   run, epoch = checkpoint.find(path, "--run")
   cfg = config_of(run, mixed_precision, base_model)
+  first_device()  # if there is none, that is said in one line
+  configure_jax(cfg)
   with host_memory():
     models = build.load_models(cfg)
   graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)

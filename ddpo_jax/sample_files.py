@@ -17,7 +17,7 @@ from PIL import Image
 from ddpo_jax import build
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
-from ddpo_jax.devices import host_memory
+from ddpo_jax.devices import configure_jax_for_base_model, first_device, host_memory
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output
 from ddpo_jax.images import image_grid
@@ -27,6 +27,7 @@ from ddpo_jax.model_names import TINY
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, model_folder
 from ddpo_jax.prompts import load_lines
+from ddpo_jax.resource_errors import with_sampling_advice
 
 _PICTURES = (".jpg", ".jpeg", ".png")
 
@@ -123,18 +124,23 @@ def _not_finite(request: SampleRequest, error: FloatingPointError) -> str:
 
 def _columns(request: SampleRequest, prompts: Sequence[str]) -> list[np.ndarray]:
   """The prompts' images of each of the models asked for."""
+  first_device()  # if there is none, that is said in one line
   say(f"Reading the model of {request.run or request.model}")
+  at_once = min(request.batch_size, len(prompts))
   if request.run is None:
     assert request.model is not None  # checked by the request
+    configure_jax_for_base_model()
     with host_memory():
       models = _load_base(request.model, build.DTYPES[request.mixed_precision or "no"])
-    generate = _generator(models, request.sampling_options(None), len(prompts))
-    return [generate(models.unet, prompts, "Base model")]
+    with with_sampling_advice(at_once, request.mixed_precision or "no"):
+      generate = _generator(models, request.sampling_options(None), len(prompts))
+      return [generate(models.unet, prompts, "Base model")]
   tuned = load_run(request.run, request.mixed_precision, request.base_model)
   options = request.sampling_options(tuned.cfg)
-  generate = _generator(tuned.models, options, len(prompts) * (2 if request.compare else 1))
-  columns = [generate(load_base_unet(tuned), prompts, "Base model")] if request.compare else []
-  return [*columns, generate(tuned.models.unet, prompts, "Fine-tuned model")]
+  with with_sampling_advice(at_once, tuned.cfg.mixed_precision):
+    generate = _generator(tuned.models, options, len(prompts) * (2 if request.compare else 1))
+    columns = [generate(load_base_unet(tuned), prompts, "Base model")] if request.compare else []
+    return [*columns, generate(tuned.models.unet, prompts, "Fine-tuned model")]
 
 
 def _generator(models: StableDiffusion, options: SamplingOptions, count: int) -> ImageGenerator:

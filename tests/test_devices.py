@@ -1,6 +1,7 @@
 """The same seed on 1, 2, 4 and 8 devices: the same samples, gradients and weights."""
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -163,6 +164,22 @@ def test_platforms_that_are_not_there(options):
       env={**os.environ, "JAX_PLATFORMS": "nope"}, cwd=ROOT, capture_output=True, text=True)
   assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
   assert "JAX finds no device of JAX_PLATFORMS='nope'" in run.stderr
+
+
+@pytest.mark.parametrize("script,options", (
+    ("sample", ["--model=tiny", "--prompts=a"]), ("sample", ["--run={run}", "--prompts=a"]),
+    ("export_lora", ["--run={run}"])))
+def test_platforms_that_are_not_there_for_other_scripts(script, options, tmp_path):
+  run = tmp_path / "run"
+  (run / "checkpoints" / "0").mkdir(parents=True)
+  (run / "config.json").write_text(json.dumps(make_config(1).to_dict()))
+  options = [option.format(run=run) for option in options]
+  done = subprocess.run(
+      [sys.executable, f"scripts/{script}.py", *options, f"--output={tmp_path}/a.safetensors"
+       if script == "export_lora" else f"--output={tmp_path}/a.jpg"],
+      env={**os.environ, "JAX_PLATFORMS": "nope"}, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+  assert "JAX finds no device of JAX_PLATFORMS='nope'" in done.stderr
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

@@ -230,6 +230,39 @@ def test_images_that_are_not_finite_are_not_written(part, tmp_path):
   assert not (tmp_path / "grid.jpg").exists()
 
 
+def test_too_many_images_at_a_time_are_a_line(run, tmp_path, monkeypatch):
+  def out_of_memory(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(inference.ImageGenerator, "__call__", out_of_memory)
+  for source in ({"run": str(run)}, {"model": str(small_model())}):
+    with pytest.raises(UserError, match="^out of memory; .*--batch_size=1; --mixed_precision=fp16"):
+      sample(tmp_path / "grid.jpg", **source, batch_size=2)
+
+
+def test_jax_is_set_up_as_the_run_had_it(run, tmp_path, monkeypatch):
+  """It keeps programs in the run's cache, and draws the same whatever the environment says."""
+  names = ("jax_compilation_cache_dir", "jax_default_matmul_precision", "jax_enable_x64")
+  before = {name: jax.config.values[name] for name in names}
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  config = run / "config.json"
+  text = config.read_text()
+  config.write_text(json.dumps(json.loads(text) | {
+      "compilation_cache": str(tmp_path / "programs"), "allow_tf32": False}))
+  try:
+    for source, cache, precision in (
+        ({"run": str(run)}, tmp_path / "programs", "highest"),
+        ({"model": str(small_model())}, tmp_path / "ddpo_jax" / "xla", "tensorfloat32")):
+      jax.config.update("jax_enable_x64", True)
+      jax.config.update("jax_compilation_cache_dir", None)
+      sample(tmp_path / "grid.jpg", **source, prompts=PROMPTS[:1])
+      assert [jax.config.values[name] for name in names] == [str(cache), precision, False]
+  finally:
+    config.write_text(text)
+    for name, value in before.items():
+      jax.config.update(name, value)
+
+
 def test_a_folder_may_have_a_dot_in_its_name(run, tmp_path):
   sample(tmp_path / "images.v2", run=str(run), prompts=PROMPTS[:1])
   assert len(pictures(tmp_path / "images.v2")) == 1
