@@ -68,8 +68,9 @@ def train(config: Config) -> None:
 
 
 def dry_run(config: Config) -> None:
-  from ddpo_jax import validation
-  validation.dry_run(config)
+  from ddpo_jax import resource_errors, validation
+  with resource_errors.with_advice(config):  # a reward's network is put on the device
+    validation.dry_run(config)
 
 
 def read_config(argv: Sequence[str]) -> Config:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from small_model import small_config
 
-from ddpo_jax import cli, resource_errors, train
+from ddpo_jax import cli, resource_errors, train, validation
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.user_functions import calling
@@ -39,6 +39,13 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch):
       "train.batch_size=1 with train.gradient_accumulation_steps=2; "
       "sample.decode_batch_size=2; sample.batch_size=2 with sample.num_batches_per_epoch=2; "
       "mixed_precision='fp16'")
+
+
+def test_out_of_memory_of_a_dry_run(monkeypatch):
+  """Another run may use the GPU, on which it puts a reward's network."""
+  monkeypatch.setattr(validation, "dry_run", lambda cfg: allocate_too_much())
+  with pytest.raises(UserError, match="^out of memory"):
+    cli.dry_run(resolve(small_config()))
 
 
 @pytest.mark.parametrize("error", (OSError(errno.ENOSPC, "No space left on device"), MemoryError()))
