@@ -20,6 +20,7 @@ from ddpo_jax import build, checkpoint, export, inference, lora, sample_files, t
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_pretrained
+from ddpo_jax.models.vae import AutoencoderKL
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ["a cat", "a dog", "a cow"]
@@ -228,6 +229,19 @@ def test_images_that_are_not_finite_are_not_written(part, tmp_path):
   with pytest.raises(UserError, match="--model=.*the base model draws .* not finite numbers"):
     sample(tmp_path / "grid.jpg", model=str(folder), mixed_precision="no")
   assert not (tmp_path / "grid.jpg").exists()
+
+
+def test_images_are_decoded_one_by_one(tmp_path, monkeypatch):
+  """All at once they would take most of the memory that sampling takes."""
+  shapes, decode = [], AutoencoderKL.decode
+
+  def spy(vae, latents):
+    shapes.append(latents.shape)
+    return decode(vae, latents)
+
+  monkeypatch.setattr(AutoencoderKL, "decode", spy)
+  sample(tmp_path / "images", model=str(small_model()), batch_size=3)
+  assert {shape[0] for shape in shapes} == {1} and len(pictures(tmp_path / "images")) == 3
 
 
 def test_too_many_images_at_a_time_are_a_line(run, tmp_path, monkeypatch):
