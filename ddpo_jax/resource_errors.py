@@ -23,14 +23,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new, old
 
 _NO_CUDNN = "DNN library initialization failed"
-_ROOM_BESIDE_JAX = (
-    "the GPU has no memory left beside what JAX takes; another program may use it "
-    f"(nvidia-smi shows which). Else set {_MEMORY_FRACTIONS[0]}=0.65 in the environment, or lower "
-    "if it is set already")
-_ROOM_OR_CUDNN = (
+_CUDNN_MAY_NOT_FIT = (
     "cuDNN cannot be used: the errors above say whether its version or the GPU's driver is too "
-    "old (those of the extra cuda12 or cuda13 fit; LD_LIBRARY_PATH must not name others). Else "
-    f"{_ROOM_BESIDE_JAX}")
+    "old (those of the extra cuda12 or cuda13 fit; LD_LIBRARY_PATH must not name others). Else ")
 
 
 @contextlib.contextmanager
@@ -123,7 +118,12 @@ def _is_without_room_beside_jax(error: BaseException) -> bool:
 
 def _room_beside_jax(causes: Iterable[BaseException]) -> str:
   """One line: what the user can do. XLA says no more of a cuDNN that does not start."""
-  return _ROOM_OR_CUDNN if any(_NO_CUDNN in str(each) for each in causes) else _ROOM_BESIDE_JAX
+  # JAX refuses to have both names set.
+  name = next((name for name in _MEMORY_FRACTIONS if name in os.environ), _MEMORY_FRACTIONS[0])
+  return ((_CUDNN_MAY_NOT_FIT if any(_NO_CUDNN in str(each) for each in causes) else "")
+          + "the GPU has no memory left beside what JAX takes; another program may use it "
+          f"(nvidia-smi shows which). Else set {name}=0.65 in the environment, or lower if it is "
+          "set already")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -79,6 +79,15 @@ def test_memory_that_jax_has_taken_from_others_is_said_to_be_that(capsys, monkey
   assert "another program may use it" in line and "XLA_CLIENT_MEM_FRACTION=0.65" in line
 
 
+@pytest.mark.parametrize("name", resource_errors._MEMORY_FRACTIONS)
+def test_the_variable_to_lower_is_the_one_that_is_set(monkeypatch, name):
+  """JAX refuses both together."""
+  monkeypatch.setenv(name, "0.9")
+  with pytest.raises(UserError, match=f" {name}=0.65"):
+    with resource_errors.with_advice(resolve(small_config())):
+      raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+
 @pytest.mark.parametrize("message,is_said", (
     ("FAILED_PRECONDITION: DNN library initialization failed.", True),
     ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", False)))
