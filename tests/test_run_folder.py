@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import os
+import re
 import sys
 import types
 
@@ -107,6 +109,31 @@ def test_a_new_run_does_not_wait_for_the_end_of_another(cfg, monkeypatch):
   first.release()
 
 
+def test_a_lock_that_is_not_got_leaves_no_file_open(cfg):
+  """A run that waits for another one tries every half second."""
+  first = claim(choose_run_folder(cfg), cfg)
+  before = len(os.listdir("/dev/fd"))
+  for _ in range(9):
+    with pytest.raises(UserError, match="another run is writing"):
+      claim(first.path, cfg)
+  assert len(os.listdir("/dev/fd")) < before + 9
+  first.release()
+
+
+def test_process_zero_claims_the_folder_for_all(cfg, monkeypatch):
+  monkeypatch.setattr(run_folder.distributed, "is_main", lambda: False)
+  run = choose_run_folder(cfg)
+  assert claim(run, cfg) == run_folder.Claim(run, None) and not run.exists()
+
+
+@pytest.mark.parametrize("name", ("run", ""))
+def test_the_logdir_need_not_be_there(cfg, tmp_path, name):
+  cfg = dataclasses.replace(cfg, logdir=str(tmp_path / "new" / "logs"), run_name=name)
+  claimed = claim(choose_run_folder(cfg), cfg)
+  assert claimed.path.is_dir() and claimed.path.parent == tmp_path / "new" / "logs"
+  claimed.release()
+
+
 def test_a_run_that_ends_before_it_writes_leaves_no_folder(cfg):
   run = choose_run_folder(cfg)
   claim(run, cfg).release()
@@ -120,6 +147,7 @@ def test_a_run_that_ends_before_it_writes_leaves_no_folder(cfg):
 def test_runs_named_by_the_same_second_have_folders_of_their_own(cfg):
   unnamed = dataclasses.replace(cfg, run_name="")
   run = choose_run_folder(unnamed, "2026.01.01_00.00.00")
+  assert run.name == "2026.01.01_00.00.00"
   claims = [claim(run, unnamed) for _ in range(3)]
   assert [each.path.name.removeprefix(run.name) for each in claims] == ["", "_2", "_3"]
   for each in claims:
@@ -144,8 +172,28 @@ def test_probes_of_one_runs_processes_do_not_meet(cfg, monkeypatch):
 def test_unwritable_logdir_names_the_field(cfg, tmp_path):
   (tmp_path / "file").write_text("")
   bad = dataclasses.replace(cfg, logdir=str(tmp_path / "file"))
-  with pytest.raises(UserError, match="logdir"):
+  with pytest.raises(UserError, match="^logdir='.*file': .*run cannot be made"):
     claim(choose_run_folder(bad), bad)
+
+
+def test_messages_name_the_field_that_the_folder_is_from(cfg):
+  assert run_folder.named_by(cfg) == f"logdir={cfg.logdir!r}"
+  branch = dataclasses.replace(cfg, resume_from="old")
+  assert run_folder.named_by(branch) == f"logdir={cfg.logdir!r}"
+  assert run_folder.named_by(dataclasses.replace(branch, run_name="")) == "resume_from='old'"
+
+
+def test_a_run_is_the_same_from_wherever_it_is_named(cfg, tmp_path, monkeypatch):
+  """And a new one continues none, not even that in the working folder."""
+  run = choose_run_folder(cfg)
+  (run / "checkpoints" / "7").mkdir(parents=True)
+  monkeypatch.chdir(run)
+  for logdir in ("..", str(tmp_path)):
+    for path in (".", str(run)):
+      again = dataclasses.replace(cfg, logdir=logdir, resume_from=path)
+      assert choose_run_folder(again).resolve() == run
+    with pytest.raises(UserError, match="run_name='run'.*already holds a run"):
+      choose_run_folder(dataclasses.replace(cfg, logdir=logdir))
 
 
 def cannot_lock(descriptor, operation):
@@ -204,4 +252,5 @@ def test_runs_may_be_in_ones_home(cfg, tmp_path, monkeypatch):
 
 
 def test_a_name_is_made_from_the_time(cfg):
-  assert choose_run_folder(dataclasses.replace(cfg, run_name="")).name[:2] == "20"
+  name = choose_run_folder(dataclasses.replace(cfg, run_name="")).name
+  assert re.fullmatch(r"20\d\d(\.\d\d){2}_\d\d(\.\d\d){2}", name)
