@@ -62,6 +62,12 @@ def test_the_batch_arithmetic_is_shown():
   assert {"Images per epoch = 256", "Optimizer steps per inner epoch = 4",
           "Images per optimizer step (all devices, accumulated) = 64"
           } <= set(map(str.strip, plan.describe().splitlines()))
+  plan = BatchPlan.create(resolve(changed(**{
+      "sample.batch_size": 8, "train.batch_size": 2, "train.num_inner_epochs": 3,
+      "sample.num_batches_per_epoch": 1, "train.gradient_accumulation_steps": 1})), 8)
+  assert {"Optimizer steps per inner epoch = 4", "Inner epochs = 3"
+          } <= set(map(str.strip, plan.describe().splitlines()))
+  assert plan.optimizer_steps_per_epoch == 12
 
 
 @pytest.mark.parametrize("field,value", [
@@ -198,6 +204,7 @@ VLM, LLAVA = "vlm_score", "llava_bertscore"
     ({"nested": {"url": "a"}}, {"nested": {"url": "b"}}, ["nested"]),
     ({VLM: {"url": "a"}}, {VLM: {"url": "b"}, LLAVA: {"batch_size": 2}}, []),
     ({VLM: {"url": "a", "mode": "strict"}}, {VLM: {"url": "b"}}, [f"{VLM}.mode"]),
+    ({VLM: {"nested": {"url": "a"}}}, {VLM: {"nested": {"url": "b"}}}, [f"{VLM}.nested"]),
 ])
 def test_a_resumed_run_may_have_its_reward_elsewhere(before, now, contradicting):
   """The server may have moved; what it is asked may not have changed."""
@@ -219,10 +226,21 @@ def test_a_resumed_run_may_have_its_reward_elsewhere(before, now, contradicting)
 def test_a_resumed_run_learns_as_before():
   """What changes nothing of what is learned may change, and so may what is new here."""
   before = resolve(base.get_config()).to_dict()
-  del before["tensorboard"]  # as in a checkpoint of before there was this field
+  for group, name in ((before, "tensorboard"), (before["train"], "recompute_log_probs")):
+    del group[name]  # as in a checkpoint of before there was this field
   check_continues(resolve(changed(num_epochs=7, **{"wandb.mode": "disabled"})), before, "it")
   with pytest.raises(UserError, match="seed=7 contradicts it, which has 42"):
     check_continues(resolve(changed(seed=7)), before, "it")
+
+
+def test_arguments_that_only_one_run_has_are_said_to_be_none():
+  config = base.get_config().to_dict() | {"reward_fn": VLM}
+  without, with_mode = (resolve(config | {"reward_kwargs": kwargs})
+                        for kwargs in ({}, {"mode": "strict"}))
+  with pytest.raises(UserError, match="^reward_kwargs.mode='strict' contradicts it, .* nothing;"):
+    check_continues(with_mode, without.to_dict(), "it")
+  with pytest.raises(UserError, match="^reward_kwargs.mode=nothing contradicts it, .* 'strict';"):
+    check_continues(without, with_mode.to_dict(), "it")
 
 
 def test_a_base_model_may_have_moved(tmp_path):
@@ -262,6 +280,17 @@ def test_weights_to_begin_with_may_be_called_from_any_folder(tmp_path, monkeypat
     check_continues(resolve(changed(**{"lora.init_from": "other.safetensors"})), saved.to_dict(),
                     "it")
   assert with_absolute_paths(resolve(base.get_config())).lora.init_from == ""
+
+
+def test_the_rank_is_that_of_the_weights_to_begin_with(tmp_path):
+  """Which may be gone once the run has checkpoints of its own."""
+  (tmp_path / "l.safetensors").touch()
+  given = {"lora.init_from": str(tmp_path / "l.safetensors")}
+  saved = resolve(changed(**given, **{"lora.rank": 2})).to_dict()
+  check_continues(resolve(changed(**given, **{"lora.rank": 3})), saved, "it")
+  check_continues(resolve(changed(**{"lora.rank": 2})), saved, "it")
+  with pytest.raises(UserError, match="^lora.rank=3 contradicts it, which has 2"):
+    check_continues(resolve(changed(**{"lora.rank": 3})), saved, "it")
 
 
 @pytest.mark.parametrize("before, now", ((None, {"buffer_size": 16, "min_count": 8}),
@@ -311,6 +340,9 @@ def test_batch_sizes_go_with_the_devices():
       "which contradicts it, with 64; must make as many, or start a new run",
       "train.batch_size=4 × train.gradient_accumulation_steps=2 × 1 devices makes 8 images per "
       "optimizer step, which contradicts it, with 16; must make as many, or start a new run"]
+  cores = BatchPlan.create(cfg, 4, devices_per_batch=4)
+  with pytest.raises(UserError, match=r" × 1 devices makes 32 images per epoch, "):
+    check_sizes(cfg, cores, meta, "it")
 
 
 @pytest.mark.parametrize("argument", ({1, 2}, np.ones(3), pathlib.Path("x")))
