@@ -27,7 +27,7 @@ from small_model import small_config
 
 from ddpo_jax import checkpoint, distributed, validation
 from ddpo_jax.config import resolve
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import Interrupted, UserError
 from ddpo_jax.validation import _DRAWS
 
 EPOCHS = 2
@@ -158,6 +158,7 @@ def test_trouble_of_one_with_what_is_read_reaches_both(tmp_path):
   assert second == ["UserError", 3, 2, "OSError", True, False]
   folder = tmp_path / "checkpoints"
   assert {path.name for path in folder.iterdir()} == {"0", "1", "2", "3.damaged"}
+  assert not list(tmp_path.glob("cache*/*"))  # by which it was seen whether they are shared
 
 
 def test_processes_have_equally_many_devices(monkeypatch):
@@ -182,6 +183,7 @@ def test_prompts_that_processes_could_not_agree_on_are_refused(monkeypatch):
 @pytest.mark.parametrize("environment, expected", (
     ({}, False),
     ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, False),  # salloc's own shell
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False),  # sbatch's
     ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, True),
     ({"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
@@ -198,6 +200,59 @@ def test_kubernetes_is_asked_where_its_package_is_installed(monkeypatch, install
   monkeypatch.setitem(sys.modules, "kubernetes", package if installed else None)
   environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
   assert distributed.started_by_cluster(environment) is installed
+  del environment["JOB_COMPLETION_INDEX"]  # any pod
+  assert not distributed.started_by_cluster(environment)
+
+
+@pytest.fixture
+def join(monkeypatch):
+  """Joins by a config's fields, a cluster's environment, and a JAX that may fail: what it got."""
+  def make(changes, environment=types.MappingProxyType({}), error=None):
+    calls = []
+
+    def initialize(**kwargs):
+      calls.append(kwargs)
+      if error:
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(os, "environ", os.environ.copy() | environment)
+    changes = {f"distributed.{name}": value for name, value in changes.items()}
+    distributed.initialize(resolve(small_config(**changes)).distributed)
+    return calls
+
+  return make
+
+
+GIVEN = {"coordinator_address": "localhost:1", "num_processes": 4, "process_id": 2}
+
+
+def test_jax_is_told_of_the_processes_or_asks_the_cluster(join):
+  cluster = {"OMPI_COMM_WORLD_SIZE": "2"}
+  assert join(GIVEN | {"timeout": 7}) == [GIVEN | {"initialization_timeout": 7}]
+  assert not join({})
+  assert join({"detect": True, "timeout": 7}, cluster) == [{"initialization_timeout": 7}]
+  assert not join({"detect": False}, cluster)
+
+
+def test_processes_that_do_not_meet_say_why_in_a_line(join):
+  with pytest.raises(UserError, match=r"^distributed.detect=True: .*\(an old SLURM\); set "):
+    join({}, {"OMPI_COMM_WORLD_SIZE": "2"}, ValueError("an old SLURM"))
+  with pytest.raises(UserError, match=r"^distributed.coordinator_address='localhost:1': .* in 7 s; "
+                                      r"all .*\(too late\)$"):
+    join(GIVEN | {"timeout": 7}, error=RuntimeError("too late\nmuch more"))
+
+
+def test_it_is_known_what_all_processes_have_raised(monkeypatch):
+  """They can save together then: none waits in a collective."""
+  together = KeyError("a prompt")
+  with pytest.raises(KeyError), distributed.raising_together():
+    raise together
+  assert distributed.raised_on_all(KeyError())  # of one process
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert not distributed.raised_on_all(KeyError())
+  for error in (together, distributed.OtherProcessFailed(), Interrupted(15), FloatingPointError()):
+    assert distributed.raised_on_all(error)
 
 
 @pytest.mark.parametrize("environment, expected", (
@@ -209,6 +264,8 @@ def test_kubernetes_is_asked_where_its_package_is_installed(monkeypatch, install
     ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
     ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
     ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "CUDA_VISIBLE_DEVICES": "3"}, True),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "ROCR_VISIBLE_DEVICES": "3"}, True),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "HIP_VISIBLE_DEVICES": "3"}, True),
     ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "CUDA_VISIBLE_DEVICES": "2,3"}, False),
 ))
 def test_a_process_alone_on_its_machine_has_all_its_gpus(monkeypatch, environment, expected):
@@ -221,7 +278,8 @@ def test_a_process_alone_on_its_machine_has_all_its_gpus(monkeypatch, environmen
   before = jax.config.values["jax_cuda_visible_devices"]
   cfg = resolve(small_config(**{"distributed.coordinator_address": "localhost:1"})).distributed
   try:
+    jax.config.update("jax_cuda_visible_devices", "2,3")  # the user's choice
     distributed.initialize(cfg)
-    assert (jax.config.values["jax_cuda_visible_devices"] == before) is expected
+    assert (jax.config.values["jax_cuda_visible_devices"] == "2,3") is expected
   finally:
     jax.config.update("jax_cuda_visible_devices", before)
