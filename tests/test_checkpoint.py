@@ -1,5 +1,6 @@
 """What a checkpoint takes on disk, and what is read of one that is not as it should be."""
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import resuming
 
-from ddpo_jax import checkpoint, lora, update
+from ddpo_jax import checkpoint, lora, resume, update
 from ddpo_jax.errors import UserError
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
@@ -295,3 +297,51 @@ def test_what_is_set_aside_stays_and_is_no_checkpoint(tmp_path):
   save(tmp_path, [2, 3, 4], keep=1)
   assert checkpoint.find(tmp_path) == (tmp_path.resolve(), 4)
   assert {path.name for path in folder.iterdir()} == {"2.damaged", "2.damaged.2", "4"}
+
+
+# ---- what a run goes on with, without a model ----
+
+
+@pytest.fixture
+def trainer(tmp_path):
+  (tmp_path / "first").mkdir()
+  return resuming.make_trainer(tmp_path / "first")
+
+
+def test_another_runs_damaged_checkpoints_are_left_alone(trainer, tmp_path, capsys):
+  first, link = tmp_path / "first", tmp_path / "link"
+  resuming.save(trainer, first)
+  metadata = [first / "checkpoints" / str(epoch) / "meta" / "metadata" for epoch in range(4)]
+  link.symlink_to(first)
+  metadata[3].unlink()
+  assert resume.resume(trainer, tmp_path / "second") == (3, [])
+  assert resume.resume(trainer, link) == resume.resume(trainer, first) == (3, [3])
+  assert int(trainer.state.step) == 2
+  assert "must hold the same weights" not in capsys.readouterr().out
+  for path in metadata[:3]:
+    path.unlink()
+  with pytest.raises(UserError, match="checkpoints/0 is damaged .* none that is older, so start a"):
+    resume.resume(trainer, first)
+
+
+@pytest.mark.parametrize("before,said", (("/gone/model", True), ("same/", False)))
+def test_a_base_model_that_has_moved_is_said(trainer, tmp_path, capsys, monkeypatch, before, said):
+  monkeypatch.chdir(tmp_path)
+  model = tmp_path / "same"
+  model.mkdir()
+  trainer.cfg = dataclasses.replace(trainer.cfg, pretrained=dataclasses.replace(
+      trainer.cfg.pretrained, model=str(model)))
+  state, meta = resume.checkpoint_of(trainer)
+  meta["config"]["pretrained"]["model"] = before
+  checkpointer = checkpoint.Checkpointer(tmp_path / "first", 1)
+  checkpointer.save(0, state, meta)
+  checkpointer.close()
+  resume.resume(trainer, tmp_path / "first")
+  warning = f"pretrained.model='{model}' must hold the same weights as {before!r}, which is not"
+  assert (warning in capsys.readouterr().out) == said
+
+
+def test_what_is_saved_is_not_what_the_update_overwrites(trainer):
+  state, _ = resume.checkpoint_of(trainer)
+  for saved, now in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.state)):
+    assert not np.shares_memory(saved, np.asarray(now))
