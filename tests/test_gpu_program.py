@@ -52,6 +52,7 @@ def convolution():
 
 def test_kernels_lie_output_first(convolution):
   program, weights, x, replicated = convolution
+  weights = weights | {"bias": jnp.ones(8), "dense": jnp.ones((8, 8))}  # have no order of their own
   placed = placement.place_weights(weights, replicated, output_first=True)
   assert placed["kernel"].format.layout.major_to_minor == (3, 0, 1, 2)
   assert placed["matrix"].format.layout.major_to_minor == (0, 1, 2, 3)
