@@ -32,18 +32,16 @@ def place_weights(weights: Any, sharding: jax.sharding.Sharding, *,
   formats = [_format(weight, sharding, output_first) for weight in leaves]
   kernels = [i for i, each in enumerate(formats) if isinstance(each, Format)]
   ends = dict(zip(kernels, itertools.accumulate(leaves[i].nbytes for i in kernels)))
-  placed = list(leaves)
+  placed: dict[int, jax.Array] = {}
   # Part by part, because meanwhile each is there twice; and while there is nothing else.
   for _, part in itertools.groupby(kernels, lambda i: ends[i] // _REORDERED_AT_ONCE):
     indices = list(part)
     # The device puts them in order, in one program: one for each shape would compile for seconds.
     reorder = jax.jit(lambda kernels: kernels, out_shardings=[formats[i] for i in indices])
     in_order = jax.block_until_ready(reorder([replicate(leaves[i], sharding) for i in indices]))
-    for i, kernel in zip(indices, in_order):
-      placed[i] = kernel
-  for i in set(range(len(leaves))) - set(kernels):
-    placed[i] = replicate(leaves[i], sharding)
-  return jax.tree.unflatten(treedef, placed)
+    placed.update(zip(indices, in_order))
+  return jax.tree.unflatten(treedef, [
+      placed[i] if i in placed else replicate(leaf, sharding) for i, leaf in enumerate(leaves)])
 
 
 def replicate(arrays: Any, sharding: jax.sharding.Sharding) -> Any:
