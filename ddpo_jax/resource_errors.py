@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 import contextlib
 import errno
 import os
 import pathlib
-from typing import Any
 
 import jax
 
@@ -15,7 +14,7 @@ from ddpo_jax import files
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
-from ddpo_jax.rewards import ON_DEVICE
+from ddpo_jax.rewards import ON_DEVICE, kwargs_by_reward
 from ddpo_jax.run_folder import named_by
 from ddpo_jax.user_functions import raised_by_user
 
@@ -72,7 +71,7 @@ def with_sampling_advice(batch_size: int, mixed_precision: str) -> Iterator[None
       raise UserError(_room_beside_jax(causes)) from error
     if not any(map(_is_out_of_memory, causes)):
       raise
-    advice = [*_more_of_the_gpu()]
+    advice = list(_more_of_the_gpu())
     if batch_size > 1:
       advice.append(f"--batch_size={batch_size // 2}")
     if mixed_precision == "no":
@@ -185,11 +184,10 @@ def _smaller(cfg: Config) -> Iterator[str]:
 
 def _smaller_rewards(cfg: Config) -> Iterator[str]:
   """Of rewards whose network is on the device."""
-  several = not isinstance(cfg.reward_fn, str)
-  for name in [cfg.reward_fn] if isinstance(cfg.reward_fn, str) else cfg.reward_fn:
-    group: Mapping[str, Any] = cfg.reward_kwargs.get(name, {}) if several else cfg.reward_kwargs
-    if name in ON_DEVICE and group.get("dtype", "float32") == "float32":
-      yield f"reward_kwargs.{f'{name}.' if several else ''}dtype='float16'"
+  for name, kwargs in kwargs_by_reward(cfg.reward_fn, cfg.reward_kwargs).items():
+    if name in ON_DEVICE and kwargs.get("dtype", "float32") == "float32":
+      group = "" if isinstance(cfg.reward_fn, str) else f"{name}."
+      yield f"reward_kwargs.{group}dtype='float16'"
 
 
 def _part(count: int) -> int:

@@ -73,14 +73,21 @@ def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
   Raises:
     UserError: as `get_reward`, and for arguments of a function that is not in `spec`.
   """
+  if not isinstance(spec, str):
+    for name, value in kwargs.items():
+      if name not in spec or not isinstance(value, Mapping):
+        raise UserError(f"reward_kwargs.{name}={redacted({name: value})[name]!r}: with several "
+                        "rewards, must be the arguments of one of them, by its name: "
+                        f"{', '.join(spec)}")
+  return {name: get_reward(name, **own) for name, own in kwargs_by_reward(spec, kwargs).items()}
+
+
+def kwargs_by_reward(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
+                     ) -> dict[str, Mapping[str, Any]]:
+  """Each function's own keyword arguments; with a single function they are not under its name."""
   if isinstance(spec, str):
-    return {spec: get_reward(spec, **kwargs)}
-  for name, value in kwargs.items():
-    if name not in spec or not isinstance(value, Mapping):
-      raise UserError(f"reward_kwargs.{name}={redacted({name: value})[name]!r}: with several "
-                      "rewards, must be the arguments of one of them, by its name: "
-                      f"{', '.join(spec)}")
-  return {name: get_reward(name, **kwargs.get(name, {})) for name in spec}
+    return {spec: kwargs}
+  return {name: kwargs.get(name, {}) for name in spec}
 
 
 def call_reward(name: str, function: RewardFn, images: UInt8[np.ndarray, "B H W 3"],
