@@ -88,7 +88,7 @@ def literal(text: str) -> Any:
     return _CONSTANTS[text.lower()]
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
     return text
 
 

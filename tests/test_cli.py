@@ -195,8 +195,10 @@ def test_dicts_that_a_shell_took_apart():
 
 def test_braces_in_the_text_of_an_argument():
   cfg = read("--config", DEMO, "--config.reward_kwargs.question={prompt}?",
-             "--config.reward_kwargs.opening={", "--config.reward_kwargs.closing=}")
-  assert cfg.reward_kwargs == {"question": "{prompt}?", "opening": "{", "closing": "}"}
+             "--config.reward_kwargs.opening={", "--config.reward_kwargs.closing=}",
+             "--config.reward_kwargs.answers={[yes]}", "--config.reward_kwargs.times={[2]: 1}")
+  assert cfg.reward_kwargs == {"question": "{prompt}?", "opening": "{", "closing": "}",
+                               "answers": "{[yes]}", "times": "{[2]: 1}"}
 
 
 def test_a_config_gives_arguments_to_ones_own_function_among_several(tmp_path):
