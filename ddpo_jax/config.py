@@ -388,14 +388,21 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         problems.append(f"{path}={shown(value)} must be a group of fields, or None")
         return None
     return _build(group, value, path + ".", problems)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value) if abs(value) < 2**31 else math.inf
+  if kind is float:
+    value = _as_float(value)
   problem = _problem(kind, value, path)
   if problem is not None:
     # Arguments may be secrets.
     problems.append(f"{path}={'{…}' if isinstance(value, Mapping) else shown(value)} {problem}")
   elif isinstance(value, Mapping):  # as a resumed run reads it: config.json makes tuples lists
     value = json.loads(json.dumps(value))
+  return value
+
+
+def _as_float(value: Any) -> Any:
+  """An integer as a float, infinite where no field may be as large; anything else as it is."""
+  if isinstance(value, int) and not isinstance(value, bool):
+    return float(value) if abs(value) < 2**31 else math.inf
   return value
 
 
@@ -459,12 +466,14 @@ def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
                     "of names and weights")
     return {}
   weights: dict[str, float] = {}
-  for name, weight in value.items():
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if is_number and math.isfinite(weight) and weight != 0:
-      weights[name] = float(weight)
+  for name, given in value.items():
+    weight = _as_float(given)
+    if not isinstance(name, str):
+      problems.append(f"reward_fn: {shown(name)} must be the name of a reward function")
+    elif isinstance(weight, float) and math.isfinite(weight) and weight != 0:
+      weights[name] = weight
     else:
-      problems.append(f"reward_fn: the weight {shown(weight)} of {shown(name)} must be a finite "
+      problems.append(f"reward_fn: the weight {shown(given)} of {shown(name)} must be a finite "
                       "number other than 0")
   return weights
 

@@ -86,6 +86,7 @@ def test_the_batch_arithmetic_is_shown():
     ("per_prompt_stat_tracking.buffer_size", 0), ("prompt_fn_kwargs", 3),
     ("reward_fn", 3), ("reward_fn", ""), ("reward_fn", {}), ("reward_fn", {"a": "b"}),
     ("reward_fn", {"a": float("nan")}), ("reward_fn", {"a": 0.0}), ("reward_fn", {"a": True}),
+    ("reward_fn", {"a": 10**400}), ("reward_fn", {1: 1.0}),
 ])
 def test_bad_value_is_one_line_that_names_the_field(field, value):
   config = base.get_config().to_dict()
