@@ -154,7 +154,8 @@ def _wanted(parameter: inspect.Parameter | None, value: Any) -> str:
     return _TYPES[type(default)] if is_wrong else ""
   is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
   kinds = typing.get_args(annotation) if is_union else (annotation,)
-  if (value is None and default is None) or not all(kind in _TYPES for kind in kinds):
+  is_checked = all(isinstance(kind, type) and kind in _TYPES for kind in kinds)
+  if (value is None and default is None) or not is_checked:
     return ""
   if any(_is_of(value, kind) for kind in kinds):
     return ""

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import threading
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,10 @@ def factor_third(images, prompts, factor):
 
 
 def annotated(images: "Nowhere", prompts, metadata, factor=1):  # noqa: F821
+  return factor * np.zeros(len(images)), {}
+
+
+def described(images, prompts, metadata, factor: Annotated[int, {"least": 0}] = 1):
   return factor * np.zeros(len(images)), {}
 
 
@@ -137,6 +142,10 @@ def test_annotations_may_name_what_is_only_there_for_type_checkers():
   get_reward(name, factor=2)
   with pytest.raises(UserError, match="unexpected keyword argument 'power'; it takes: factor"):
     get_reward(name, power=2)
+
+
+def test_annotations_may_be_of_a_type_that_cannot_be_looked_up():
+  get_reward(f"{__name__}:described", factor=2)
 
 
 def test_a_reward_may_name_what_it_takes_as_it_likes():
