@@ -169,8 +169,9 @@ def _smaller(cfg: Config) -> Iterator[str]:
     smaller = _part(train.batch_size)
     steps = train.gradient_accumulation_steps * train.batch_size // smaller
     yield f"train.batch_size={smaller} with train.gradient_accumulation_steps={steps}"
-  if sample.decode_batch_size > 1:
-    yield f"sample.decode_batch_size={min(sample.decode_batch_size, sample.batch_size) // 2 or 1}"
+  decoded = min(sample.decode_batch_size, sample.batch_size)
+  if decoded > 1:
+    yield f"sample.decode_batch_size={decoded // 2}"
   if sample.batch_size > train.batch_size:
     smaller = train.batch_size * _part(sample.batch_size // train.batch_size)
     batches = sample.num_batches_per_epoch * sample.batch_size // smaller

@@ -41,6 +41,12 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch):
       "mixed_precision='fp16'")
 
 
+def test_images_that_are_decoded_one_by_one_anyway_are_no_advice():
+  values = resolve(small_config()).to_dict()
+  values["sample"]["batch_size"] = values["train"]["batch_size"] = 1
+  assert "decode" not in resource_errors.out_of_memory(resolve(values))
+
+
 def test_out_of_memory_of_a_dry_run(monkeypatch):
   """Another run may use the GPU, on which it puts a reward's network."""
   monkeypatch.setattr(validation, "dry_run", lambda cfg: allocate_too_much())
