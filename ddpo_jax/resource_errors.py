@@ -10,12 +10,12 @@ import pathlib
 
 import jax
 
-from ddpo_jax import files
+from ddpo_jax import checkpoint, files
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
 from ddpo_jax.rewards import ON_DEVICE, kwargs_by_reward
-from ddpo_jax.run_folder import named_by
+from ddpo_jax.run_folder import is_named_by_checkpoint, named_by
 from ddpo_jax.user_functions import raised_by_user
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -99,10 +99,11 @@ def _is_full_disk(error: BaseException) -> bool:
 
 
 def _is_of_run(error: BaseException, cfg: Config) -> bool:
-  """Whether a file in the folder of the runs could not be written or read."""
+  """Whether a file in the run's folder, or in that of all runs, could not be written or read."""
   if not isinstance(error, OSError) or not isinstance(error.filename, str):
     return False
-  return pathlib.Path(files.absolute(error.filename)).is_relative_to(files.absolute(cfg.logdir))
+  folder = checkpoint.run_of(cfg.resume_from) if is_named_by_checkpoint(cfg) else cfg.logdir
+  return pathlib.Path(files.absolute(error.filename)).is_relative_to(files.absolute(folder))
 
 
 def _is_without_room_beside_jax(error: BaseException) -> bool:

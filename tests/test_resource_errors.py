@@ -19,9 +19,11 @@ def allocate_too_much():
   jnp.zeros((2**46,), jnp.float32).block_until_ready()
 
 
+@pytest.mark.parametrize("field", ("logdir", "resume_from"))  # which says where the run is
 @pytest.mark.parametrize("inside", (True, False))
-def test_a_run_folder_that_is_lost_is_one_line(tmp_path, inside):
-  cfg = resolve(small_config(logdir=str(tmp_path / "logs")))
+def test_a_run_folder_that_is_lost_is_one_line(tmp_path, inside, field):
+  (tmp_path / "logs").mkdir()
+  cfg = resolve(small_config(**{field: str(tmp_path / "logs")}))
   lost = PermissionError(errno.EACCES, "Permission denied",
                          str(tmp_path / ("logs" if inside else "mine") / "rewards.jsonl"))
   with pytest.raises(UserError if inside else PermissionError, match="Permission denied.*rewards"):
