@@ -152,12 +152,13 @@ class Checkpointer:
     """Opens `run`/checkpoints, of which at most `keep` stay."""
     _hide_tracebacks()
     self.run, self._keep = run, keep
+    self._folder = (run / "checkpoints").resolve()  # a reward may change the working folder
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
     policy = ocp.checkpoint_managers.LatestN(self._keep)
     return ocp.CheckpointManager(
-        (self.run / "checkpoints").resolve(), options=ocp.CheckpointManagerOptions(
+        self._folder, options=ocp.CheckpointManagerOptions(
             preservation_policy=policy, enable_async_checkpointing=True,
             cleanup_tmp_directories=True),
         item_handlers={"state": ocp.StandardCheckpointHandler(),

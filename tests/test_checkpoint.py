@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,19 @@ def test_a_checkpoint_that_orbax_declines_is_not_taken_for_saved(run):
   with pytest.raises(RuntimeError, match="checkpoints/1 was not saved"):
     checkpointer.save(1, make_state(), {"config": {}})
   checkpointer.close()
+
+
+def test_what_is_tried_again_is_written_where_the_run_is(tmp_path, monkeypatch):
+  """A reward may have changed the working folder."""
+  monkeypatch.chdir(tmp_path)
+  checkpointer = checkpoint.Checkpointer(pathlib.Path("run"), keep=1)
+  (tmp_path / "other").mkdir()
+  monkeypatch.chdir(tmp_path / "other")
+  monkeypatch.setattr(checkpointer._manager, "wait_until_finished", lambda: 1 / 0)
+  assert not checkpointer.finish_writing()
+  checkpointer.save_and_wait(0, make_state(), {"config": {}})
+  checkpointer.close()
+  assert checkpoint.saved_epochs(tmp_path / "run") == [0]
 
 
 CANNOT_WRITE = """
