@@ -38,7 +38,7 @@ def check_continues(cfg: Config, saved: Mapping[str, Any], where: str) -> None:
   Raises:
     UserError: one line for every field that contradicts.
   """
-  before, now = _flat(saved), _flat(json.loads(json.dumps(cfg.to_dict())))
+  before, now = _flat(saved), _flat(cfg.to_dict())
   value = lambda values, name: repr(values[name]) if name in values else "nothing"
   problems = [
       f"{name}={value(now, name)} contradicts {where}, which has {value(before, name)}; set it "
