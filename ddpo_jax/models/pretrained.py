@@ -147,14 +147,13 @@ def load_clip(path: str | os.PathLike, revision: str | None = None,
   return CLIP(model, images, folder)
 
 
-def load_clip_tokenizer(path: str | os.PathLike, revision: str | None = None):
+def load_clip_tokenizer(path: str | os.PathLike):
   """The tokenizer of a CLIP folder or hub id.
 
   Raises:
     UserError: if there is none.
   """
-  folder = hub.model_folder(path, revision, hub.TOKENIZER_REPOSITORY)
-  return _load_tokenizer(folder)
+  return _load_tokenizer(hub.model_folder(path, repository=hub.TOKENIZER_REPOSITORY))
 
 
 def _read_image_config(folder: pathlib.Path, image_size: int) -> CLIPImageConfig:
