@@ -97,7 +97,6 @@ class Server:
     Raises:
       UserError: if `url` is not a web address.
     """
-    self.reward = reward
     self.url = url
     self.limits = limits
     self._where = f"reward_fn={reward!r}, reward_kwargs.url={redacted(url)!r}"
