@@ -69,7 +69,7 @@ class calling:
     pass
 
   # Not by `contextlib.contextmanager`, which sets an attribute of errors: some refuse that.
-  def __exit__(self, kind: Any, error: BaseException | None, place: Any) -> None:
+  def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
     if isinstance(error, (SystemExit, StopIteration, asyncio.CancelledError)):
       raise RuntimeError(f"{self._what} raised {error!r}") from error
     if isinstance(error, Exception):

@@ -176,8 +176,7 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
   if cache is not None and cfg.compilation_cache != "auto":
     problems.collect(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
   if not any_of(["lora.init_from"], wrong) and cfg.lora.init_from:
-    problems.collect(read_header, "lora.init_from",
-                pathlib.Path(cfg.lora.init_from).expanduser())
+    problems.collect(read_header, "lora.init_from", pathlib.Path(cfg.lora.init_from).expanduser())
   if run is not None and cfg.resume_from and "resume_from" not in wrong:
     problems.collect(_check_resumes, cfg, run, None if wrong else plan_batches(cfg))
   needed = ("pretrained.model", "use_lora", "lora.rank", "lora.init_from", "num_epochs",
