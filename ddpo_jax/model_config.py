@@ -87,5 +87,5 @@ def read(path: pathlib.Path, parse: Callable[[Mapping[str, Any]], Any]) -> Any:
   values = read_json(path)
   try:
     return parse(values)
-  except (TypeError, ValueError, ZeroDivisionError) as error:
+  except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
     raise UserError(f"{path} has a value of the wrong kind: {one_line(error)}") from error

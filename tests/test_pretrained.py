@@ -216,6 +216,8 @@ def test_the_size_of_an_images_latent(folder, sample_size, numbers):
      "unet.config.json has a value of the wrong kind"),
     (lambda f: edit_json(f / "vae" / "config.json", norm_num_groups=5),
      r"vae.config.json does not describe a network.*\(5\)"),
+    (lambda f: edit_json(f / "vae" / "config.json", block_out_channels=[]),
+     "vae.config.json does not describe a network"),
     (lambda f: edit_json(f / "scheduler" / "scheduler_config.json", beta_start=None),
      "scheduler_config.json has a value of the wrong kind"),
     (lambda f: edit_json(f / "unet" / "config.json", cross_attention_dim=48),

@@ -183,7 +183,7 @@ def _abstract(build: Callable[..., nnx.Module], folder: pathlib.Path) -> nnx.Mod
   """The module with shapes and dtypes in the place of its weights."""
   try:
     return nnx.eval_shape(lambda: build(rngs=ConstantRngs()))
-  except (TypeError, ValueError, ZeroDivisionError) as error:
+  except (TypeError, ValueError, LookupError, ArithmeticError) as error:
     raise UserError(f"{folder / 'config.json'} does not describe a network: "
                     f"{one_line(error)}") from error
 

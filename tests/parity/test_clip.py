@@ -321,3 +321,10 @@ def test_unusable_image_processors_are_refused(values, message, tmp_path):
       json.dumps({"size": 32, "crop_size": 32, **values}))
   with pytest.raises(UserError, match=message):
     load_clip(tmp_path)
+
+
+def test_an_image_processor_that_is_no_object_is_refused(tmp_path):
+  make_clip(tmp_path)
+  (tmp_path / "processor_config.json").write_text('{"image_processor": []}')
+  with pytest.raises(UserError, match="processor_config.json has a value of the wrong kind"):
+    load_clip(tmp_path)
