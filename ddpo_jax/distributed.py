@@ -8,7 +8,7 @@ or the others would wait in it for ever.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import importlib.util
 import os
@@ -69,7 +69,7 @@ def initialize(cfg: DistributedConfig) -> None:
       jax.config.update(name, devices)
 
 
-def started_by_cluster(environment: os._Environ[str] | dict[str, str]) -> bool:
+def started_by_cluster(environment: Mapping[str, str]) -> bool:
   """Whether this is one of several processes of a cluster that JAX can ask for the others."""
   if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
     return importlib.util.find_spec("kubernetes") is not None
@@ -78,7 +78,7 @@ def started_by_cluster(environment: os._Environ[str] | dict[str, str]) -> bool:
   return (in_step and several("SLURM_NTASKS")) or several("OMPI_COMM_WORLD_SIZE")
 
 
-def alone_on_its_machine(environment: os._Environ[str] | dict[str, str]) -> bool:
+def alone_on_its_machine(environment: Mapping[str, str]) -> bool:
   """Whether SLURM or Open MPI has started one process on each machine."""
   if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
     return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
@@ -86,7 +86,7 @@ def alone_on_its_machine(environment: os._Environ[str] | dict[str, str]) -> bool
   return all(re.fullmatch(r"1(\(x\d+\))?", count) for count in tasks.split(","))
 
 
-def sees_one_gpu(environment: os._Environ[str] | dict[str, str]) -> bool:
+def sees_one_gpu(environment: Mapping[str, str]) -> bool:
   """Whether the launcher has given this process a GPU of its own, which is then number 0."""
   lists = [environment.get(name, "") for name in
            ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")]
