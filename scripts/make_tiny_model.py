@@ -226,7 +226,7 @@ def save_grid(images: np.ndarray, path: pathlib.Path, columns: int = 8) -> None:
                                Image.Resampling.NEAREST).save(path)
 
 
-def to_float(images: np.ndarray) -> jax.Array:
+def to_float(images: np.ndarray | jax.Array) -> jax.Array:
   """uint8 -> [-1, 1]."""
   return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
@@ -248,7 +248,7 @@ def train_vae(args: argparse.Namespace) -> None:
   graphdef, params = nnx.split(vae)
 
   def loss_fn(params, images, key):
-    vae, images = nnx.merge(graphdef, *params), images.astype(jnp.float32) / 127.5 - 1
+    vae, images = nnx.merge(graphdef, *params), to_float(images)
     mean, log_variance = vae.encode(images)
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     error = vae.decode(latents) - images
