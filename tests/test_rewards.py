@@ -249,6 +249,18 @@ def test_what_a_reward_writes_into_its_arguments_reaches_nobody():
   assert images.all() and prompts == PROMPTS and metadata[:2] == [{"deep": [1]}, {}]
 
 
+def test_of_what_cannot_be_copied_a_reward_gets_all():
+  """Not the half of a copy that was made before it failed."""
+  common, seen = {"a": 1, "no copy": threading.Lock()}, []
+
+  def reward(images, prompts, metadata):
+    seen.extend(each["common"] for each in metadata)
+    return [1.0] * len(images), {}
+
+  call_reward("mine:f", reward, IMAGES, PROMPTS, [{"common": common} for _ in PROMPTS])
+  assert seen == [common] * 3
+
+
 def test_a_reward_without_info_is_refused():
   name = f"{__name__}:without_info"
   with pytest.raises(UserError, match="without_info.*ndarray.*return rewards, {}"):

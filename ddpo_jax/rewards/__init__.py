@@ -119,6 +119,7 @@ def _copy(metadata: list[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
       return copy.deepcopy(entry, copied)
     except Exception:  # it holds what cannot be copied
+      copied.clear()  # there may be half of a copy in it
       return copy.copy(entry)
 
   return list(map(copy_one, metadata))
