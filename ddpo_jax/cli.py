@@ -97,7 +97,7 @@ def _is_of_run(file: str) -> bool:
 
 def _left_out(spec: str, values: Mapping[str, Any]) -> list[str]:
   """A line for each group whose key or password a run's config.json does not hold."""
-  if not _is_of_run(spec.partition(":")[0]):
+  if not _is_of_run(_split_spec(spec)[0]):
     return []
   return [f"{group} holds {REDACTED!r} where {spec} leaves out a key or password; give it again, "
           f"as --config.{group}.ARGUMENT=VALUE"
@@ -124,7 +124,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   Raises:
     UserError: if there is no such file or experiment, or the file raises anything.
   """
-  file, colon, experiment = spec.partition(":")
+  file, colon, experiment = _split_spec(spec)
   if not os.path.isfile(file):
     raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
                     "as configs/demo.py")
@@ -140,6 +140,15 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     raise UserError(f"--config={spec}: get_config returned a {type(config).__name__}; "
                     "must be a ConfigDict")
   return config
+
+
+def _split_spec(spec: str) -> tuple[str, str, str]:
+  """"FILE:EXPERIMENT" as file, colon and experiment; the file's own path may have colons."""
+  ends = [i for i, letter in enumerate(spec) if letter == ":"] + [len(spec)]
+  for end in ends:
+    if os.path.isfile(spec[:end]):
+      return spec[:end], spec[end:end + 1], spec[end + 1:]
+  return spec.partition(":")
 
 
 def _config_of_run(file: str) -> ml_collections.ConfigDict:
@@ -168,7 +177,7 @@ def _config_of(file: str, arguments: Sequence[str]) -> Any:
 
 def _explained(spec: str, load: Callable[[], Any]) -> Any:
   """Returns `load()`; what it raises becomes a UserError that names the line of the file."""
-  file = pathlib.Path(spec.partition(":")[0]).resolve()
+  file = pathlib.Path(_split_spec(spec)[0]).resolve()
   try:
     return load()
   except UserError as error:

@@ -241,6 +241,20 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
     read(f"--config={file.with_suffix('.yaml')}")
 
 
+def test_a_config_files_path_may_have_colons(tmp_path):
+  """As that of a run has whose run_name is a time, or a setting such as "lr:3e-4"."""
+  cfg = read("--config", DEMO, "--config.run_name=lr:3e-4")
+  folder = tmp_path / cfg.run_name
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(cfg.to_dict()))
+  assert read(f"--config={folder / 'config.json'}") == cfg
+  with pytest.raises(UserError, match="config.json:alignment: has no experiments"):
+    read(f"--config={folder / 'config.json'}:alignment")
+  (folder / "my.py").write_text("from configs.demo import get_config\n")
+  changed = read(f"--config={folder / 'my.py'}:alignment")
+  assert changed.reward_fn == "color_alignment"
+
+
 @pytest.mark.parametrize("arguments,message", [
     ([], "--config is missing"),
     (["--config=configs/none.py"], "does not exist"),
