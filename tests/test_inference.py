@@ -167,7 +167,9 @@ def test_eta_zero_and_a_grid(run, tmp_path):
 
 
 @pytest.mark.parametrize("changes,message", [
-    ({"prompts": []}, "--prompts is empty"), ({"compare": True}, "--compare needs --run"),
+    ({"prompts": []}, "--prompts is empty"),
+    ({"prompts": ["a cat", os.fsdecode(b"caf\xe9")]}, "--prompts has .*; must be text in UTF-8"),
+    ({"compare": True}, "--compare needs --run"),
     ({"eta": 1.5}, "--eta=1.5"), ({"num_steps": 0}, "--num_steps=0"),
     ({"guidance_scale": float("inf")}, "--guidance_scale=inf must be a finite"),
     ({"guidance_scale": float("nan")}, "--guidance_scale=nan"),
