@@ -172,6 +172,7 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
     # A checkpoint's folder that does not exist is said to be wrong below.
     if run.is_dir() or not run_folder.is_named_by_checkpoint(cfg):
       problems.collect(_check_output_folder, run_folder.named_by(cfg), run)
+    problems.collect(_check_is_utf8, run_folder.named_by(cfg), run)
   cache = None if "compilation_cache" in wrong else cfg.compilation_cache_folder()
   if cache is not None and cfg.compilation_cache != "auto":
     problems.collect(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
@@ -185,6 +186,16 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
     size = problems.collect(model_size, cfg)
     if size is not None and run is not None:
       problems.collect(_check_room, cfg, run, size)
+
+
+def _check_is_utf8(named: str, run: pathlib.Path) -> None:
+  """Refuses a folder in which no checkpoint could be written: tensorstore takes UTF-8 alone."""
+  try:
+    str(run.resolve()).encode()
+  except UnicodeEncodeError:
+    raise UserError(f"{named}: the path of the run's folder {shown(run.name)} is not UTF-8, and "
+                    "no checkpoint could be written there; choose another run_name or logdir"
+                    ) from None
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path, plan: BatchPlan | None) -> None:

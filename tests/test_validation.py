@@ -270,6 +270,15 @@ def test_read_only_logdir(exit_with, tmp_path):
   assert "logdir" in line and "cannot be written" in line
 
 
+@pytest.mark.parametrize("field", ("run_name", "logdir"))
+def test_run_folder_that_is_not_utf8(exit_with, tmp_path, field):
+  """No checkpoint could be written there, which the run would find out after save_freq epochs."""
+  name = os.fsdecode(b"caf\xe9")
+  value = name if field == "run_name" else str(tmp_path / name)
+  (line,) = exit_with({field: value})
+  assert field in line and "is not UTF-8" in line
+
+
 def test_run_folder_that_is_taken(exit_with, tmp_path):
   (tmp_path / "logs" / "run").mkdir(parents=True)
   (tmp_path / "logs" / "run" / "config.json").write_text("{}")
