@@ -149,10 +149,14 @@ class Config:
     return automatic_cache_folder()
 
 
-def automatic_cache_folder() -> pathlib.Path:
-  """Where compiled programs are kept if nobody says where."""
-  root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(root) / "ddpo_jax" / "xla"
+def automatic_cache_folder() -> pathlib.Path | None:
+  """Where compiled programs are kept if nobody says where; None for a user without a home."""
+  root = os.environ.get("XDG_CACHE_HOME")
+  try:
+    folder = pathlib.Path(root) if root else pathlib.Path.home() / ".cache"
+  except RuntimeError:  # as in a container without HOME, whose user has no entry
+    return None
+  return folder / "ddpo_jax" / "xla"
 
 
 def _at_least(low: float) -> tuple[Callable[[Any], bool], str]:

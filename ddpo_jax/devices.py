@@ -71,8 +71,9 @@ def configure_jax(cfg: Config) -> None:
 
 def configure_jax_for_base_model() -> None:
   """As `configure_jax` with the defaults of configs/base.py, where there is no config."""
-  if jax.config.values["jax_compilation_cache_dir"] is None:  # else the environment says where
-    _keep_programs(automatic_cache_folder())
+  folder = automatic_cache_folder()
+  if folder is not None and jax.config.values["jax_compilation_cache_dir"] is None:
+    _keep_programs(folder)  # else the environment says where
   _configure_numbers(allow_tf32=True)
 
 

@@ -260,3 +260,28 @@ def test_the_compilation_cache_stays_where_it_was(monkeypatch, tmp_path):
   finally:
     for name, value in before.items():
       jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("home,folder", [(None, None), ("home", "home/.cache/ddpo_jax/xla")])
+def test_a_user_without_a_home_has_no_compilation_cache(monkeypatch, tmp_path, home, folder):
+  """As in a container that sets no HOME, for a user who has no entry in it."""
+  def unknown(user):
+    raise KeyError(user)
+  monkeypatch.setattr("pwd.getpwuid", unknown)
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.delenv("HOME")
+  if home:
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+           "jax_default_matmul_precision")
+  before = {name: jax.config.values[name] for name in names}
+  cfg = dataclasses.replace(make_config(1), compilation_cache="auto")
+  try:
+    for configure in (lambda: devices.configure_jax(cfg), devices.configure_jax_for_base_model):
+      jax.config.update("jax_compilation_cache_dir", None)
+      configure()
+      expected = None if folder is None else str(tmp_path / folder)
+      assert jax.config.values["jax_compilation_cache_dir"] == expected
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
