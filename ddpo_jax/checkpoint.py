@@ -101,7 +101,9 @@ def find_all(path: str | os.PathLike, name: str = "resume_from"
 def saved_epochs(run: pathlib.Path) -> list[int]:
   """The epochs of a run's finished checkpoints, the newest first."""
   folder = run / "checkpoints"
-  return sorted(ocp.utils.checkpoint_steps(folder) if folder.is_dir() else [], reverse=True)
+  epochs = set(ocp.utils.checkpoint_steps(folder) if folder.is_dir() else [])
+  # To orbax a user's copy that is called best_19 is one of epoch 19, which may be gone.
+  return sorted((epoch for epoch in epochs if _folder(run, epoch).is_dir()), reverse=True)
 
 
 def to_resume(resume_from: str, run: pathlib.Path) -> tuple[pathlib.Path, list[int]]:

@@ -301,6 +301,15 @@ def test_trained_weights_alone(run, monkeypatch):
   assert down == "params/to_q/lora_down/value" and up == "params/to_q/lora_up/value"
 
 
+def test_a_checkpoint_under_another_name_is_none_of_the_runs(tmp_path):
+  """Renamed to keep it: the run goes on from the newest that it has."""
+  save(tmp_path, [0, 1, 2])
+  folder = tmp_path / "checkpoints"
+  shutil.copytree(folder / "1", folder / "good_1")
+  (folder / "2").rename(folder / "best_2")
+  assert checkpoint.saved_epochs(tmp_path) == [1, 0]
+
+
 def test_what_is_set_aside_stays_and_is_no_checkpoint(tmp_path):
   save(tmp_path, [1, 2])
   folder = tmp_path.resolve() / "checkpoints"
