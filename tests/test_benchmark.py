@@ -337,3 +337,14 @@ def test_an_output_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("--output=") and "must be a file's path" in line
   assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_output_may_be_in_ones_home(monkeypatch, tmp_path):
+  """A shell leaves --output=~/x as it is."""
+  given = []
+  monkeypatch.setattr(compare, "measure", lambda cfg, command, options: given.append(options))
+  monkeypatch.setattr(compare, "describe", lambda results: "")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert compare.main(["benchmark.py", f"--config={ROOT / 'configs' / 'demo.py'}",
+                       "--output=~/results.json"]) == 0
+  assert [options.output for options in given] == [str(tmp_path / "results.json")]

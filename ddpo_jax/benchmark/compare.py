@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import contextlib
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -88,6 +89,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   if missing:
     raise UserError(f"--reference=torch needs {', '.join(missing)}: pip install -e '.[test]'")
   if options.output:
+    options.output = os.path.expanduser(options.output)
     check_output(f"--output={options.output:.200}", pathlib.Path(options.output),
                  is_folder=False)
   return options, rest
