@@ -26,7 +26,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   source.add_argument("--run", help="a run's folder, or a checkpoint in it")
   source.add_argument("--model", help="a base model: folder, hub id or 'tiny'")
   parser.add_argument("--base_model", help="the run's base model, if it is not where it was")
-  parser.add_argument("--prompts", nargs="+", default=[], help="an image is drawn for each")
+  parser.add_argument("--prompts", nargs="+", action="extend", default=[],
+                      help="an image is drawn for each")
   parser.add_argument("--prompts_file",
                       help="a text file with a prompt on each line; these come after --prompts")
   parser.add_argument("--output", required=True,

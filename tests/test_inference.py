@@ -290,6 +290,17 @@ def test_the_script_takes_its_options(monkeypatch, capsys):
   assert capsys.readouterr().err.startswith("--model='tinny'")
 
 
+def test_prompts_may_be_given_in_several_options(monkeypatch):
+  """None of them is dropped."""
+  drawn = []
+  monkeypatch.setattr(sample_files, "sample_to_files",
+                      lambda request: drawn.extend(request.prompts))
+  main = runpy.run_path(str(ROOT / "scripts" / "sample.py"))["main"]
+  assert main(["--model", "tiny", "--prompts", "a cat", "a cow", "--prompts", "a dog",
+               "--output", "a.jpg"]) == 0
+  assert drawn == ["a cat", "a cow", "a dog"]
+
+
 @pytest.mark.parametrize("script", ("sample", "export_lora"))
 def test_wrong_options_are_said_in_a_line(script, capsys):
   with pytest.raises(SystemExit, match="2"):
