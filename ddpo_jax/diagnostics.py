@@ -78,7 +78,8 @@ class Watch:
     self._most_diverse = state["most_diverse"]
 
   def _all_skipped(self, metrics: Mapping[str, Any]) -> str | None:
-    if not metrics["skipped_steps"] or math.isfinite(metrics["loss"]):
+    # Means over the steps that were taken are finite; of skipped ones either may not be.
+    if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
       return None
     return (f"skipped_steps={metrics['skipped_steps']}: loss or gradient was not finite in every "
             "optimizer step of this epoch, and nothing was learned. Lower train.learning_rate="

@@ -100,7 +100,7 @@ def weights_of(run, epoch=None):
 
 # Metrics of an epoch that call for no warning.
 HEALTHY = {"ratio_drift": 1e-9, "diversity": 0.3, "reward_std": 1.0, "reward_mean": 5.0,
-           "clipfrac": 0.2, "skipped_steps": 1, "loss": 0.01}
+           "clipfrac": 0.2, "skipped_steps": 1, "loss": 0.01, "grad_norm": 0.1}
 
 
 # ---- reward functions, for those processes to import ----

@@ -31,6 +31,7 @@ def test_trouble_is_said_once(trouble, words):
     ({"diversity": 0.08}, {"diversity": 0.07}),
     ({"clipfrac": 0.89}, {"clipfrac": 0.91}),
     ({"reward_mean": -50.0, "reward_std": 6e-4}, {"reward_mean": -50.0, "reward_std": 4e-4}),
+    ({}, {"reward_mean": 0.0, "reward_std": 0.0}),
     ({"skipped_steps": 4}, {"skipped_steps": 4, "loss": float("nan")}),
 ])
 def test_where_trouble_begins(quiet, trouble):
@@ -47,6 +48,27 @@ def test_drift_that_was_not_to_be_cured():
   assert "set train.recompute_log_probs=True" in line
 
 
+def test_diversity_is_compared_with_the_runs_largest():
+  """Which need not be the first epoch's, nor the last one's."""
+  watch = diagnostics.Watch(resolve(small_config()))
+  for diversity in (0.1, 0.3, 0.09):
+    assert watch.new_warnings(HEALTHY | {"diversity": diversity}) == []
+  (line,) = watch.new_warnings(HEALTHY | {"diversity": 0.07})
+  assert "diversity=0.07 is down from 0.3" in line
+
+
+def test_a_run_of_single_images_has_no_diversity_to_lose():
+  watch = diagnostics.Watch(resolve(small_config()))
+  assert watch.new_warnings(HEALTHY | {"diversity": 0.0}) == []
+
+
+def test_a_gradient_that_is_never_finite_is_trouble_whatever_the_loss():
+  """As in fp16, where it overflows first; an epoch's means are then of the skipped steps."""
+  watch = diagnostics.Watch(resolve(small_config()))
+  (line,) = watch.new_warnings(HEALTHY | {"skipped_steps": 4, "grad_norm": float("inf")})
+  assert "skipped_steps=4" in line and "nothing was learned" in line
+
+
 def test_diversity():
   black, white = np.zeros((2, 32, 32, 3), np.uint8), np.full((2, 32, 32, 3), 255, np.uint8)
   assert diagnostics.diversity(black) == 0
@@ -58,6 +80,9 @@ def test_diversity():
   small = images.reshape(5, 16, 3, 16, 3, 3).mean(axis=(2, 4)) / 255
   pairs = [np.sqrt(((a - b)**2).mean()) for i, a in enumerate(small) for b in small[:i]]
   np.testing.assert_allclose(diagnostics.diversity(images), np.mean(pairs), rtol=1e-2)
+  same = np.repeat(images, 16, axis=0).reshape(5, 16, *images.shape[1:])
+  for copies in same:  # whose squared differences may round to less than 0
+    np.testing.assert_allclose(diagnostics.diversity(copies), 0, atol=1e-6)
 
 
 def test_diversity_is_of_the_first_128_images():
