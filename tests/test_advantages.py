@@ -61,6 +61,14 @@ def test_bad_rewards_raise(rewards):
       standardise(np.array(rewards))
 
 
+def test_each_reward_has_a_prompt():
+  """A single prompt's statistics would fit any number of rewards."""
+  tracker = PerPromptStatTracker(4, 2)
+  with pytest.raises(ValueError, match="1 prompts for 3 rewards"):
+    tracker.update(["a"], np.arange(3.0))
+  assert tracker.get_stats() == {}
+
+
 def test_constant_rewards_have_no_advantage():
   np.testing.assert_array_equal(normalize(np.full(4, 3.0)), np.zeros(4))
 
