@@ -333,6 +333,32 @@ def test_what_is_rescored(timesteps, inner_epochs, expected):
   assert inner_loop.num_steps_rescored(trainer, drift=1.1e-5) == 0
 
 
+def test_an_epoch_recomputes_log_probs_before_its_policy_changes():
+  """And never after, however large drift is; in the order of its steps, which may be stopped."""
+  space, visited, checks = types.SimpleNamespace, [], []
+
+  def accumulate(mode, state, frozen, batch, key, index, check_stop):
+    check_stop()
+    visited.append((mode, jax.random.key_data(key).tolist(), int(index)))
+    return None, batch
+
+  program = object.__new__(SharedProgram)
+  program.accumulate, program.largest_drift = accumulate, lambda sums: 1.0
+  program.finish = lambda state, frozen, sums: (state, None)
+  trainer = space(
+      update=program, state=None, frozen_unet=None,
+      plan=space(num_train_timesteps=5, steps_per_inner_epoch=2),
+      cfg=space(seed=0, sample=space(num_steps=10),
+                train=space(num_inner_epochs=2, clip_range=1e-4)))
+  stop = space(check=lambda: checks.append(len(visited)))
+  list(inner_loop.optimizer_steps(trainer, None, 0, stop))
+  assert [mode for mode, *_ in visited] == [Mode.FIRST_STEP, *[Mode.SCORE] * 3, *[Mode.STEP] * 3]
+  scored, trained = ([step for mode, *step in visited if (mode == Mode.SCORE) == is_score]
+                     for is_score in (True, False))
+  assert scored == trained[1:]
+  assert checks == list(range(7))
+
+
 def test_rescoring_changes_nothing_else(half):
   before = copy(half.state)
   after = rescored(dataclasses.replace(half, state=copy(half.state)), jax.random.key(0))

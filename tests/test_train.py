@@ -148,6 +148,25 @@ def test_each_epoch_and_inner_epoch_draws_anew(make_config):
   assert len(keys) == len(set(keys)) == 8  # 2 epochs, 2 inner epochs, 2 steps
 
 
+def test_training_gives_memory_back_and_heeds_signals_before_each_step(monkeypatch):
+  """Which samples a step takes goes with the seed."""
+  space, events, keys = types.SimpleNamespace, [], []
+
+  def update(state, frozen, batch, key, index):
+    events.append(int(index))
+    keys.append(tuple(jax.random.key_data(key).tolist()))
+    return state, None
+
+  monkeypatch.setattr(inner_loop.glibc, "return_freed_memory", lambda: events.append("memory"))
+  for seed in (1, 2):
+    trainer = space(update=update, state=None, frozen_unet=None,
+                    plan=space(steps_per_inner_epoch=2),
+                    cfg=space(seed=seed, train=space(num_inner_epochs=1)))
+    list(inner_loop.optimizer_steps(trainer, None, 0, space(check=lambda: events.append("check"))))
+  assert events == ["memory", "check", 0, "check", 1] * 2
+  assert len(set(keys)) == 2
+
+
 def test_images_are_the_decoded_latents(make_config):
   cfg = make_config()
   trainer, models = build_trainer(cfg), build.load_models(cfg)
