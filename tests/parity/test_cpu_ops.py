@@ -140,6 +140,47 @@ def test_convolution_of_a_doubled_image(monkeypatch, size, backend):
   check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel, **half)
 
 
+@pytest.mark.parametrize("backend", ("cpu", "gpu"))
+@pytest.mark.parametrize("size", ((2, 3), (5, 7)))
+def test_kernels_that_are_prepared_are_not_computed_anew(monkeypatch, size, backend):
+  """Forward and for the gradient in the input: seen by kernels prepared that are twice as large."""
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  x, kernel = map(jnp.float32, draw((3, *size, 8), (3, 3, 8, 6)))
+  twice = upsampling.prepare(2 * kernel)
+  y, backward = jax.vjp(lambda x: upsampling.upsample_and_convolve(x, kernel, twice), x)
+  expected, expected_backward = jax.vjp(
+      lambda x: upsampling.upsample_and_convolve(x, 2 * kernel), x)
+  np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(*(pull(y)[0] for pull in (backward, expected_backward)), rtol=1e-6,
+                             atol=1e-4)
+
+
+@pytest.mark.parametrize("size,as_products", (((4, 4), True), ((4, 5), False)))
+def test_doubled_images_of_few_pixels_are_products(size, as_products):
+  x, kernel = draw((3, *size, 8), (3, 3, 8, 6))
+  for function in (upsampling.upsample_and_convolve,
+                   gradients_of(upsampling.upsample_and_convolve)):
+    assert (num_convolutions(function, x, kernel) > 0) != as_products
+
+
+def test_combined_kernels_are_rounded_once():
+  """In half precision; sums of four weights, each of which would round too."""
+  kernel = jnp.asarray(draw((3, 3, 8, 6))[0], jnp.bfloat16)
+  exact = upsampling.prepare(kernel.astype(jnp.float32))
+  jax.tree.map(lambda ours, exact: np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16)),
+               upsampling.prepare(kernel), exact)
+
+
+def test_two_by_two_pixels_take_nine_products():
+  """Where tiles would take sixteen."""
+  x, kernel = map(jnp.float32, draw((3, 2, 2, 32), (3, 3, 32, 48)))
+  prepared = cpu_convolution.prepare(kernel)
+  convolve = lambda x: cpu_convolution.convolve(x, kernel, prepared)
+  program = str(jax.make_jaxpr(lambda x: jax.vjp(convolve, x)[1](convolve(x)))(x))
+  assert "f32[9,3,48]" in program and "f32[9,3,32]" in program
+  assert "f32[16,3," not in program
+
+
 def test_half_precision_is_not_transformed():
   """It would lose digits that it does not have."""
   x, kernel = draw((3, 4, 4, 32), (3, 3, 32, 32))
@@ -154,6 +195,9 @@ def test_doubled_image_of_many_channels_in_half_precision():
   check(upsampling.upsample_and_convolve, convolution_of_doubled, x, kernel, dtype=jnp.bfloat16,
         tolerance=2e-2)
   assert num_convolutions(upsampling.upsample_and_convolve, x, kernel, dtype=jnp.bfloat16) == 0
+  program = jax.make_jaxpr(upsampling.upsample_and_convolve)(
+      *(jnp.asarray(each, jnp.bfloat16) for each in (x, kernel)))
+  assert str(program).count("preferred_element_type=float32") == 4  # a product for each subpixel
 
 
 @pytest.mark.parametrize("dtype,tolerance", (("float32", TOLERANCE), ("bfloat16", 1e-2)))
