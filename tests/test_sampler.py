@@ -2,12 +2,14 @@
 
 import types
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import small_model
 
+from ddpo_jax import generation, hoisting, lora
 from ddpo_jax.diffusion import (
   DDIMSchedule,
   NoiseSchedule,
@@ -16,7 +18,8 @@ from ddpo_jax.diffusion import (
   policy_step,
   sample,
 )
-from ddpo_jax.models import load_pretrained
+from ddpo_jax.models import load_pretrained, open_pretrained
+from ddpo_jax.models.vae import AutoencoderKL
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +167,45 @@ def test_sampling_needs_randomness_from_somewhere(tiny_sd, schedule, pipeline):
   with pytest.raises(ValueError, match="key"):
     sample(tiny_sd.unet, schedule, jnp.asarray(pipeline["prompt_embeds"]),
            jnp.asarray(pipeline["neg_embeds"]))
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_generating_keeps_to_its_config(monkeypatch, dtype):
+  """So many samples and images at a time; what all steps have in common is computed before them."""
+  models, policies, decoded = open_pretrained(small_model(), None, dtype).shapes, [], []
+
+  def with_lora(unet):
+    lora.inject_lora(unet, rank=3, key=jax.random.key(0))
+    return unet
+
+  def spy_sample(policy, schedule, embeddings, negative, **options):
+    policies.append((policy, embeddings.shape[0], options["guidance_scale"], options["eta"]))
+    return sample(policy, schedule, embeddings, negative, **options)
+
+  def spy_decode(vae, latents):
+    decoded.append(latents.shape[0])
+    return decode(vae, latents)
+
+  decode = AutoencoderKL.decode
+  monkeypatch.setattr(AutoencoderKL, "decode", spy_decode)
+  monkeypatch.setattr(generation, "sample", spy_sample)
+  unet = nnx.eval_shape(with_lora, models.unet)
+  graphdef, params, frozen = lora.partition(unet)
+  config = generation.GenerateConfig(batch_size=4, num_batches=1, guidance_scale=2.5, eta=0.3,
+                                     samples_at_once=2, decode_batch_size=1)
+  mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,),
+                       devices=jax.devices()[:1])
+  generate = generation.make_generate(config, models.vae, graphdef,
+                                      DDIMSchedule.create(models.noise_schedule, 2), mesh)
+  drawn = jax.eval_shape(
+      generate, params, generation.FrozenModels(frozen, nnx.state(models.vae)),
+      *(jax.ShapeDtypeStruct((batch, 7, 32), dtype) for batch in (1, 4)), jnp.arange(4),
+      jax.random.key(0))
+  assert drawn.images.shape == (4, 32, 32, 3) and set(decoded) == {1}
+  for policy, *options in policies:
+    assert options == [2, 2.5, 0.3]
+    parts = [type(module) for _, module in nnx.iter_graph(policy)]
+    assert (hoisting._PrecomputedProjection in parts) == (dtype == jnp.float32)
+    weights = jax.tree.leaves(nnx.state(policy, nnx.LoRAParam))
+    assert {str(weight.dtype) for weight in weights} == {jnp.dtype(dtype).name}
+  assert policies
