@@ -1,6 +1,7 @@
 """What the program for a GPU is made of, as far as it can be run without one."""
 
 import functools
+import types
 
 from flax import nnx
 import jax
@@ -82,6 +83,7 @@ def test_few_kernels_at_a_time_are_there_twice(convolution, monkeypatch):
   monkeypatch.setattr(placement, "_REORDERED_AT_ONCE", 2 * size)
   placed = placement.place_weights(weights, replicated, output_first=True)
   assert max(most) <= (8 + 2) * size
+  assert len(most) <= 8 / 2 + 1  # programs, each of which takes seconds to compile
   for name, weight in weights.items():
     assert placed[name].format.layout.major_to_minor == (3, 0, 1, 2)
     np.testing.assert_array_equal(placed[name], weight)
@@ -103,6 +105,16 @@ def test_kernels_stay_as_they_are_on_a_cpu(convolution):
   _, weights, _, replicated = convolution
   placed = placement.place_weights(weights, replicated)
   assert placed["kernel"].format.layout.major_to_minor == (0, 1, 2, 3)
+
+
+def test_kernels_lie_output_first_on_a_gpu():
+  class OnGpu(jax.sharding.NamedSharding):
+    device_set = (types.SimpleNamespace(platform="gpu"),)
+
+  sharding = OnGpu(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), P())
+  kernel = jax.ShapeDtypeStruct((3, 3, 8, 8), jnp.float32)
+  assert placement._format(kernel, sharding, None).layout.major_to_minor == (3, 0, 1, 2)
+  assert placement._format(kernel, sharding, False) is sharding
 
 
 def test_a_program_compiled_ahead():
