@@ -11,6 +11,7 @@ import pytest
 from small_model import with_weights
 
 from ddpo_jax import hoisting, lora
+from ddpo_jax.models import layers
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 # Every kind of block once, with channels enough for each form that convolutions have.
@@ -125,6 +126,29 @@ def test_half_precision_keeps_its_matrices(half_precision):
             ("lora_up", 8): PROJECTIONS - joined, ("lora_up", 24): joined}
   assert after == {(*key, "float32"): count for key, count in shapes.items()}
   assert rounded == {(*key, "bfloat16"): count for key, count in shapes.items()}
+
+
+@pytest.mark.parametrize("rank,padded", ((8, 8), (9, 16)))
+def test_the_rank_is_padded_no_further_than_needed(rank, padded):
+  def trained():
+    unet = UNet2DConditionModel(UNET, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    lora.inject_lora(unet, rank, jax.random.key(0))
+    return hoisting.hoist_weights(lora.partition(unet)).trained
+
+  ranks = {weight.shape[0] for path, weight in nnx.to_flat_state(jax.eval_shape(trained))
+           if kind(path) == "lora_up"}
+  assert ranks == {padded, 3 * padded}  # of queries, keys and values together
+
+
+def test_weights_of_full_finetuning_are_not_rounded():
+  """They are float32, whatever the network computes in."""
+  def trained():
+    unet = UNet2DConditionModel(UNET, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layers.set_compute_dtype(unet, jnp.bfloat16)
+    return hoisting.cast_lora(lora.partition(unet, use_lora=False)).trained
+
+  dtypes = {str(weight.dtype) for weight in jax.tree.leaves(jax.eval_shape(trained))}
+  assert dtypes == {"float32"}
 
 
 def test_rounded_lora_computes_the_same(half_precision):
