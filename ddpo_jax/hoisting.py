@@ -179,8 +179,6 @@ def _join_context(unet: Any) -> None:
   """Joins the key and value matrices of all layers that attend to prompts."""
   to_prompts = _attentions_to_prompts(unet)
   linears = [linear for module in to_prompts for linear in (module.to_k, module.to_v)]
-  if not linears:
-    return
   unet.context_projection = _ContextProjection(linears)
   for i, module in enumerate(to_prompts):
     for j, name in enumerate(("to_k", "to_v")):
