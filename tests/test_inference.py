@@ -6,6 +6,7 @@ import os
 import pathlib
 import runpy
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from small_model import small_config, small_model
 
 from ddpo_jax import build, checkpoint, export, inference, lora, sample_files, train
 from ddpo_jax.config import resolve
+from ddpo_jax.diffusion.sampler import sample_keys
+from ddpo_jax.embeddings import PromptEncoder
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_pretrained
 from ddpo_jax.models.vae import AutoencoderKL
@@ -113,10 +116,11 @@ def test_a_runs_config_and_what_is_given_beside_it(run, monkeypatch):
   assert inference.config_of(run, None, "owner/name").pretrained.model == "owner/name"
   cfg = dataclasses.replace(cfg, sample=dataclasses.replace(cfg.sample, eta=0.5))
   request = sample_files.SampleRequest(output="a.JPG", run=str(run),
-                                       guidance_scale=2.0, mixed_precision="bf16")
+                                       guidance_scale=2.0, mixed_precision="bf16", seed=7,
+                                       batch_size=3)
   options = request.sampling_options(cfg)
-  assert (options.num_steps, options.guidance_scale, options.eta) == (
-      cfg.sample.num_steps, 2.0, 0.5)
+  assert options == inference.SamplingOptions(
+      num_steps=cfg.sample.num_steps, guidance_scale=2.0, eta=0.5, seed=7, batch_size=3)
   assert request.is_grid
 
   def stop(*args, **kwargs):
@@ -124,10 +128,76 @@ def test_a_runs_config_and_what_is_given_beside_it(run, monkeypatch):
 
   monkeypatch.setattr(sample_files, "load_run", stop)
   monkeypatch.setattr(sample_files, "load_pretrained", stop)
-  for changes, precision in (({}, "bf16"), ({"run": None, "model": "tiny"}, jnp.bfloat16)):
+  for changes, precision in (
+      ({}, "bf16"), ({"run": None, "model": "tiny"}, jnp.bfloat16),
+      ({"run": None, "model": str(small_model())}, jnp.bfloat16)):
     with pytest.raises(InterruptedError) as loaded:
       sample_files.sample_to_files(dataclasses.replace(request, prompts=["a cat"], **changes))
     assert precision in loaded.value.args[0]
+
+
+def test_options_reach_the_sampler(monkeypatch):
+  """So do the prompts and the empty one, in a batch no larger than there are prompts."""
+  models, given, arrays = load_pretrained(small_model()), {}, {}
+
+  def denoise(unet, schedule, embeddings, negative, *, key, **options):
+    given.update(options, num_steps=schedule.num_steps)
+    jax.debug.callback(arrays.update, embeddings=embeddings, negative=negative,
+                       keys=jax.random.key_data(key))
+    return jnp.zeros((len(embeddings), 16, 16, 4))
+
+  monkeypatch.setattr(inference, "denoise", denoise)
+  options = inference.SamplingOptions(num_steps=3, guidance_scale=2.5, eta=0.5, seed=7)
+  inference.ImageGenerator(models, options)(models.unet, PROMPTS[:2])
+  jax.effects_barrier()
+  assert given == {"num_steps": 3, "guidance_scale": 2.5, "eta": 0.5}
+  encode = PromptEncoder(models)
+  expected = {"embeddings": encode(PROMPTS[:2]), "negative": encode([""]),
+              "keys": jax.random.key_data(sample_keys(jax.random.key(7), jnp.arange(2)))}
+  jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+
+
+def test_what_a_run_began_with_is_not_asked_for(tmp_path):
+  """A LoRA file, or a run: its checkpoint replaces what they hold, and they may be gone."""
+  values = small_config(**{"lora.init_from": "/nowhere/lora.safetensors",
+                           "resume_from": "/nowhere/run"})
+  (tmp_path / "config.json").write_text(values.to_json())
+  cfg = inference.config_of(tmp_path, None)
+  assert cfg.lora.init_from == cfg.resume_from == ""
+
+
+def test_the_base_unet_is_of_the_revision_that_was_trained(monkeypatch):
+  cfg = resolve(small_config(**{"use_lora": False, "pretrained.model": "owner/name",
+                                "pretrained.revision": "fp16"}))
+  asked = mock.Mock(side_effect=InterruptedError)
+  monkeypatch.setattr(inference, "model_folder", asked)
+  with pytest.raises(InterruptedError):
+    inference.load_base_unet(inference.FineTuned(None, cfg, epoch=0))
+  asked.assert_called_once_with("owner/name", "fp16")
+
+
+def test_a_base_model_is_read_into_host_memory(tmp_path, monkeypatch):
+  """As a run is: a GPU holds its weights once."""
+  def stop(models, *_):
+    raise InterruptedError({device for leaf in jax.tree.leaves((models.unet, models.vae))
+                            for device in leaf.devices()})
+
+  host = jax.devices()[1]
+  monkeypatch.setattr(sample_files, "host_memory", lambda: jax.default_device(host))
+  monkeypatch.setattr(sample_files, "_generator", stop)
+  with pytest.raises(InterruptedError) as found:
+    sample(tmp_path / "grid.jpg", model=str(small_model()))
+  assert found.value.args[0] == {host}
+
+
+def test_pictures_go_into_folders_new_and_old(tmp_path):
+  """Whatever the length of a prompt: names of files may have 255 bytes."""
+  images = np.zeros((2, 8, 8, 3), np.uint8)
+  for captions in (["a cat", "a dog"], ["a cat", "a very " * 100 + "big dog"]):
+    sample_files._write(images, captions, tmp_path / "new" / "files", is_grid=False)
+  sample_files._write(images, captions, tmp_path / "other" / "new" / "grid.png", is_grid=True)
+  assert len(pictures(tmp_path / "new" / "files")) == 3
+  assert (tmp_path / "other" / "new" / "grid.png").exists()
 
 
 def test_outputs_may_be_in_ones_home(run, tmp_path, monkeypatch):
@@ -138,9 +208,13 @@ def test_outputs_may_be_in_ones_home(run, tmp_path, monkeypatch):
   assert {path.name for path in tmp_path.iterdir()} >= {"lora.safetensors", "grid.png"}
 
 
-def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path):
+def test_compare_is_base_and_tuned_from_the_same_noise(run, tmp_path, capsys):
   before, after = check_compare(run, tmp_path)
   assert np.abs(before - after).max() > 1
+  assert "sampling 6 images in 2 steps" in capsys.readouterr().out
+  assert [path.stem for path in sorted((tmp_path / "both").iterdir())] == [
+      "0000_before_a_cat", "0001_after_a_cat", "0002_before_a_dog", "0003_after_a_dog",
+      "0004_before_a_cow", "0005_after_a_cow"]
 
 
 def check_compare(run, tmp_path):
@@ -254,6 +328,9 @@ def test_too_many_images_at_a_time_are_a_line(run, tmp_path, monkeypatch):
   for source in ({"run": str(run)}, {"model": str(small_model())}):
     with pytest.raises(UserError, match="^out of memory; .*--batch_size=1; --mixed_precision=fp16"):
       sample(tmp_path / "grid.jpg", **source, batch_size=2)
+  with pytest.raises(UserError, match="^out of memory") as error:
+    sample(tmp_path / "grid.jpg", run=str(run), prompts=PROMPTS[:1], batch_size=8)
+  assert "batch_size" not in str(error.value)  # there is one image at a time as it is
 
 
 def test_jax_is_set_up_as_the_run_had_it(run, tmp_path, monkeypatch):
