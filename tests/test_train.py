@@ -149,7 +149,7 @@ def test_each_epoch_and_inner_epoch_draws_anew(make_config):
 
 
 def test_training_gives_memory_back_and_heeds_signals_before_each_step(monkeypatch):
-  """Which samples a step takes goes with the seed."""
+  """Which samples a step takes goes with the seed, and not with the noise that one began with."""
   space, events, keys = types.SimpleNamespace, [], []
 
   def update(state, frozen, batch, key, index):
@@ -163,8 +163,10 @@ def test_training_gives_memory_back_and_heeds_signals_before_each_step(monkeypat
                     plan=space(steps_per_inner_epoch=2),
                     cfg=space(seed=seed, train=space(num_inner_epochs=1)))
     list(inner_loop.optimizer_steps(trainer, None, 0, space(check=lambda: events.append("check"))))
+    epoch_key = jax.random.fold_in(jax.random.key(seed), 0)
+    keys.append(tuple(jax.random.key_data(jax.random.fold_in(epoch_key, 0)).tolist()))  # a sample's
   assert events == ["memory", "check", 0, "check", 1] * 2
-  assert len(set(keys)) == 2
+  assert len(set(keys)) == 4
 
 
 def test_images_are_the_decoded_latents(make_config):
