@@ -23,11 +23,12 @@ PROMPTS = ["a cat", "", "a dog on a very long leash", "a cat"]
 def encoder(tiny_sd, monkeypatch):
   """An encoder that notes how many prompts it has embedded."""
   encoder = PromptEncoder(tiny_sd)
-  encode, encoder.count = encoder._encode, 0
+  encode, encoder.count, encoder.given = encoder._encode, 0, []
 
-  def counted(*args):
+  def counted(weights, token_ids):
     encoder.count += 1
-    return encode(*args)
+    encoder.given.append(jax.tree.leaves(weights)[0])
+    return encode(weights, token_ids)
 
   encoder._encode = counted
   return encoder
@@ -55,6 +56,9 @@ def test_the_encoder_waits_in_host_memory(encoder):
   for _ in range(2):
     assert {type(leaf) for leaf in jax.tree.leaves(encoder._weights)} == {np.ndarray}
     encoder(PROMPTS)
+  # And is on the device while it embeds, not taken there for each prompt.
+  first, *others = encoder.given
+  assert isinstance(first, jax.Array) and all(each is first for each in others)
 
 
 def test_only_so_many_are_remembered(encoder, monkeypatch):
@@ -74,7 +78,7 @@ def test_what_was_asked_for_again_is_not_forgotten_first(encoder, monkeypatch):
 
 
 def test_a_prompt_that_is_too_long_is_said_once(encoder, capfd):
-  encoder(["a cat " * 37, "a dog"])  # 74 tokens, the start's and the end's
+  encoder(["a cat " * 37 + "a", "a dog"])  # 75 tokens, the start's and the end's
   assert capfd.readouterr() == ("", "")
   encoder(["a dog", "a cat " * 38, "a pig " * 50])
   encoder(["a hen " * 60])
