@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from ddpo_jax import distributed
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import absolute, read_jsonl
+from ddpo_jax.files import absolute, expand_home, read_jsonl
 from ddpo_jax.messages import one_line
 from ddpo_jax.types import TrainState
 
@@ -54,7 +54,7 @@ def run_of(path: str | os.PathLike) -> pathlib.Path:
 
 def _run_and_epoch(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
   """The run folder that a path names, and the epoch if it names one checkpoint."""
-  resolved = pathlib.Path(path).expanduser().resolve()
+  resolved = expand_home(path).resolve()
   if (resolved / "checkpoints").is_dir():  # a run, even one that is called "checkpoints" itself
     return resolved, None
   # As it is given first: `checkpoints` may be a link to a folder of any name on another disk.
@@ -85,7 +85,7 @@ def find_all(path: str | os.PathLike, name: str = "resume_from"
     UserError: if there is no checkpoint.
   """
   given = f"{name}={str(path)!r}"
-  path, (run, epoch) = pathlib.Path(path).expanduser(), _run_and_epoch(path)
+  path, (run, epoch) = expand_home(path), _run_and_epoch(path)
   if not path.is_dir():
     problem = "is a file" if path.exists() else "does not exist"
     raise UserError(f"{given} {problem}; must be a run folder or a checkpoint in it")

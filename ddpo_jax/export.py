@@ -11,7 +11,7 @@ from ddpo_jax import checkpoint, lora
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import check_output
+from ddpo_jax.files import check_output, expand_home
 from ddpo_jax.inference import FineTuned, config_of, load_run
 from ddpo_jax.messages import counted
 from ddpo_jax.models.hub import WEIGHT_NAMES, find_weights, model_folder
@@ -27,7 +27,7 @@ def export_run(run: str, output: pathlib.Path, file_format: str = "diffusers",
   Raises:
     UserError: if the run cannot be read or the output cannot be written.
   """
-  output = output.expanduser()
+  output = expand_home(output)
   folder, _ = checkpoint.find(run, "--run")
   _check_export(config_of(folder, "no", base_model), output, file_format)
   tuned = load_run(run, mixed_precision="no", base_model=base_model)

@@ -51,6 +51,14 @@ def absolute(path: str | os.PathLike[str]) -> str:
   return os.path.abspath(os.path.expanduser(path)) if path else path
 
 
+def expand_home(path: str | os.PathLike[str]) -> pathlib.Path:
+  """A user's path, with a home folder for ~; of a user who is not known it stays as it is.
+
+  `pathlib.Path.expanduser` would raise; so there is no such file, and that is said.
+  """
+  return pathlib.Path(os.path.expanduser(path))
+
+
 def nearest_existing(path: pathlib.Path) -> pathlib.Path:
   """The path itself if something is there, else the nearest folder or file above it; absolute.
 
@@ -79,6 +87,8 @@ def check_output(named: str, path: pathlib.Path, *, is_folder: bool) -> None:
   """
   must = "must be a folder, or a path where one can be made" if is_folder else (
       "must be a file's path, in a folder that can be written to")
+  if path.parts and path.parts[0].startswith("~"):  # left by `expand_home`
+    raise UserError(f"{named} begins with the home folder of a user who is not known here; {must}")
   try:
     there = nearest_existing(path)
   except (OSError, ValueError) as error:  # a name that is too long, a NUL

@@ -14,6 +14,7 @@ import numpy as np
 
 from ddpo_jax import english, rng_streams, tiny_scenes
 from ddpo_jax.errors import UserError
+from ddpo_jax.files import expand_home
 from ddpo_jax.messages import one_line, shown
 from ddpo_jax.types import PromptFn
 from ddpo_jax.user_functions import calling, check_kwargs, resolve_function
@@ -187,7 +188,7 @@ def load_lines(path: str, field: str = "") -> list[str]:
   """
   named = f"{field}={path!r}" if field else f"prompt file {path!r}"
   must_be = "must be a text file with a prompt on each line"
-  file: pathlib.Path | Traversable = pathlib.Path(path).expanduser()
+  file: pathlib.Path | Traversable = expand_home(path)
   if not os.path.isfile(str(file)):
     asset = next((f for f in _ASSETS.iterdir() if f.name == path and f.is_file()), None)
     if asset is None:

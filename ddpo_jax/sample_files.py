@@ -19,7 +19,7 @@ from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_jax_for_base_model, first_device, host_memory
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import check_output
+from ddpo_jax.files import check_output, expand_home
 from ddpo_jax.images import image_grid
 from ddpo_jax.inference import ImageGenerator, SamplingOptions, load_base_unet, load_run
 from ddpo_jax.messages import counted, shown
@@ -113,7 +113,7 @@ def sample_to_files(request: SampleRequest) -> None:
              *(load_lines(request.prompts_file) if request.prompts_file else [])]
   if not prompts:
     raise UserError("--prompts is empty; give prompts there or with --prompts_file")
-  output = pathlib.Path(request.output).expanduser()
+  output = expand_home(request.output)
   _check_picture_output(request, output)
   try:
     columns = _columns(request, prompts)

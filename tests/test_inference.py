@@ -251,6 +251,9 @@ def test_eta_zero_and_a_grid(run, tmp_path):
     ({"batch_size": 0}, "--batch_size=0"), ({"model": None}, "--run or --model"),
     ({"run": "no_such_run", "model": None}, "^--run='no_such_run' does not exist"),
     ({"model": "tinny"}, "^--model='tinny' does not exist"),
+    ({"model": "~nobody-such/a/b"}, "^--model='~nobody-such/a/b' does not exist"),
+    ({"run": "~nobody-such/run", "model": None}, "^--run='~nobody-such/run' does not exist"),
+    ({"prompts_file": "~nobody-such/a.txt"}, "~nobody-such/a.txt' does not exist"),
     ({"prompts_file": "none.txt"}, "none.txt")])
 def test_bad_arguments_are_one_line(changes, message, tmp_path):
   with pytest.raises(UserError, match=message) as error:
@@ -275,6 +278,15 @@ def test_outputs_that_cannot_be_written_are_found_first(output, message, tmp_pat
   with pytest.raises(UserError, match=f"--output=.*{message}"):
     sample(tmp_path / output, model="tiny")
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_that_is_nobodys_is_a_line(run):
+  """A shell leaves ~NAME as it is where there is no such user."""
+  for output in ("~nobody-such/a.jpg", "~nobody-such/files", "~a.jpg"):
+    with pytest.raises(UserError, match=f"^--output={output} begins with the home folder of a"):
+      sample(output, model="tiny")
+  with pytest.raises(UserError, match="^--output=.* begins with the home folder of a user"):
+    export.export_run(str(run), pathlib.Path("~nobody-such/lora.safetensors"))
 
 
 def test_a_slash_at_the_end_makes_it_a_folder(run, tmp_path, capsys):

@@ -15,6 +15,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.files import expand_home
 from ddpo_jax.messages import one_line
 from ddpo_jax.model_config import read_json
 from ddpo_jax.model_names import FORMATS, TINY, TINY_FOLDER, is_hub_id
@@ -77,7 +78,7 @@ def model_folder(path: str | os.PathLike, revision: str | None = None,
   repository = DIFFUSERS_REPOSITORY if repository is None else repository
   if str(path) == TINY and repository is DIFFUSERS_REPOSITORY:
     return TINY_FOLDER
-  folder = pathlib.Path(path).expanduser()
+  folder = expand_home(path)
   if str(path) and folder.is_dir():
     return folder
   if not is_hub_id(str(path)):

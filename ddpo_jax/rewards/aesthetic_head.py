@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.files import expand_home
 from ddpo_jax.messages import one_line
 
 HEAD_REPOSITORY = "trl-lib/ddpo-aesthetic-predictor"
@@ -81,7 +82,7 @@ def load_aesthetic_head(path: str | os.PathLike | None = None,
   """
   if not re.fullmatch(r"[0-9a-fA-F]{64}", str(sha256)):
     raise UserError(f"reward_kwargs.head_sha256={sha256!r} must be 64 hexadecimal digits")
-  file = _download() if path is None else pathlib.Path(path).expanduser()
+  file = _download() if path is None else expand_home(path)
   data = _read_file(file)
   found = hashlib.sha256(data).hexdigest()
   if found != str(sha256).lower():
