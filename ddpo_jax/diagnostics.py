@@ -81,9 +81,15 @@ class Watch:
     # Means over the steps that were taken are finite; of skipped ones either may not be.
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
       return None
-    return (f"skipped_steps={metrics['skipped_steps']}: loss or gradient was not finite in every "
-            "optimizer step of this epoch, and nothing was learned. Lower train.learning_rate="
-            f"{self._cfg.train.learning_rate:g}, or set mixed_precision='no'")
+    what = "loss or gradient was not finite"
+    remedy = (f"Lower train.learning_rate={self._cfg.train.learning_rate:g}, or set "
+              "mixed_precision='no'")
+    if self._cfg.mixed_precision == "fp16" and math.isfinite(metrics["loss"]):
+      what = "the gradient was too large for fp16"
+      remedy = ("The loss scale has been lowered for it; should this go on, set "
+                "mixed_precision='bf16'")
+    return (f"skipped_steps={metrics['skipped_steps']}: {what} in every optimizer step of this "
+            f"epoch, and nothing was learned. {remedy}")
 
   def _drift(self, metrics: Mapping[str, Any]) -> str | None:
     drift, clip_range = metrics["ratio_drift"], self._cfg.train.clip_range

@@ -62,11 +62,13 @@ def test_a_run_of_single_images_has_no_diversity_to_lose():
   assert watch.new_warnings(HEALTHY | {"diversity": 0.0}) == []
 
 
-def test_a_gradient_that_is_never_finite_is_trouble_whatever_the_loss():
-  """As in fp16, where it overflows first; an epoch's means are then of the skipped steps."""
-  watch = diagnostics.Watch(resolve(small_config()))
+@pytest.mark.parametrize("precision,remedy", (
+    ("no", "Lower train.learning_rate"), ("fp16", "The loss scale has been lowered")))
+def test_a_gradient_that_is_never_finite_is_trouble_whatever_the_loss(precision, remedy):
+  """An epoch's means are then of the skipped steps."""
+  watch = diagnostics.Watch(resolve(small_config(mixed_precision=precision)))
   (line,) = watch.new_warnings(HEALTHY | {"skipped_steps": 4, "grad_norm": float("inf")})
-  assert "skipped_steps=4" in line and "nothing was learned" in line
+  assert "skipped_steps=4" in line and "nothing was learned" in line and remedy in line
 
 
 def test_diversity():
