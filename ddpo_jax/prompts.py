@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpo_jax import english, rng_streams, tiny_scenes
+from ddpo_jax import english, files, rng_streams, tiny_scenes
 from ddpo_jax.errors import UserError
-from ddpo_jax.files import expand_home
 from ddpo_jax.messages import one_line, shown
 from ddpo_jax.types import PromptFn
 from ddpo_jax.user_functions import calling, check_kwargs, resolve_function
@@ -177,23 +176,50 @@ def tiny_shapes(rng: np.random.Generator, max_count: int = len(tiny_scenes.COUNT
 PROMPT_FUNCTIONS = {f.__name__: f for f in (
     from_file, imagenet_all, imagenet_animals, imagenet_dogs, simple_animals,
     nouns_activities, counting, tiny_shapes)}
+_FILES = ("path", "nouns_file", "activities_file")  # their arguments that may name a local file
+
+
+def absolute_paths(prompt_fn: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+  """The arguments with the local files that a function of this module is given as absolute paths.
+
+  A user's own function has its arguments as they are.
+  """
+  return {name: files.absolute(value) if _is_local_file(prompt_fn, name, value) else value
+          for name, value in kwargs.items()}
+
+
+def is_moved(prompt_fn: str, name: str, value: Any, before: Any) -> bool:
+  """Whether an argument is a file that can be one that was elsewhere before."""
+  return (_is_local_file(prompt_fn, name, value) and isinstance(before, str)
+          and os.path.isabs(before) and not os.path.isfile(before))
+
+
+def _is_local_file(prompt_fn: str, name: str, value: Any) -> bool:
+  return (prompt_fn in PROMPT_FUNCTIONS and name in _FILES and isinstance(value, str)
+          and os.path.isfile(os.path.expanduser(value)))
 
 
 @functools.cache
 def load_lines(path: str, field: str = "") -> list[str]:
   """The lines of a local file, or of one in this package, without the blank ones.
 
+  Args:
+    path: of the file; without a `field` it may be a pipe, as a shell makes of <(command).
+    field: of the config that has the path. Resuming reads it again.
+
   Raises:
-    UserError: if there are none; names the `field` that has the path.
+    UserError: if there are none.
   """
   named = f"{field}={path!r}" if field else f"prompt file {path!r}"
   must_be = "must be a text file with a prompt on each line"
-  file: pathlib.Path | Traversable = expand_home(path)
-  if not os.path.isfile(str(file)):
+  file: pathlib.Path | Traversable = files.expand_home(path)
+  is_there, is_folder = os.path.exists(str(file)), os.path.isdir(str(file))
+  if is_folder or not (is_there if field == "" else os.path.isfile(str(file))):
     asset = next((f for f in _ASSETS.iterdir() if f.name == path and f.is_file()), None)
     if asset is None:
-      there = "is a folder" if os.path.isdir(str(file)) else "does not exist"
-      raise UserError(f"{named} {there}; {must_be}")
+      problem = ("is a folder" if is_folder else
+                 "is a pipe or a device" if is_there else "does not exist")
+      raise UserError(f"{named} {problem}; {must_be}")
     file = asset
   try:
     # Not splitlines, which also ends a line at characters that may be within a prompt.

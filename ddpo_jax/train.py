@@ -24,6 +24,7 @@ from ddpo_jax import (
   files,
   glibc,
   model_names,
+  prompts,
   resource_errors,
   run_folder,
   tracking,
@@ -110,7 +111,8 @@ def train(cfg: Config) -> pathlib.Path:
 def with_absolute_paths(cfg: Config) -> Config:
   """The config with its files as they are called from any folder."""
   return dataclasses.replace(
-      cfg, lora=dataclasses.replace(cfg.lora, init_from=files.absolute(cfg.lora.init_from)),
+      cfg, prompt_fn_kwargs=prompts.absolute_paths(cfg.prompt_fn, cfg.prompt_fn_kwargs),
+      lora=dataclasses.replace(cfg.lora, init_from=files.absolute(cfg.lora.init_from)),
       pretrained=dataclasses.replace(
           cfg.pretrained, model=model_names.absolute(cfg.pretrained.model)))
 

@@ -86,7 +86,7 @@ def test_the_batch_arithmetic_is_shown():
     ("per_prompt_stat_tracking.buffer_size", 0), ("prompt_fn_kwargs", 3),
     ("reward_fn", 3), ("reward_fn", ""), ("reward_fn", {}), ("reward_fn", {"a": "b"}),
     ("reward_fn", {"a": float("nan")}), ("reward_fn", {"a": 0.0}), ("reward_fn", {"a": True}),
-    ("reward_fn", {"a": 10**400}), ("reward_fn", {1: 1.0}),
+    ("reward_fn", {"a": 10**400}), ("reward_fn", {1: 1.0}), ("reward_fn", {"a": -1e30}),
 ])
 def test_bad_value_is_one_line_that_names_the_field(field, value):
   config = base.get_config().to_dict()
@@ -267,6 +267,29 @@ def test_a_base_model_may_be_called_from_any_folder(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path / "there/below")
   now = resolve(changed(**{"pretrained.model": "../../model/"}))
   check_continues(now, saved.to_dict(), "it")
+
+
+def test_prompts_may_be_called_from_any_folder_and_may_move(tmp_path, monkeypatch):
+  """Another file in the place of one that is still there would be other prompts."""
+  for name in ("here", "there"):
+    (tmp_path / name).mkdir()
+  first, second = tmp_path / "here" / "simple_animals.txt", tmp_path / "there" / "moved.txt"
+  first.write_text("a cat")
+  second.write_text("a cat")
+  given = lambda path: resolve(changed(prompt_fn="from_file", prompt_fn_kwargs={"path": str(path)}))
+  monkeypatch.chdir(first.parent)
+  saved = with_absolute_paths(given(first.name))
+  assert saved.prompt_fn_kwargs == {"path": str(first)}
+  check_continues(given(first.name), saved.to_dict(), "it")
+  check_continues(given(first.name), given(first.name).to_dict(), "it")  # of before there was this
+  monkeypatch.chdir(second.parent)
+  for other in (second, first.name):  # the latter is now one of this package's lists
+    with pytest.raises(UserError, match="^prompt_fn_kwargs="):
+      check_continues(given(other), saved.to_dict(), "it")
+  first.unlink()
+  check_continues(given(second), saved.to_dict(), "it")
+  own = resolve(changed(prompt_fn="my:prompts", prompt_fn_kwargs={"path": "moved.txt"}))
+  assert with_absolute_paths(own) == own  # whatever it means there
 
 
 def test_weights_to_begin_with_may_be_called_from_any_folder(tmp_path, monkeypatch):

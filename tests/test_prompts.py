@@ -1,5 +1,6 @@
 """Prompt functions: what they draw, that it repeats, and what they refuse."""
 
+import os
 import sys
 
 import numpy as np
@@ -105,6 +106,17 @@ def test_missing_unreadable_and_out_of_range_files(tmp_path):
     with pytest.raises(UserError, match=message) as error:
       get_prompt_fn("from_file", **kwargs)(rng)
     assert str(error.value).startswith("prompt_fn_kwargs.")
+
+
+def test_a_pipe_is_read_where_nothing_is_resumed():
+  """As a shell makes of sample.py --prompts_file <(command)."""
+  end, other = os.pipe()
+  os.write(other, b"a cat\n")
+  os.close(other)
+  with pytest.raises(UserError, match="^prompt_fn_kwargs.path='/dev/fd/.*' is a pipe"):
+    get_prompt_fn("from_file", path=f"/dev/fd/{end}")(np.random.default_rng(0))
+  assert load_lines(f"/dev/fd/{end}") == ["a cat"]
+  os.close(end)
 
 
 @pytest.mark.parametrize("name,kwargs,field", [
