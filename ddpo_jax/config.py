@@ -185,6 +185,7 @@ _MAX_NAME = 255  # and a name in it
 _NEAR = 0.7  # how alike names are, of 1, where one may have been meant for the other
 _SHORTENED = 0.9  # how alike "clip" is to "clip_range"
 _MOST_NEAR = 3  # such names in a message
+_LARGEST_WEIGHT = 1e9  # of a reward; float32 has to hold the sums of their squares
 
 FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")  # what users fill with their own
 
@@ -474,11 +475,11 @@ def _reward_fn(value: Any, problems: list[str]) -> str | dict[str, float]:
     weight = _as_float(given)
     if not isinstance(name, str):
       problems.append(f"reward_fn: {shown(name)} must be the name of a reward function")
-    elif isinstance(weight, float) and math.isfinite(weight) and weight != 0:
+    elif isinstance(weight, float) and 0 < abs(weight) <= _LARGEST_WEIGHT:
       weights[name] = weight
     else:
-      problems.append(f"reward_fn: the weight {shown(given)} of {shown(name)} must be a finite "
-                      "number other than 0")
+      problems.append(f"reward_fn: the weight {shown(given)} of {shown(name)} must be a number "
+                      f"from -{_LARGEST_WEIGHT:g} to {_LARGEST_WEIGHT:g} other than 0")
   return weights
 
 
@@ -562,6 +563,12 @@ def _check_init_from(cfg: Config) -> list[str]:
           "be empty, or use_lora=True"]
 
 
+def _check_init_from_exists(cfg: Config) -> list[str]:
+  hint = ("; a run that has a checkpoint is resumed without it: lora.init_from='' and lora.rank as "
+          "in its config.json") if cfg.resume_from else ""
+  return [line + hint for line in _check_exists("lora.init_from", cfg.lora.init_from)]
+
+
 def _check_resume(cfg: Config) -> list[str]:
   if cfg.resume_from == "auto":
     return [] if cfg.run_name else [
@@ -594,7 +601,7 @@ _RELATIONS: Sequence[tuple[tuple[str, ...], Callable[[Config], list[str]]]] = (
     (("distributed.process_id", "distributed.num_processes",
       "distributed.coordinator_address"), _check_processes),
     (("pretrained.model",), _check_model),
-    (("lora.init_from",), lambda cfg: _check_exists("lora.init_from", cfg.lora.init_from)),
+    (("lora.init_from",), _check_init_from_exists),
     (("lora.init_from", "use_lora"), _check_init_from),
     (("resume_from", "run_name"), _check_resume),
     (("logdir",), lambda cfg: _check_home("logdir", cfg.logdir)),

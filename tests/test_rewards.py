@@ -383,6 +383,8 @@ def test_color_alignment_needs_metadata():
   images = np.zeros((1, 64, 64, 3), np.uint8)
   with pytest.raises(UserError, match="tiny_shapes"):
     get_reward("color_alignment")(images, ["a cat"], [{}])
+  with pytest.raises(UserError, match="a 'color' and another one"):
+    get_reward("color_alignment")(images, ["red"], [{"color": "red", "background": "red"}])
 
 
 # ---- several rewards ----

@@ -457,6 +457,14 @@ def test_dry_run_says_what_the_run_would_go_on_without(tmp_path, monkeypatch, ca
     assert ("Warning: tensorboard=True needs" in capsys.readouterr().out) != there
 
 
+def test_resuming_without_the_weights_that_it_began_with(exit_with, tmp_path):
+  path = str(tmp_path / "gone.safetensors")
+  (line,) = exit_with({"lora.init_from": path, "resume_from": "auto", "run_name": "a"})
+  assert line.startswith(f"lora.init_from='{path}' does not exist; a run that has a checkpoint")
+  (line,) = exit_with({"lora.init_from": path})
+  assert line.endswith("does not exist")
+
+
 def test_a_run_is_no_lora_file(exit_with, tmp_path):
   (line,) = exit_with({"lora.init_from": str(tmp_path)})
   assert line == (f"lora.init_from='{tmp_path}' is a folder; must be a .safetensors file, such as "

@@ -340,7 +340,8 @@ def test_servers_that_list_no_model(server, listed):
 
 @pytest.mark.parametrize("kwargs", [
     {"url": "127.0.0.1:8000/v1"}, {"url": None}, {"mode": "exact"}, {"top_logprobs": 0},
-    {"question": "Is it good?"}, {"max_parallel": 1.5}, {"timeout": -1}, {"time_limit": 0}])
+    {"question": "Is it good?"}, {"max_parallel": 1.5}, {"timeout": -1}, {"time_limit": 0},
+    {"timeout": 1e10}])
 def test_arguments_are_checked(kwargs):
   (name,) = kwargs
   with pytest.raises(UserError, match=f"reward_kwargs.{name}="):

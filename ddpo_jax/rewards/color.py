@@ -44,7 +44,7 @@ def color_alignment(images: UInt8[np.ndarray, "B H W 3"], prompts: list[str],
     Scores in 0..1, and an empty dict.
 
   Raises:
-    UserError: if the metadata does not name two colours.
+    UserError: if the metadata does not name two different colours.
   """
   del prompts
   return np.array([_alignment(image, *_colors(data))
@@ -52,12 +52,12 @@ def color_alignment(images: UInt8[np.ndarray, "B H W 3"], prompts: list[str],
 
 
 def _colors(metadata: dict[str, Any]) -> tuple[int, int]:
-  try:
-    return _NAMES.index(metadata["color"]), _NAMES.index(metadata["background"])
-  except (KeyError, ValueError):
+  names: tuple[Any, Any] = metadata.get("color"), metadata.get("background")
+  if names[0] == names[1] or not all(name in _NAMES for name in names):
     raise UserError(
-        f"reward_fn='color_alignment' got metadata {shown(metadata)}; must have a 'color' and a "
-        f"'background' among {', '.join(_NAMES)}: use prompt_fn='tiny_shapes'") from None
+        f"reward_fn='color_alignment' got metadata {shown(metadata)}; must have a 'color' and "
+        f"another one, the 'background', among {', '.join(_NAMES)}: use prompt_fn='tiny_shapes'")
+  return _NAMES.index(names[0]), _NAMES.index(names[1])
 
 
 def _alignment(image: np.ndarray, color: int, background: int) -> float:

@@ -7,7 +7,6 @@ from concurrent import futures
 import dataclasses
 import ipaddress
 import itertools
-import math
 import random
 import threading
 import time
@@ -28,6 +27,7 @@ R = TypeVar("R")
 MAX_REPLY_BYTES = 8 * 2**20  # real ones have a few kilobytes
 _MAX_PAUSE = 30.0  # seconds between two attempts
 _SHORTEST = 1e-3  # seconds for an attempt; libraries refuse a timeout of 0
+_LONGEST = 1e8  # seconds, three years; sockets refuse what no clock of theirs could count
 _CHECK_TIMEOUT = 10.0  # seconds for a server to show at the start that it is there
 _EXCERPT = 200  # characters of a server's error that are shown
 
@@ -77,9 +77,9 @@ class Limits:
   def __post_init__(self):
     for name in ("timeout", "time_limit", "backoff"):
       value = getattr(self, name)
-      if not (_is_number(value) and 0 < value < math.inf):
-        raise UserError(f"reward_kwargs.{name}={value!r} must be a number of seconds "
-                        "above 0")
+      if not (_is_number(value) and 0 < value <= _LONGEST):
+        raise UserError(f"reward_kwargs.{name}={value!r} must be a number of seconds above 0, and "
+                        f"at most {_LONGEST:g}")
     check_count("max_parallel", self.max_parallel)
 
 
