@@ -144,6 +144,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
 
 def _split_spec(spec: str) -> tuple[str, str, str]:
   """"FILE:EXPERIMENT" as file, colon and experiment; the file's own path may have colons."""
+  spec = os.path.expanduser(spec)
   ends = [i for i, letter in enumerate(spec) if letter == ":"] + [len(spec)]
   for end in ends:
     if os.path.isfile(spec[:end]):

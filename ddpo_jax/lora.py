@@ -219,6 +219,9 @@ def _take(tensors: dict[str, Any], name: str, path: str | os.PathLike) -> Any:
   try:
     tensor = tensors.pop(name)
   except KeyError:
+    if any(each.startswith("base_model.") for each in tensors):
+      raise UserError(f"LoRA file {path} is in peft's format, which has its scale in another file; "
+                      "must be in diffusers' (pipeline.save_lora_weights) or kohya's") from None
     raise UserError(f"LoRA file {path} has no {name!r}; was it trained on another "
                     "model?") from None
   if tensor.ndim != 2:

@@ -69,6 +69,8 @@ class SampleRequest:
       raise UserError("--base_model needs --run, whose base model it is")
     if self.compare and self.run is None:
       raise UserError("--compare needs --run: a fine-tuned model to compare with its base")
+    if not os.fspath(self.output):
+      raise UserError("--output is empty; must be a picture's name, or a folder's")
     for name, (is_right, text) in _RULES.items():
       value = getattr(self, name)
       if value is not None and not is_right(value):

@@ -241,6 +241,13 @@ def test_the_config_of_a_run_is_a_config_file(tmp_path):
     read(f"--config={file.with_suffix('.yaml')}")
 
 
+def test_a_config_file_may_be_in_ones_home(tmp_path, monkeypatch):
+  """A shell leaves --config=~/my.py as it is."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "my.py").write_text("from configs.demo import get_config\n")
+  assert read("--config=~/my.py:alignment").reward_fn == "color_alignment"
+
+
 def test_a_config_files_path_may_have_colons(tmp_path):
   """As that of a run has whose run_name is a time, or a setting such as "lr:3e-4"."""
   cfg = read("--config", DEMO, "--config.run_name=lr:3e-4")

@@ -243,7 +243,7 @@ def test_eta_zero_and_a_grid(run, tmp_path):
 @pytest.mark.parametrize("changes,message", [
     ({"prompts": []}, "--prompts is empty"),
     ({"prompts": ["a cat", os.fsdecode(b"caf\xe9")]}, "--prompts has .*; must be text in UTF-8"),
-    ({"compare": True}, "--compare needs --run"),
+    ({"compare": True}, "--compare needs --run"), ({"output": ""}, "^--output is empty"),
     ({"eta": 1.5}, "--eta=1.5"), ({"num_steps": 0}, "--num_steps=0"),
     ({"guidance_scale": float("inf")}, "--guidance_scale=inf must be a finite"),
     ({"guidance_scale": float("nan")}, "--guidance_scale=nan"),
@@ -257,7 +257,7 @@ def test_eta_zero_and_a_grid(run, tmp_path):
     ({"prompts_file": "none.txt"}, "none.txt")])
 def test_bad_arguments_are_one_line(changes, message, tmp_path):
   with pytest.raises(UserError, match=message) as error:
-    sample(tmp_path / "out", **{"model": str(small_model()), **changes})
+    sample(**{"output": tmp_path / "out", "model": str(small_model()), **changes})
   assert "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
 

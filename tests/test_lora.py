@@ -137,6 +137,8 @@ def test_alpha_in_the_header_of_a_diffusers_file(unet, golden_lora, tmp_path, pr
     (lambda t: t.pop(min(t)), "has no"),
     (lambda t: t.update({"unet.other.lora_A.weight": np.zeros((4, 4), np.float32)}),
      "belong to no attention"),
+    (lambda t: t.update({f"base_model.model.{name}": t.pop(name) for name in list(t)}),
+     "is in peft's format"),
     (lambda t: t.update({min(t): np.zeros((4, 5), np.float32)}), "shapes"),
     (lambda t: t.update({min(t): np.zeros(4, np.float32)}), "matrix"),
     (lambda t: t[min(t)].fill(np.nan), "holds NaN or infinity"),
