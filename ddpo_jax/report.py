@@ -202,7 +202,10 @@ def _histogram(rewards: Sequence[Mapping]) -> list[str]:
   if not rewards:
     return []
   values = [np.array(line["rewards"], float) for line in rewards]
-  edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
+  every = np.concatenate(values)
+  # Near numbers so large that the bins' edges could not be told apart are a single bin.
+  bins = 30 if np.ptp(every) > 1e-10 * np.abs(every).max() else [every.min() - 1, every.max() + 1]
+  edges = np.histogram_bin_edges(every, bins)
   counts = np.stack([np.histogram(v, edges)[0] / len(v) for v in values], axis=1)
   first = rewards[0]["epoch"]
   extent = (first - 0.5, first + len(values) - 0.5, edges[0], edges[-1])

@@ -110,6 +110,12 @@ def test_prompts_are_compared_between_the_first_and_the_last_quarter(drawn):
   assert values == {"first quarter": [1.5], "last quarter": [7.5]}
 
 
+@pytest.mark.parametrize("rewards", ([1e17, 1e17 + 16], [-1e17, -1e17], [0.0, 0.0]))
+def test_rewards_that_are_almost_equal_have_a_distribution(drawn, rewards):
+  axes = drawn("How the rewards", [{}], [{"epoch": 0, "prompts": ["a"] * 2, "rewards": rewards}])
+  np.testing.assert_allclose(np.asarray(axes.images[0].get_array()).sum(axis=0), [1])
+
+
 def test_each_epochs_distribution_adds_up_to_one(drawn):
   """That of an epoch with few images too. Each is at its epoch's number, rewards upwards."""
   axes = drawn("How the rewards", [{}] * 2, [
