@@ -165,7 +165,7 @@ def hoist_prompts(unet: Split, context: Float[Array, "B L D"]) -> Split:
   """
   model = nnx.merge(*unet)
   to_prompts = _attentions_to_prompts(model)
-  if model.context_projection is not None or not all(
+  if model.context_projection is not None or not to_prompts or not all(
       isinstance(attention.to_k.kernel, nnx.LoRAParam) for attention in to_prompts):
     return unet
   for attention in to_prompts:

@@ -86,6 +86,16 @@ def test_hoisted_weights(monkeypatch, network, direct, backend):
   check_gradient(jax.vjp(lambda params: hoist(params)[1], params)[1](gradient)[0], direct[1])
 
 
+def test_a_network_without_prompts_stays_as_it_is():
+  """Of which every weight is trained, as LoRA needs attention."""
+  config = UNetConfig(block_out_channels=(32,), layers_per_block=1, cross_attention_dim=16,
+                      attention_head_dim=4, norm_num_groups=8, mid_block_type=None,
+                      down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+  unet = lora.partition(UNet2DConditionModel(config, rngs=nnx.Rngs(0)), use_lora=False)
+  hoisted = hoisting.hoist_weights(unet)
+  assert hoisting.hoist_prompts(hoisted, PROMPTS) is hoisted
+
+
 def test_hoisted_prompts(network, direct):
   """The network knows them: it is called with none."""
   graphdef, params, frozen = network
