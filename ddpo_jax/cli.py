@@ -68,9 +68,10 @@ def train(config: Config) -> None:
 
 
 def dry_run(config: Config) -> None:
-  from ddpo_jax import resource_errors, validation
+  from ddpo_jax import dry_run as dry
+  from ddpo_jax import resource_errors
   with resource_errors.with_advice(config):  # a reward's network is put on the device
-    validation.dry_run(config)
+    dry.dry_run(config)
 
 
 def read_config(argv: Sequence[str]) -> Config:

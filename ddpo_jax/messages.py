@@ -63,3 +63,8 @@ def shown(value: Any) -> str:
   except (ValueError, RecursionError):  # an integer of thousands of digits, a dict in itself
     text = f"<{type(value).__name__}>"
   return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+def in_bytes(count: int) -> str:
+  """A size of memory or of a file, such as "1.25 GiB"."""
+  return f"{count / 2**30:.2f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.1f} MiB"

@@ -9,25 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 import dataclasses
 import functools
-import importlib.util
 import math
 import pathlib
 import shutil
 from typing import Any, TypeVar
 
-from flax import nnx
 import jax
 
-from ddpo_jax import build, checkpoint, distributed, run_folder
+from ddpo_jax import checkpoint, run_folder
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.config import Config, any_of, fields_of
 from ddpo_jax.console import say
-from ddpo_jax.devices import configure_devices, plan_batches
-from ddpo_jax.diffusion.sampler import native_size
+from ddpo_jax.devices import plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, nearest_existing
-from ddpo_jax.messages import place, shown, with_type
-from ddpo_jax.model_names import is_local
+from ddpo_jax.messages import in_bytes, place, shown, with_type
 from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
 from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import check_drawn, get_prompt_fn, sample_rng
@@ -39,10 +35,7 @@ from ddpo_jax.types import PromptFn, RewardFn
 
 T = TypeVar("T")
 
-# In checkpoints and on the device: the trained weights and two moments of each, float32.
-_STATE_BYTES = 3 * 4
-_TRAINING_BYTES = _STATE_BYTES + 4  # and the gradient
-_GIB = 2**30
+STATE_BYTES = 3 * 4  # for each trained weight: itself and its two moments, float32
 _DRAWS = 8  # from the same rng, to see that the prompt is the same
 _check_output_folder = functools.partial(check_output, is_folder=True)
 _LARGE_LATENT = 64 * 64 * 4  # numbers in a latent of 512 × 512 pixels
@@ -223,75 +216,18 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   saves = math.ceil(cfg.num_epochs / cfg.save_freq)
   # One more than are kept: the oldest is deleted once the newest is there.
   count = min(cfg.num_checkpoint_limit + 1, saves)
-  each = trained_weights(cfg, size) * _STATE_BYTES
+  each = trained_weights(cfg, size) * STATE_BYTES
   there = nearest_existing(run)
   free = shutil.disk_usage(there).free
   if min(2, saves) * each > free:  # not with num_checkpoint_limit=1 either
     raise UserError(
-        f"{run_folder.named_by(cfg)}: a checkpoint takes {_amount(each)}, and {there} has "
-        f"{_amount(free)} free; must be on a disk with room for {min(2, saves)}")
+        f"{run_folder.named_by(cfg)}: a checkpoint takes {in_bytes(each)}, and {there} has "
+        f"{in_bytes(free)} free; must be on a disk with room for {min(2, saves)}")
   if count * each > free:
     raise UserError(
         f"num_checkpoint_limit={cfg.num_checkpoint_limit}: {count} checkpoints take "
-        f"{_amount(count * each)}, and {there} has {_amount(free)} free; must be lower, "
+        f"{in_bytes(count * each)}, and {there} has {in_bytes(free)} free; must be lower, "
         "or logdir must be on another disk")
-
-
-# ---- the dry run ----
-
-
-def dry_run(cfg: Config) -> None:
-  """Checks everything, and says what the run would be; makes no folder.
-
-  Raises:
-    UserError: a line for each problem.
-  """
-  distributed.initialize(cfg.distributed)
-  configure_devices()
-  plan = plan_batches(cfg)
-  distributed.check_devices()
-  prepared = prepare(cfg)
-  _check_model(cfg)
-  if cfg.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-    say("Warning: tensorboard=True needs tensorboardX, which is not installed: the run would go "
-        "on without it; pip install -e '.[tensorboard]'")
-  say(plan.describe("The run would be"))
-  say(describe_memory(cfg, plan))
-  unseen = "" if is_local(cfg.pretrained.model) else (
-      f", as far as can be said before {cfg.pretrained.model!r} is downloaded")
-  say(f"The config is valid{unseen}; the run would write to {prepared.run}")
-
-
-def _check_model(cfg: Config) -> None:
-  """Opens a model that is here and attaches LoRA, as the run will, without reading its weights."""
-  if not is_local(cfg.pretrained.model):
-    return
-  shapes = build.open_model(cfg).shapes
-  nnx.eval_shape(functools.partial(build.prepare_unet, cfg), shapes.unet)
-  native_size(shapes.unet)
-  build.make_schedule(cfg, shapes.noise_schedule)
-
-
-def describe_memory(cfg: Config, plan: BatchPlan) -> str:
-  """An estimate of each device's memory, from the headers of the model's files."""
-  size = model_size(cfg)
-  if size is None:
-    return (f"Memory per device: not known before {cfg.pretrained.model!r} is downloaded")
-  bytes_each = 4 if cfg.mixed_precision == "no" else 2
-  trained = trained_weights(cfg, size)
-  samples = plan.samples_per_epoch // plan.num_devices
-  parts = {
-      "the model's weights": size.weights * bytes_each,
-      "trained weights, gradient, optimizer": trained * _TRAINING_BYTES,
-      # Twice: batch by batch as they were sampled, and all of them in one array.
-      "trajectories of an epoch": 2 * samples * (cfg.sample.num_steps + 1) * (
-          4 * size.latent_size),
-      "prompts' embeddings": 2 * samples * size.embedding_size * bytes_each}
-  lines = [f"  {name} = {_amount(value)}" for name, value in parts.items()]
-  return "\n".join([
-      f"***** Memory per device: {_amount(sum(parts.values()))} plus activations *****", *lines,
-      "  Activations grow with sample.batch_size, sample.decode_batch_size and",
-      "  train.batch_size × train.timesteps_per_batch."])
 
 
 def _warn_of_slowness(cfg: Config) -> None:
@@ -303,7 +239,3 @@ def _warn_of_slowness(cfg: Config) -> None:
     say(f"Warning: mixed_precision={cfg.mixed_precision!r} with Stable Diffusion on a CPU: an "
         "epoch takes hours. JAX finds no GPU here; if there is one, install the extra cuda12 or "
         "cuda13")
-
-
-def _amount(count: int) -> str:
-  return f"{count / _GIB:.2f} GiB" if count >= 0.1 * _GIB else f"{count / 2**20:.1f} MiB"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from small_model import small_config
 
-from ddpo_jax import cli, resource_errors, train, validation
+from ddpo_jax import cli, dry_run, resource_errors, train
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.user_functions import calling
@@ -51,7 +51,7 @@ def test_images_that_are_decoded_one_by_one_anyway_are_no_advice():
 
 def test_out_of_memory_of_a_dry_run(monkeypatch):
   """Another run may use the GPU, on which it puts a reward's network."""
-  monkeypatch.setattr(validation, "dry_run", lambda cfg: allocate_too_much())
+  monkeypatch.setattr(dry_run, "dry_run", lambda cfg: allocate_too_much())
   with pytest.raises(UserError, match="^out of memory"):
     cli.dry_run(resolve(small_config()))
 

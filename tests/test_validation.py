@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import servers
 
 from configs import base
-from ddpo_jax import cli, model_size, validation
+from ddpo_jax import cli, dry_run, model_size, validation
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 
@@ -297,7 +297,7 @@ def test_server_that_is_there(tmp_path, capsys):
   with servers.serve(servers.llava) as llava:
     cfg = resolve(demo_values(tmp_path) | {"reward_fn": "llava_bertscore",
                                            "reward_kwargs": {"url": llava.url}})
-    validation.dry_run(cfg)
+    dry_run.dry_run(cfg)
   assert "The config is valid" in capsys.readouterr().out
 
 
@@ -453,7 +453,7 @@ def test_dry_run_says_what_the_run_would_go_on_without(tmp_path, monkeypatch, ca
   for there in (True, False):
     if not there:
       monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    validation.dry_run(resolve(values))
+    dry_run.dry_run(resolve(values))
     assert ("Warning: tensorboard=True needs" in capsys.readouterr().out) != there
 
 
@@ -517,9 +517,9 @@ def test_what_a_device_has_to_hold(monkeypatch, precision, bytes_each):
   mebi = 2**20
   size = model_size.ModelSize(weights=8 * mebi, unet_weights=5 * mebi,
                               lora_weights_per_rank=mebi, latent_size=mebi, embedding_size=mebi)
-  monkeypatch.setattr(validation, "model_size", lambda cfg: size)
+  monkeypatch.setattr(dry_run, "model_size", lambda cfg: size)
   cfg = resolve(small_config(mixed_precision=precision))
-  first, *lines = validation.describe_memory(cfg, BatchPlan.create(cfg, 2)).splitlines()
+  first, *lines = dry_run.describe_memory(cfg, BatchPlan.create(cfg, 2)).splitlines()
   parts = [8 * bytes_each, 3 * 16, 2 * 4 * 3 * 4, 2 * 4 * bytes_each]
   assert [float(line.split()[-2]) for line in lines[:4]] == parts
   amount = f"{sum(parts) / 1024:.2f} GiB"
