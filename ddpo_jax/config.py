@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -24,7 +23,8 @@ import ml_collections
 
 from ddpo_jax import model_names, rng_streams
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import MAX_SHOWN, shown
+from ddpo_jax.field_names import group_of, not_a_field, shortened, with_groups
+from ddpo_jax.messages import shown
 from ddpo_jax.redaction import redacted
 
 
@@ -182,11 +182,9 @@ def _within(low: float, high: float, low_included: bool = False,
 
 _MAX_TEXT = 4095  # bytes of a text, as long as a path may be
 _MAX_NAME = 255  # and a name in it
-_NEAR = 0.7  # how alike names are, of 1, where one may have been meant for the other
-_SHORTENED = 0.9  # how alike "clip" is to "clip_range"
-_MOST_NEAR = 3  # such names in a message
 _LARGEST_WEIGHT = 1e9  # of a reward; float32 has to hold the sums of their squares
 
+GROUPS = frozenset(name for name, kind in typing.get_type_hints(Config).items() if group_of(kind))
 FREE_FORM = ("prompt_fn_kwargs", "reward_kwargs")  # what users fill with their own
 
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -277,7 +275,7 @@ def fields_of(problems: Sequence[str]) -> set[str]:
 
 def any_of(fields: Iterable[str], named: Set[str]) -> bool:
   """Whether any of these fields is named, by itself or by a group that it is in."""
-  return any(part in named for field in fields for part in _with_groups(field))
+  return any(part in named for field in fields for part in with_groups(field))
 
 
 def field_type(path: str) -> Any:
@@ -287,81 +285,14 @@ def field_type(path: str) -> Any:
     UserError: if there is no such field.
   """
   kind: Any = Config
-  for name, group in zip(path.split("."), ["", *_with_groups(path)]):
+  for name, group in zip(path.split("."), ["", *with_groups(path)]):
     if not dataclasses.is_dataclass(kind):
-      raise UserError(f"{_name(path)} is not a field: {group} has no fields of its own")
+      raise UserError(f"{shortened(path)} is not a field: {group} has no fields of its own")
     types = typing.get_type_hints(kind)
     if name not in types:
-      raise UserError(_not_a_field(path, f"{group}.{name}".lstrip("."), types))
-    kind = _group_of(types[name]) or types[name]
+      raise UserError(not_a_field(Config, path, f"{group}.{name}".lstrip("."), types))
+    kind = group_of(types[name]) or types[name]
   return kind
-
-
-def _not_a_field(path: str, unknown: str, types: Mapping[str, Any]) -> str:
-  """One line: which field may have been meant.
-
-  Args:
-    path: as the user has it.
-    unknown: the path or the group in it that is not there.
-    types: what is there in the place of `unknown`.
-  """
-  near = _nearest(_name(path)) or _nearest(_name(unknown))
-  advice = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(types)}"
-  return f"{_name(path)} is not a field; {advice}"
-
-
-def _nearest(path: str) -> list[str]:
-  """The fields whose names are most like that of a path; of several those of its group."""
-  likeness = {field: _likeness(path, field) for field in _all_fields(Config)}
-  best = max(likeness.values())
-  if best < _NEAR:
-    return []
-  near = [field for field, value in likeness.items() if value == best]
-  group = path.rpartition(".")[0]
-  in_group = [field for field in near if _ratio(group, field.rpartition(".")[0]) >= _NEAR]
-  return (in_group or near)[:_MOST_NEAR]
-
-
-def _likeness(path: str, field: str) -> float:
-  """From 0 to 1, by the last names; the groups may be wrong or left out."""
-  name, last = path.rpartition(".")[2], field.rpartition(".")[2]
-  if path == field.replace(".", "_"):
-    return 1.0
-  return _SHORTENED if last.startswith(name + "_") else _ratio(name, last)
-
-
-def _ratio(one: str, other: str) -> float:
-  return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
-
-
-def _all_fields(kind: Any, prefix: str = "") -> Iterator[str]:
-  """The full names of fields and groups, such as "sample" and "sample.eta"."""
-  for name, each in typing.get_type_hints(kind).items():
-    yield prefix + name
-    group = _group_of(each)
-    if group is not None:
-      yield from _all_fields(group, f"{prefix}{name}.")
-
-
-def _name(path: str) -> str:
-  return " ".join(path.split())[:MAX_SHOWN]
-
-
-def _group_of(kind: Any) -> type | None:
-  """The dataclass of a group of fields, be it one that may be None."""
-  for choice in (kind, *typing.get_args(kind)):
-    if isinstance(choice, type) and dataclasses.is_dataclass(choice):
-      return choice
-  return None
-
-
-GROUPS = frozenset(name for name, kind in typing.get_type_hints(Config).items() if _group_of(kind))
-
-
-def _with_groups(field: str) -> list[str]:
-  """A field's name and those of the groups that it is in."""
-  parts = field.split(".")
-  return [".".join(parts[:i + 1]) for i in range(len(parts))]
 
 
 def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
@@ -371,7 +302,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[str]) -> Any:
     return None
   types = typing.get_type_hints(cls)
   for name in sorted(set(map(str, values)) - set(types)):
-    problems.append(_not_a_field(prefix + name, prefix + name, types))
+    problems.append(not_a_field(Config, prefix + name, prefix + name, types))
   missing = sorted(field.name for field in dataclasses.fields(cls) if field.name not in values
                    and field.default is field.default_factory is dataclasses.MISSING)
   problems += [f"{prefix}{name} is missing from the config" for name in missing]
@@ -384,7 +315,7 @@ def _field(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
   """The value of a field or a group; what is wrong with it is added to `problems`."""
   if path == "reward_fn":
     return _reward_fn(value, problems)
-  group = _group_of(kind)
+  group = group_of(kind)
   if group is not None:
     if group is not kind:  # it may be None
       if value is None or value == {}:
