@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from ddpo_jax.errors import UserError
+from ddpo_jax.files import expand_home
 from ddpo_jax.messages import one_line, with_type
 from ddpo_jax.model_names import TINY, TINY_FOLDER
 
@@ -47,7 +48,7 @@ STABLE_DIFFUSION_15: Mapping[str, Mapping[str, Any]] = {
 
 def model_configs(model: str) -> Mapping[str, Mapping[str, Any]]:
   """The config of each part: of a folder or "tiny", else Stable Diffusion 1.5's."""
-  folder = TINY_FOLDER if model == TINY else pathlib.Path(model).expanduser()
+  folder = TINY_FOLDER if model == TINY else expand_home(model)
   if not folder.is_dir():
     return STABLE_DIFFUSION_15
   names = {part: "config.json" for part in ("unet", "vae", "text_encoder")}
