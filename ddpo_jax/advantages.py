@@ -51,7 +51,7 @@ class PerPromptStatTracker:
     return ((rewards - mean) / std).astype(np.float32)
 
   def get_stats(self) -> dict[str, dict[str, float]]:
-    """Mean, std and count of each prompt's remembered rewards."""
+    """Mean, std and count of each prompt's remembered rewards, as ddpo-pytorch gives them."""
     return {prompt: {"mean": float(np.mean(buffer)), "std": float(np.std(buffer)),
                      "count": len(buffer)} for prompt, buffer in self._buffers.items()}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import errno
+import functools
 import os
 import pathlib
 
@@ -27,57 +28,68 @@ _CUDNN_MAY_NOT_FIT = (
     "old (those of the extra cuda12 or cuda13 fit; LD_LIBRARY_PATH must not name others). Else ")
 
 
-@contextlib.contextmanager
-def with_advice(cfg: Config) -> Iterator[None]:
+def with_advice(cfg: Config) -> contextlib.AbstractContextManager[None]:
   """Turns running out of memory or of disk space, or losing the run's folder, into one line.
 
   Raises:
     UserError: in the place of these, says what to change; whatever else is raised passes.
   """
-  try:
-    yield
-  except UserError:
-    raise
-  except Exception as error:  # of JAX, NumPy, orbax, the system: each has its own
-    causes = list(_causes(error))
-    # A user's function may have another disk, or its own need of memory, but not another GPU.
-    of_run = not any(map(raised_by_user, causes))
-    if of_run and any(map(_is_full_disk, causes)):
-      raise UserError(full_disk(cfg)) from error
-    if of_run and _is_of_run(error, cfg):
-      raise UserError(f"{named_by(cfg)}: {error}; must stay readable and writable as long as the "
-                      "run lasts. Go on with resume_from") from error
-    if any(map(_is_without_room_beside_jax, causes)):
-      raise UserError(_room_beside_jax(causes)) from error
-    if any(map(_is_out_of_memory if of_run else _is_out_of_device_memory, causes)):
-      raise UserError(out_of_memory(cfg)) from error
-    raise
+  return _explaining(functools.partial(_explain_run, cfg))
 
 
-@contextlib.contextmanager
-def with_sampling_advice(batch_size: int, mixed_precision: str) -> Iterator[None]:
+def with_sampling_advice(batch_size: int, mixed_precision: str
+                         ) -> contextlib.AbstractContextManager[None]:
   """As `with_advice`, for scripts/sample.py: of memory alone, and with its options.
 
   Raises:
     UserError: likewise.
   """
+  return _explaining(functools.partial(_explain_sampling, batch_size, mixed_precision))
+
+
+@contextlib.contextmanager
+def _explaining(explain: Callable[[Exception], str | None]) -> Iterator[None]:
+  """Raises UserError with what `explain` says of an error, if it says anything."""
   try:
     yield
   except UserError:
     raise
-  except Exception as error:
-    causes = list(_causes(error))
-    if any(map(_is_without_room_beside_jax, causes)):
-      raise UserError(_room_beside_jax(causes)) from error
-    if not any(map(_is_out_of_memory, causes)):
+  except Exception as error:  # of JAX, NumPy, orbax, the system: each has its own
+    line = explain(error)
+    if line is None:
       raise
-    advice = list(_more_of_the_gpu())
-    if batch_size > 1:
-      advice.append(f"--batch_size={batch_size // 2}")
-    if mixed_precision == "no":
-      advice.append("--mixed_precision=fp16")
-    advice.append("another device, or this one once no other program (such as a run) uses it")
-    raise UserError(f"out of memory; try, in this order: {'; '.join(advice)}") from error
+    raise UserError(line) from error
+
+
+def _explain_run(cfg: Config, error: Exception) -> str | None:
+  causes = list(_causes(error))
+  # A user's function may have another disk, or its own need of memory, but not another GPU.
+  of_run = not any(map(raised_by_user, causes))
+  if of_run and any(map(_is_full_disk, causes)):
+    return full_disk(cfg)
+  if of_run and _is_of_run(error, cfg):
+    return (f"{named_by(cfg)}: {error}; must stay readable and writable as long as the run lasts. "
+            "Go on with resume_from")
+  if any(map(_is_without_room_beside_jax, causes)):
+    return _room_beside_jax(causes)
+  if any(map(_is_out_of_memory if of_run else _is_out_of_device_memory, causes)):
+    return out_of_memory(cfg)
+  return None
+
+
+def _explain_sampling(batch_size: int, mixed_precision: str, error: Exception) -> str | None:
+  causes = list(_causes(error))
+  if any(map(_is_without_room_beside_jax, causes)):
+    return _room_beside_jax(causes)
+  if not any(map(_is_out_of_memory, causes)):
+    return None
+  advice = list(_more_of_the_gpu())
+  if batch_size > 1:
+    advice.append(f"--batch_size={batch_size // 2}")
+  if mixed_precision == "no":
+    advice.append("--mixed_precision=fp16")
+  advice.append("another device, or this one once no other program (such as a run) uses it")
+  return f"out of memory; try, in this order: {'; '.join(advice)}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import json
 import os
-import pathlib
 import resource
 import statistics
 import subprocess
