@@ -15,6 +15,7 @@ from ddpo_jax.model_config import read_json
 from ddpo_jax.model_names import is_local
 from ddpo_jax.models import hub
 from ddpo_jax.models.clip import CLIPTextConfig
+from ddpo_jax.models.unet import sample_size
 from ddpo_jax.models.vae import VAEConfig
 from ddpo_jax.tensor_files import open_tensors
 
@@ -88,7 +89,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 def _sample_size(unet: Mapping[str, Any]) -> tuple[int, int]:
   """Height and width of the latents that a UNet's config says, else Stable Diffusion 1.5's."""
-  size = unet.get("sample_size")
+  size = sample_size(unet)
   if isinstance(size, int):
     return size, size
   if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) for side in size):

@@ -193,6 +193,18 @@ def test_the_size_of_an_images_latent(folder, sample_size, numbers):
   assert size_of(folder).latent_size == numbers
 
 
+@pytest.mark.parametrize("version,written,size", (
+    ("0.6.0", 32, 64), ("0.8.1", 32, 64), ("0.9.0", 32, 32), ("0.17.1", 32, 32), ("0.6.0", 96, 96),
+    ("0.6.0", [32, 32], (32, 32)), ("0.6.0", None, None), (None, 32, 32)))
+def test_old_configs_that_say_a_smaller_size(folder, version, written, size):
+  """As in diffusers' pipeline, and wherever the size is read."""
+  values = {"sample_size": written, "_diffusers_version": version}
+  assert UNetConfig.from_dict(values).sample_size == size
+  edit_json(folder / "unet" / "config.json", **values)
+  height, width = size if isinstance(size, tuple) else (size or 64,) * 2
+  assert size_of(folder).latent_size == height * width * 4
+
+
 @pytest.mark.parametrize("damage,message", [
     (lambda f: shutil.rmtree(f / "vae"), "vae"),
     (lambda f: (f / "unet" / "config.json").unlink(), "unet.config.json"),

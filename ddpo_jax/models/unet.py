@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import re
 from typing import Any
 
 from flax import nnx
@@ -69,7 +70,7 @@ class UNetConfig:
       UserError: names the field that asks for something not built here.
     """
     model_config.check_supported("UNet", cls, values, _SUPPORTED)
-    config = model_config.read_fields(cls, values)
+    config = model_config.read_fields(cls, {**values, "sample_size": sample_size(values)})
     model_config.check_activation("UNet", "act_fn", config.act_fn)
     config._check()
     return config
@@ -125,6 +126,16 @@ class UNetConfig:
   def resnets_per_level(self) -> tuple[int, ...]:
     """Resnets of each level's down block, outermost first."""
     return _per_level(self.layers_per_block, len(self.block_out_channels))
+
+
+def sample_size(values: Mapping[str, Any]) -> Any:
+  """The sample_size of a unet/config.json, read as diffusers' StableDiffusionPipeline reads it.
+
+  Files of before diffusers 0.9 say 32 or the like of networks that were trained at 64.
+  """
+  size = values.get("sample_size")
+  is_old = re.match(r"0\.[0-8](\D|$)", str(values.get("_diffusers_version"))) is not None
+  return max(size, 64) if is_old and isinstance(size, int) else size
 
 
 def _per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
