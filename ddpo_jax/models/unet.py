@@ -39,6 +39,10 @@ _SUPPORTED = {
     "upcast_attention": (True, False, None),
 }
 
+# What diffusers' EMAModel adds to the config of the weights that it has averaged.
+_AVERAGING = ("decay", "inv_gamma", "min_decay", "optimization_step", "power",
+              "update_after_step", "use_ema_warmup")
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -69,7 +73,7 @@ class UNetConfig:
     Raises:
       UserError: names the field that asks for something not built here.
     """
-    model_config.check_supported("UNet", cls, values, _SUPPORTED)
+    model_config.check_supported("UNet", cls, values, _SUPPORTED, also_read=_AVERAGING)
     config = model_config.read_fields(cls, {**values, "sample_size": sample_size(values)})
     model_config.check_activation("UNet", "act_fn", config.act_fn)
     config._check()

@@ -59,6 +59,18 @@ def test_half_precision_files(pipeline, stored, asked, tiny_sd, tmp_path):
                                   np.asarray(original, stored).astype(np.float32))
 
 
+def test_averaged_weights_load(pipeline, tiny_sd, tmp_path):
+  """Their config also says how they were averaged."""
+  folder = shutil.copytree(TINY, tmp_path / "model")
+  unet = pipeline.unet
+  diffusers.training_utils.EMAModel(
+      unet.parameters(), model_cls=type(unet), model_config=unet.config
+  ).save_pretrained(folder / "unet")
+  assert json.loads((folder / "unet" / "config.json").read_text())["decay"] == 0.9999
+  for ours, expected in zip(weights(load_pretrained(folder)), weights(tiny_sd), strict=True):
+    np.testing.assert_array_equal(ours, expected)
+
+
 def test_pickled_weights_are_refused_with_a_way_out(pipeline, tmp_path):
   pipeline.save_pretrained(tmp_path / "old", safe_serialization=False)
   with pytest.raises(UserError, match="save_pretrained"):
