@@ -144,6 +144,9 @@ def drop(name):
     (TEXT, drop("text_model.final_layer_norm.bias"), "final_layer_norm.bias"),
     (TEXT, lambda t: {**t, "final_layer_norm.bias": np.zeros(32, np.float32)},
      "1 tensors there twice: (text_model.)?final_layer_norm.bias"),
+    *((UNET, lambda t, dtype=dtype: {**t, "conv_in.weight": t["conv_in.weight"].astype(dtype)},
+       f"1 tensors of another dtype than F64, F32, F16, BF16: conv_in.weight {name}$")
+      for dtype, name in ((np.int8, "I8"), (jnp.float8_e4m3fn, "F8_E4M3"))),
 ])
 def test_wrong_tensors_are_listed(folder, stem, change, message):
   rewrite(folder, stem, change)

@@ -34,6 +34,7 @@ _RENAMES = (
 _IGNORED = (r"(^|\.)position_ids$",)  # a buffer that counts from 0
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
            "class_embedding": "class_embedding", "logit_scale": "logit_scale"}
+_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 _LISTED = 8  # names shown in a message before "and N more"
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def _find_tensors(state: nnx.State, files: Sequence[pathlib.Path],
   paths = {_file_name(path): (path, variable) for path, variable in
            nnx.to_flat_state(state)}
   sources: dict[pathlib.Path, list[_Source]] = {file: [] for file in files}
-  missing, unknown, twice, misshapen = set(paths), [], [], []
+  missing, unknown, twice, misshapen, quantized = set(paths), [], [], [], []
   for file in files:
     with open_tensors(str(file), file) as tensors:
       for name in tensors.keys():
@@ -114,14 +115,18 @@ def _find_tensors(state: nnx.State, files: Sequence[pathlib.Path],
           continue
         missing.remove(key)
         path, variable = paths[key]
-        shape = tensors.get_slice(name).get_shape()
+        tensor = tensors.get_slice(name)
+        shape, dtype = tensor.get_shape(), tensor.get_dtype()
+        if dtype not in _DTYPES:
+          quantized.append(f"{name} {dtype}")
         axes = _axes(str(path[-1]), shape, variable.shape)
         if axes is None:
           misshapen.append(f"{name} {shape}, which does not fit {list(variable.shape)}")
         else:
           sources[file].append(_Source(path, variable, name, axes))
   _refuse(files, {"missing": sorted(missing), "not part of the model": unknown,
-                  "there twice": twice, "misshapen": misshapen})
+                  "there twice": twice, "misshapen": misshapen,
+                  f"of another dtype than {', '.join(_DTYPES)}": quantized})
   return sources
 
 
