@@ -19,7 +19,7 @@ import numpy as np
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
-from ddpo_jax.tensor_files import open_tensors, save_tensors
+from ddpo_jax.tensor_files import FLOATS, open_tensors, save_tensors
 
 FORMATS = ("diffusers", "kohya")
 _PEFT_CONFIG = "lora_adapter_metadata"  # where diffusers keeps it in a file's header, as JSON
@@ -185,6 +185,10 @@ def _read(path: str | os.PathLike, modules: dict[str, str]
     modules: kohya's names of the modules, and ours.
   """
   with open_tensors(f"LoRA file {path}", path) as tensors:
+    for name in tensors.keys():
+      dtype = tensors.get_slice(name).get_dtype()
+      if name.endswith("weight") and dtype not in FLOATS:
+        raise UserError(f"LoRA file {path}: {name} is {dtype}; must be one of {', '.join(FLOATS)}")
     header = tensors.metadata() or {}
     return ({_canonical(name, modules): tensors.get_tensor(name) for name in tensors.keys()},
             _header_alpha(header.get(_PEFT_CONFIG, "{}"), path))

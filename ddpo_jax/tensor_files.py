@@ -14,6 +14,8 @@ from safetensors.numpy import save_file
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
 
+# What weights may be, as safetensors calls it; those of 8 bits mean nothing without their scales.
+FLOATS = ("F64", "F32", "F16", "BF16")
 _LFS = b"version https://git-lfs"  # what stands in the place of a file
 
 

@@ -142,6 +142,7 @@ def test_alpha_in_the_header_of_a_diffusers_file(unet, golden_lora, tmp_path, pr
     (lambda t: t.update({min(t): np.zeros((4, 5), np.float32)}), "shapes"),
     (lambda t: t.update({min(t): np.zeros(4, np.float32)}), "matrix"),
     (lambda t: t[min(t)].fill(np.nan), "holds NaN or infinity"),
+    (lambda t: t.update({min(t): t[min(t)].astype(jnp.float8_e4m3fn)}), "is F8_E4M3; must be"),
 ])
 def test_wrong_files_are_refused(unet, golden_lora, tmp_path, change, message):
   lora.export_lora(golden_lora("lora_new"), tmp_path / "lora.safetensors")

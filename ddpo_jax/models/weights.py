@@ -21,7 +21,7 @@ import numpy as np
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import one_line
-from ddpo_jax.tensor_files import open_tensors, save_tensors
+from ddpo_jax.tensor_files import FLOATS, open_tensors, save_tensors
 
 # Names found in files, and what they are called here. All are applied, in order.
 _RENAMES = (
@@ -34,7 +34,6 @@ _RENAMES = (
 _IGNORED = (r"(^|\.)position_ids$",)  # a buffer that counts from 0
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
            "class_embedding": "class_embedding", "logit_scale": "logit_scale"}
-_DTYPES = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 _LISTED = 8  # names shown in a message before "and N more"
 
 T = TypeVar("T")
@@ -117,7 +116,7 @@ def _find_tensors(state: nnx.State, files: Sequence[pathlib.Path],
         path, variable = paths[key]
         tensor = tensors.get_slice(name)
         shape, dtype = tensor.get_shape(), tensor.get_dtype()
-        if dtype not in _DTYPES:
+        if dtype not in FLOATS:
           quantized.append(f"{name} {dtype}")
         axes = _axes(str(path[-1]), shape, variable.shape)
         if axes is None:
@@ -126,7 +125,7 @@ def _find_tensors(state: nnx.State, files: Sequence[pathlib.Path],
           sources[file].append(_Source(path, variable, name, axes))
   _refuse(files, {"missing": sorted(missing), "not part of the model": unknown,
                   "there twice": twice, "misshapen": misshapen,
-                  f"of another dtype than {', '.join(_DTYPES)}": quantized})
+                  f"of another dtype than {', '.join(FLOATS)}": quantized})
   return sources
 
 
