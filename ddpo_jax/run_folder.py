@@ -118,13 +118,22 @@ class Claim:
   path: pathlib.Path
   lock: int | None = None  # an open file descriptor, where this process holds the lock
 
+  def __post_init__(self):
+    if self.lock is not None:
+      # A worker that a reward forked would hold the lock for as long as it outlives a killed run.
+      os.register_at_fork(after_in_child=self._close)
+
   def release(self) -> None:
     """Gives the folder up, and removes it if the run has written nothing into it."""
     if self.lock is not None:
-      os.close(self.lock)
-      self.lock = None
+      self._close()
       with contextlib.suppress(OSError):  # it is not empty
         self.path.rmdir()
+
+  def _close(self) -> None:
+    if self.lock is not None:
+      os.close(self.lock)
+      self.lock = None
 
 
 def claim(run: pathlib.Path, cfg: Config) -> Claim:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -118,6 +119,17 @@ def test_a_lock_that_is_not_got_leaves_no_file_open(cfg):
       claim(first.path, cfg)
   assert len(os.listdir("/dev/fd")) < before + 9
   first.release()
+
+
+def test_a_worker_that_a_reward_forked_does_not_hold_the_folder(cfg):
+  """Where a run is killed, its workers may live on."""
+  run = choose_run_folder(cfg)
+  first = claim(run, cfg)
+  (run / "config.json").write_text("{}")
+  with multiprocessing.get_context("fork").Pool(1) as workers:
+    workers.apply(os.getpid)
+    first.release()
+    claim(run, cfg).release()
 
 
 def test_process_zero_claims_the_folder_for_all(cfg, monkeypatch):
