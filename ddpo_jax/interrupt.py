@@ -82,7 +82,19 @@ def end_at_signals() -> None:
   signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
   for each in _SIGNALS:
     signal.signal(each, _end)
+  os.register_at_fork(after_in_child=_leave_to_parent)
   threading.Thread(target=_watch, args=(reading,), daemon=True).start()
+
+
+def _leave_to_parent() -> None:
+  """In a process that a reward forked: its signals end it alone, and at once.
+
+  It has the parent's pipe, so that the SIGTERM by which a pool ends it would end the parent too.
+  """
+  signal.set_wakeup_fd(-1)
+  for each in _SIGNALS:
+    if signal.getsignal(each) is _end:
+      signal.signal(each, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

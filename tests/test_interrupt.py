@@ -109,6 +109,27 @@ def test_a_process_that_a_reward_forks_ends_at_once():
   assert said == "15 None\n"
 
 
+def test_a_process_that_was_forked_before_the_run_ends_alone():
+  """As of a pool that a reward's module makes as it is imported."""
+  said = assert_program_ended_by(signal.SIGTERM, """
+      from ddpo_jax import interrupt
+      interrupt.end_at_signals()
+      import warnings
+      warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, of fork
+      with interrupt.ending_with(lambda: print("released", flush=True)):
+        worker = os.fork()
+        if not worker:
+          time.sleep(30)
+      time.sleep(0.2)
+      os.kill(worker, signal.SIGTERM)
+      print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]), flush=True)
+      time.sleep(0.2)
+      print("still here", flush=True)
+      in_a_c_library(signal.SIGTERM)
+      """)
+  assert said == "-15\nstill here\n"
+
+
 def test_what_is_left_to_do_is_done_before_the_end():
   """As far as it can be."""
   said = assert_program_ended_by(signal.SIGTERM, """
