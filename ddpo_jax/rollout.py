@@ -233,10 +233,10 @@ def _wait_for_all(pending: Sequence[futures.Future], progress: tqdm,
   while True:
     done, waiting = futures.wait(pending, _SECONDS_BETWEEN_CHECKS, futures.FIRST_EXCEPTION)
     progress.update(len(done) - progress.n)
+    check()  # first: Ctrl-C in a terminal also ends the processes that a reward waits for
     _raise_failures(pending)
     if not distributed.max_over_processes(len(waiting)):
       return
-    check()
 
 
 def _to_host(images: UInt8[Array, "B H W 3"]) -> UInt8[np.ndarray, "local H W 3"]:

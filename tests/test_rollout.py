@@ -84,6 +84,15 @@ def test_a_signal_is_heeded_while_rewards_are_waited_for(monkeypatch, calls):
   assert len(calls.started) == rollout._REWARD_THREADS
 
 
+def test_a_reward_that_a_signal_ends_as_well_is_no_failure():
+  """Such as Ctrl-C, which a terminal also sends to processes that a reward has started."""
+  def check():
+    raise Interrupted(2)
+
+  with pytest.raises(Interrupted), rollout._reward_threads() as pool:
+    wait_for_all([pool.submit(lambda: 1 / 0)], check)
+
+
 # ---- whole epochs, of a sampler that draws nothing ----
 
 
