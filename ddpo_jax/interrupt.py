@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 import contextlib
 import os
 import signal
+import sys
 import threading
+from typing import NoReturn
 
 from ddpo_jax.errors import Interrupted
 
@@ -17,6 +19,7 @@ from ddpo_jax.errors import Interrupted
 _SIGNALS = (signal.SIGTERM, signal.SIGINT,
             *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []))
 _STANDARD_ERROR = 2
+_PATIENCE = 10.0  # seconds for what is done at exit, more than `daemon_threads` waits for
 _STOPPING = (b"\nStopping once the devices are at rest, and saving the finished epochs; a second "
              b"signal ends at once\n")
 
@@ -105,6 +108,25 @@ def ending_with(action: Callable[[], None]) -> Iterator[None]:
     yield
   finally:
     _last_actions.remove(action)
+
+
+def leave(status: int) -> NoReturn:
+  """Ends the process; unless all went well, without threads that a hanging reward has started.
+
+  Python waits for threads that are no daemons, such as those of a ThreadPoolExecutor.
+  """
+  if status:
+    given_up = threading.Timer(_PATIENCE, _end_now, (status,))
+    given_up.daemon = True
+    given_up.start()
+  sys.exit(status)
+
+
+def _end_now(status: int) -> None:
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(Exception):
+      stream.flush()
+  os._exit(status)
 
 
 def _watch(reading: int) -> None:

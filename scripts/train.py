@@ -15,4 +15,4 @@ from ddpo_jax import interrupt  # noqa: E402
 if __name__ == "__main__":
   interrupt.end_at_signals()
   from ddpo_jax import cli  # slow: only once a signal is answered
-  sys.exit(cli.main())
+  interrupt.leave(cli.main())

@@ -233,3 +233,18 @@ def test_a_closed_stream_is_not_taken_for_the_signals():
       "import os, time; os.write(2, bytes([15])); time.sleep(0.5)' 0>&- 2>&-",
       shell=True, cwd=ROOT, timeout=SECONDS)
   assert done.returncode == 0
+
+
+@pytest.mark.parametrize("status,seconds", ((143, 1000), (0, 0.5)))
+def test_threads_of_a_hanging_reward_are_given_up(status, seconds):
+  """Python would wait for them; where all went well it does."""
+  done = run("-c", textwrap.dedent(f"""\
+      from concurrent import futures
+      import time
+      from ddpo_jax import interrupt
+
+      interrupt._PATIENCE = 0.1
+      futures.ThreadPoolExecutor(1).submit(lambda: (time.sleep({seconds}), print("done")))
+      interrupt.leave({status})
+      """))
+  assert (done.returncode, done.stdout) == (status, "done\n" if status == 0 else "")
