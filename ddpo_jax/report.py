@@ -203,8 +203,11 @@ def _histogram(rewards: Sequence[Mapping]) -> list[str]:
     return []
   values = [np.array(line["rewards"], float) for line in rewards]
   every = np.concatenate(values)
-  # Near numbers so large that the bins' edges could not be told apart are a single bin.
-  bins = 30 if np.ptp(every) > 1e-10 * np.abs(every).max() else [every.min() - 1, every.max() + 1]
+  largest = np.abs(every).max()
+  # Numbers so close for their size that the bins' edges could not be told apart are a single bin.
+  bins: Any = 30
+  if np.ptp(every) <= 1e-10 * largest:
+    bins = every.mean() + np.array([-1, 1]) * max(1.0, 0.01 * largest)
   edges = np.histogram_bin_edges(every, bins)
   counts = np.stack([np.histogram(v, edges)[0] / len(v) for v in values], axis=1)
   first = rewards[0]["epoch"]

@@ -3,11 +3,11 @@
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import re
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -126,10 +126,22 @@ def test_a_worker_that_a_reward_forked_does_not_hold_the_folder(cfg):
   run = choose_run_folder(cfg)
   first = claim(run, cfg)
   (run / "config.json").write_text("{}")
-  with multiprocessing.get_context("fork").Pool(1) as workers:
-    workers.apply(os.getpid)
-    first.release()
-    claim(run, cfg).release()
+  (up, is_up), (ending, end) = os.pipe(), os.pipe()
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Python's and JAX's, of threads: a worker could wait for one
+    worker = os.fork()
+  if worker == 0:
+    os.write(is_up, b"1")
+    os.close(end)
+    os.read(ending, 1)
+    os._exit(0)
+  os.read(up, 1)
+  first.release()
+  claim(run, cfg).release()
+  os.close(end)
+  assert os.waitpid(worker, 0)[1] == 0
+  for descriptor in (up, is_up, ending):
+    os.close(descriptor)
 
 
 def test_process_zero_claims_the_folder_for_all(cfg, monkeypatch):
