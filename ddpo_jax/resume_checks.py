@@ -91,11 +91,10 @@ def _contradicts(name: str, now: Mapping[str, Any], before: Mapping[str, Any], c
     return now_absolute != before_absolute and not model_names.is_moved(now[name], before[name])
   if name == "lora.init_from":
     return files.absolute(now[name]) != files.absolute(before[name])
-  if name == "prompt_fn_kwargs":
-    return _draws_other_prompts(cfg.prompt_fn, now[name], before[name])
   if name in now and name in before:
-    written = lambda value: json.dumps(value, sort_keys=True)
-    return written(now[name]) != written(before[name])
+    if name == "prompt_fn_kwargs":
+      return _draws_other_prompts(cfg.prompt_fn, now[name], before[name])
+    return _written(now[name]) != _written(before[name])
   # One of them does not have it: a field of another version, or a reward's argument.
   return name.startswith("reward_kwargs.")
 
@@ -104,8 +103,12 @@ def _draws_other_prompts(prompt_fn: str, now: Mapping[str, Any], before: Mapping
   """Whether a prompt function has other arguments; its files may be called otherwise, or moved."""
   now, before = (prompts.absolute_paths(prompt_fn, each) for each in (now, before))
   return now.keys() != before.keys() or any(
-      now[name] != before[name] and not prompts.is_moved(prompt_fn, name, now[name], before[name])
-      for name in now)
+      _written(now[name]) != _written(before[name])
+      and not prompts.is_moved(prompt_fn, name, now[name], before[name]) for name in now)
+
+
+def _written(value: Any) -> str:
+  return json.dumps(value, sort_keys=True)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

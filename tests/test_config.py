@@ -288,6 +288,10 @@ def test_prompts_may_be_called_from_any_folder_and_may_move(tmp_path, monkeypatc
       check_continues(given(other), saved.to_dict(), "it")
   first.unlink()
   check_continues(given(second), saved.to_dict(), "it")
+  with pytest.raises(UserError, match="^prompt_fn_kwargs="):  # as JSON has them
+    whole, real = (resolve(changed(prompt_fn="my:f", prompt_fn_kwargs={"low": low}))
+                   for low in (1, 1.0))
+    check_continues(whole, real.to_dict(), "it")
   own = resolve(changed(prompt_fn="my:prompts", prompt_fn_kwargs={"path": "moved.txt"}))
   assert with_absolute_paths(own) == own  # whatever it means there
 
