@@ -65,6 +65,15 @@ def shown(value: Any) -> str:
   return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
+def is_utf8(text: str) -> bool:
+  """Whether UTF-8 can encode a text: not if Python made half surrogates of other bytes."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def in_bytes(count: int) -> str:
   """A size of memory or of a file, such as "1.25 GiB"."""
   return f"{count / 2**30:.2f} GiB" if count >= 0.1 * 2**30 else f"{count / 2**20:.1f} MiB"

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpo_jax import english, files, rng_streams, tiny_scenes
 from ddpo_jax.errors import UserError
-from ddpo_jax.messages import one_line, shown
+from ddpo_jax.messages import is_utf8, one_line, shown
 from ddpo_jax.types import PromptFn
 from ddpo_jax.user_functions import calling, check_kwargs, resolve_function
 
@@ -69,11 +69,8 @@ def check_drawn(drawn: Any, source: str) -> tuple[str, dict[str, Any]]:
   if not is_pair or not isinstance(drawn[0], str) or not isinstance(drawn[1], Mapping):
     returned = " and a ".join(type(x).__name__ for x in (drawn if is_pair else [drawn]))
     raise UserError(f"{source} returned a {returned}; must return a prompt (str) and a dict")
-  try:
-    drawn[0].encode()
-  except UnicodeEncodeError:  # half of a surrogate pair
-    raise UserError(f"{source} returned {shown(drawn[0])}; must be text that UTF-8 can encode"
-                    ) from None
+  if not is_utf8(drawn[0]):
+    raise UserError(f"{source} returned {shown(drawn[0])}; must be text that UTF-8 can encode")
   return drawn[0], dict(drawn[1])
 
 

@@ -22,7 +22,7 @@ from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, expand_home
 from ddpo_jax.images import image_grid
 from ddpo_jax.inference import ImageGenerator, SamplingOptions, load_base_unet, load_run
-from ddpo_jax.messages import counted, shown
+from ddpo_jax.messages import counted, is_utf8, shown
 from ddpo_jax.model_names import TINY
 from ddpo_jax.models import StableDiffusion, load_pretrained
 from ddpo_jax.models.hub import DIFFUSERS_REPOSITORY, model_folder
@@ -76,7 +76,7 @@ class SampleRequest:
       if value is not None and not is_right(value):
         raise UserError(f"--{name}={value} {text}")
     for prompt in self.prompts:
-      if not _is_utf8(prompt):
+      if not is_utf8(prompt):
         raise UserError(f"--prompts has {shown(prompt)}; must be text in UTF-8")
 
   @property
@@ -94,15 +94,6 @@ class SampleRequest:
     of_run = {} if cfg is None else {name: getattr(cfg.sample, name) for name in names}
     given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
     return SamplingOptions(seed=self.seed, batch_size=self.batch_size, **{**of_run, **given})
-
-
-def _is_utf8(text: str) -> bool:
-  """Whether a text is one; of other bytes on the command line Python makes half surrogates."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
 
 
 def sample_to_files(request: SampleRequest) -> None:

@@ -23,7 +23,7 @@ from ddpo_jax.console import say
 from ddpo_jax.devices import plan_batches
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output, nearest_existing
-from ddpo_jax.messages import in_bytes, place, shown, with_type
+from ddpo_jax.messages import in_bytes, is_utf8, place, shown, with_type
 from ddpo_jax.model_size import ModelSize, model_size, read_header, trained_weights
 from ddpo_jax.models.hub import retries_in_one_line
 from ddpo_jax.prompts import check_drawn, get_prompt_fn, sample_rng
@@ -183,12 +183,9 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
 
 def _check_is_utf8(named: str, run: pathlib.Path) -> None:
   """Refuses a folder in which no checkpoint could be written: tensorstore takes UTF-8 alone."""
-  try:
-    str(run.resolve()).encode()
-  except UnicodeEncodeError:
+  if not is_utf8(str(run.resolve())):
     raise UserError(f"{named}: the path of the run's folder {shown(run.name)} is not UTF-8, and "
-                    "no checkpoint could be written there; choose another run_name or logdir"
-                    ) from None
+                    "no checkpoint could be written there; choose another run_name or logdir")
 
 
 def _check_resumes(cfg: Config, run: pathlib.Path, plan: BatchPlan | None) -> None:
