@@ -113,6 +113,9 @@ def get_config() -> ml_collections.ConfigDict:
   # tenth of the clip range, the log-probabilities of the other steps are recomputed: one more
   # forward pass. In plain float32 it has no effect.
   train.recompute_log_probs = True
+  # (new) Where the two are one program (above) that trains LoRA on every timestep: compute the
+  # gradient of an epoch's first optimizer step while sampling, from the same forward pass.
+  train.gradient_while_sampling = True
   # (new) Stop when more than so many optimizer steps in a row had a loss or gradient that was
   # not finite (each of them is skipped). 0 stops at the first.
   train.max_skipped_steps = 10

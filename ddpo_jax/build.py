@@ -41,6 +41,7 @@ from ddpo_jax.rollout import RolloutWorker
 from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Batch, PromptFn, RewardFn, TrainState, Trajectory
 
+_MOST_BYTES_OF_GRADIENTS = 2**31  # of samples by themselves, on each device
 DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 
 
@@ -88,7 +89,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
   sampling = make_generate_config(cfg, plan)
   if isinstance(compiled, SharedProgram):
-    _warn_of_wasted_samples(cfg, compiled.wasted_samples(sampling.batch_size))
+    _warn_of_wasted_samples(cfg, compiled.layout.wasted_samples(sampling.batch_size))
   worker = RolloutWorker(sampling, models, generate, frozen, prompt_fn, reward_fns, cfg.seed,
                          mesh)
   tracking_config = cfg.per_prompt_stat_tracking
@@ -232,7 +233,8 @@ def compile_programs(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   embedding = on_all(embedding_shape(shapes.text_encoder))
   latent_shape = (*native_size(unet), unet.config.in_channels)
   if _must_round_alike(cfg):
-    program = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh)
+    program = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh,
+                            _sizes_for_first_gradient(cfg, plan, params))
     program.compile(state, frozen.unet, embedding)
     return program, make_shared_generate(sampling, vae, program, mesh)
   key = jax.random.key(0)
@@ -243,6 +245,20 @@ def compile_programs(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
       make_generate(sampling, vae, graphdef, schedule, mesh), state.params, frozen, embedding,
       *_prompt_shapes(plan, mesh, embedding), key)
   return compiled, generate
+
+
+def _sizes_for_first_gradient(cfg: Config, plan: BatchPlan, params: nnx.State
+                              ) -> tuple[int, int] | None:
+  """Batches of an epoch and their samples, if its first gradient is computed while sampling."""
+  samples = plan.train_batch_size_total // plan.num_devices
+  # Of the step's samples; and of a microbatch's in a padded form, added up and to be added.
+  gradients = samples + 3 * plan.train_batch_size * cfg.train.timesteps_per_batch
+  size = gradients * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+  possible = (cfg.use_lora and plan.num_train_timesteps == cfg.sample.num_steps
+              and size <= _MOST_BYTES_OF_GRADIENTS)
+  if not (possible and cfg.train.gradient_while_sampling):
+    return None
+  return cfg.sample.num_batches_per_epoch, plan.sample_batch_size
 
 
 def _prompt_shapes(plan: BatchPlan, mesh: jax.sharding.Mesh, embedding: Any) -> tuple[Any, Any]:

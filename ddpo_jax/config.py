@@ -69,6 +69,7 @@ class TrainConfig:
   timesteps_per_batch: int = 1
   gradient_checkpointing: str = "none"
   recompute_log_probs: bool = True
+  gradient_while_sampling: bool = True
   max_skipped_steps: int = 10
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 from flax import nnx
 import jax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 
 from ddpo_jax import hoisting
 from ddpo_jax.compilation import compiler_options
@@ -19,8 +19,9 @@ from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.lora import Split
 from ddpo_jax.models.vae import AutoencoderKL, to_uint8
 from ddpo_jax.parts import map_in_parts
-from ddpo_jax.shared_program import SharedProgram, join_parts
+from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Trajectory
+from ddpo_jax.work import join_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Generation:
 
   trajectory: Trajectory
   images: UInt8[Array, "B H W 3"]
+  gradients: Sequence[Array] = ()  # from `SharedProgram.sample`
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +61,9 @@ class Generate(Protocol):
   def __call__(self, params: nnx.State, frozen: FrozenModels,
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-               key: Key[Array, ""]) -> Generation:
+               key: Key[Array, ""], *, batch: int | None = None,
+               loss_scale: Float32[Array, ""] | None = None) -> Generation:
+    """The last two are for gradients, of a `SharedProgram` alone."""
     ...
 
 
@@ -112,10 +116,10 @@ def make_shared_generate(config: GenerateConfig, vae: AutoencoderKL, program: Sh
   def generate(params: nnx.State, frozen: FrozenModels,
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-               key: Key[Array, ""]) -> Generation:
-    parts = program.sample(params, frozen.unet, negative_embedding, text_embeddings,
-                           sample_indices, key)
-    return finished(frozen.vae, parts)
+               key: Key[Array, ""], **options: Any) -> Generation:
+    parts, gradients = program.sample(params, frozen.unet, negative_embedding, text_embeddings,
+                                      sample_indices, key, **options)
+    return dataclasses.replace(finished(frozen.vae, parts), gradients=gradients)
 
   return generate
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from ddpo_jax import lora
 from ddpo_jax.lora import Split
 from ddpo_jax.models import layers
-from ddpo_jax.ops.matmul import matmul
+from ddpo_jax.ops.matmul import matmul, matmul_lora
 
 _TENSOR_CORE = 8  # columns that a matrix product in half precision is padded to
 
@@ -51,18 +51,20 @@ class _ContextProjection(nnx.Module):
     self.lora_up = nnx.List([linear.lora_up for linear in linears if linear.lora_up is not None])
 
   def __call__(self, context: Float[Array, "B S D"]) -> Sequence[Float[Array, "B S N*H"]]:
-    rows = context.reshape(-1, context.shape[-1]).astype(self.dtype)
-    low = matmul(rows, self.lora_down[...].astype(self.dtype))
-    y = matmul(rows, self.kernel[...]) + matmul(low, self._block_diagonal_up())
+    context = context.astype(self.dtype)
+    low = matmul_lora(context, self.lora_down[...].astype(self.dtype))
+    y = matmul(context.reshape(-1, context.shape[-1]), self.kernel[...])
+    y += matmul_lora(low, self._block_diagonal_up()).reshape(y.shape)
     return jax.lax.split(y.reshape(*context.shape[:-1], -1), self.sizes, axis=2)
 
-  def _block_diagonal_up(self) -> Float[Array, "ranks outs"]:
+  def _block_diagonal_up(self) -> Float[Array, "*copies ranks outs"]:
     rows, before = [], 0
     for up, size in zip(self.lora_up, self.sizes):
       after = sum(self.sizes) - before - size
-      rows.append(jnp.pad(up[...].astype(self.dtype), ((0, 0), (before, after))))
+      columns = ((0, 0),) * (up.ndim - 1) + ((before, after),)
+      rows.append(jnp.pad(up[...].astype(self.dtype), columns))
       before += size
-    return jnp.concatenate(rows)
+    return jnp.concatenate(rows, axis=-2)
 
 
 class _ContextPart(nnx.Module):
@@ -146,6 +148,14 @@ def cast_lora(unet: Split) -> Split:
 
   is_leaf = lambda node: isinstance(node, nnx.Variable)
   return unet._replace(trained=jax.tree.map(rounded, unet.trained, is_leaf=is_leaf))
+
+
+def copy_lora(weights: nnx.State, copies: int) -> nnx.State:
+  """One copy of LoRA's weights for each sample of a microbatch, along a new first axis.
+
+  The network computes with the first. The gradient is that of each sample by itself.
+  """
+  return jax.tree.map(lambda weight: jnp.broadcast_to(weight, (copies, *weight.shape)), weights)
 
 
 def hoist_prompts(unet: Split, context: Float[Array, "B L D"]) -> Split:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 
@@ -15,6 +15,7 @@ from ddpo_jax import diagnostics, glibc, rng_streams, update
 from ddpo_jax.build import Trainer
 from ddpo_jax.console import hide_bars
 from ddpo_jax.interrupt import Stop
+from ddpo_jax.rollout import Rollout
 from ddpo_jax.shared_program import Mode, SharedProgram
 from ddpo_jax.types import Batch
 
@@ -25,20 +26,39 @@ class _Step:
 
   key: Key[Array, ""]  # of the inner epoch's shuffle
   index: Int[Array, ""]  # within the inner epoch
+  in_order: bool  # whether the inner epoch is not shuffled, see `update.choose_microbatches`
 
 
-def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
-                    ) -> Iterator[update.UpdateMetrics]:
+def roll_out(trainer: Trainer, epoch: int, check_stop: Callable[[], None] = lambda: None
+             ) -> Rollout:
+  """Samples and scores an epoch, with the first optimizer step's gradient where that is possible.
+
+  Args:
+    trainer: its policy and loss scale are those of the first optimizer step as well.
+    epoch: from 0.
+    check_stop: see `RolloutWorker.run`, and for what is raised.
+  """
+  state, program = trainer.state, trainer.update
+  with_gradient = isinstance(program, SharedProgram) and program.samples_first_step
+  return trainer.worker.run(state.params, epoch, check_stop,
+                            state.loss_scale.scale if with_gradient else None)
+
+
+def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop,
+                    gradients: Sequence[Array] = ()) -> Iterator[update.UpdateMetrics]:
   """Takes the epoch's optimizer steps, yielding each one's metrics on the device.
 
   In the first the policy is still the sampler's: the shared program takes its log-probabilities
   as the old ones. Where they show that the sampler's are too far from the update's, it recomputes
   those that the other steps will read.
+
+  With `gradients`, from the rollout, of the first step only its optimizer's part is left to do.
   """
   glibc.return_freed_memory()  # what sampling took
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), rng_streams.SHUFFLE)
   shuffle = jax.random.fold_in(shuffle, epoch)
-  steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index))
+  in_order = isinstance(trainer.update, SharedProgram)  # whether or not there are gradients
+  steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index), in_order and inner == 0)
            for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(trainer.plan.steps_per_inner_epoch)]
   for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
@@ -50,14 +70,22 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop
       continue
     accumulate = functools.partial(trainer.update.accumulate, state=trainer.state,
                                    frozen=trainer.frozen_unet, check_stop=stop.check)
-    sums, batch = accumulate(Mode.STEP if number else Mode.FIRST_STEP, batch=batch,
-                             key=step.key, index=step.index)
+    if number == 0 and gradients:
+      stop.check()
+      sums = trainer.update.first_step(gradients, trainer.state, trainer.frozen_unet, batch,
+                                       step.key)
+    else:
+      sums, batch = accumulate(Mode.STEP if number else Mode.FIRST_STEP, batch=batch,
+                               key=step.key, index=step.index, in_order=step.in_order)
     if number == 0:  # before the policy changes
       drift = float(jax.device_get(trainer.update.largest_drift(sums)))
       again = steps[1:1 + num_steps_rescored(trainer, drift)]
+      if again and gradients and trainer.cfg.train.num_inner_epochs > 1:
+        again = [step, *again]  # others read what it would have written
       for other in _progress(again, f"Epoch {epoch}: log-probabilities"):
-        _, batch = accumulate(Mode.SCORE, batch=batch, key=other.key, index=other.index)
-    trainer.state, metrics = trainer.update.finish(trainer.state, trainer.frozen_unet, sums)
+        _, batch = accumulate(Mode.SCORE, batch=batch, key=other.key, index=other.index,
+                              in_order=other.in_order)
+    trainer.state, metrics = trainer.update.finish(trainer.state, sums)
     yield metrics
 
 

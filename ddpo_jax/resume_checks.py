@@ -18,7 +18,7 @@ _MAY_CHANGE = ("run_name", "logdir", "num_epochs", "save_freq", "eval_freq",
                "num_checkpoint_limit", "resume_from", "compilation_cache", "wandb",
                "tensorboard", "distributed", "sample.decode_batch_size",
                "train.max_skipped_steps", "train.gradient_checkpointing",
-               "train.timesteps_per_batch",
+               "train.timesteps_per_batch", "train.gradient_while_sampling",
                # Only what they come to must be the same: `check_sizes`.
                "sample.batch_size", "sample.num_batches_per_epoch", "train.batch_size",
                "train.gradient_accumulation_steps")

@@ -55,6 +55,7 @@ class Rollout:
   """One epoch's samples. Device arrays are [batches, samples of all devices, …]."""
 
   trajectory: Trajectory
+  gradients: Sequence[Array]  # of the first optimizer step, see `SharedProgram.sample`
   text_embeddings: Float[Array, "batches samples L D"]
   prompts: list[str]  # of every sample of every process, in order of the sample index
   rewards: dict[str, Float32[np.ndarray, " N"]]  # of each reward function, likewise
@@ -89,8 +90,8 @@ class RolloutWorker:
   def samples_per_epoch(self) -> int:
     return self._global_batch * self._config.num_batches
 
-  def run(self, params: nnx.State, epoch: int,
-          check_stop: Callable[[], None] = lambda: None) -> Rollout:
+  def run(self, params: nnx.State, epoch: int, check_stop: Callable[[], None] = lambda: None,
+          loss_scale: Float32[Array, ""] | None = None) -> Rollout:
     """Samples and scores one epoch under the policy `params`.
 
     Args:
@@ -98,6 +99,7 @@ class RolloutWorker:
       epoch: from 0; with the seed it decides prompts and noise.
       check_stop: called before each batch, and again and again while rewards are waited
         for; may raise to stop.
+      loss_scale: if the first optimizer step's gradient is to be computed as well.
 
     Raises:
       UserError: if a reward is not finite, or not one number for each image.
@@ -114,7 +116,7 @@ class RolloutWorker:
         for batch in range(self._config.num_batches):
           check_stop()
           _raise_failures(pending)
-          generation = self._launch(params, embeddings[batch], batch, key)
+          generation = self._launch(params, embeddings[batch], batch, key, loss_scale)
           pending.append(pool.submit(self._score, generation.images, drawn[batch]))
           # Launched is one batch ahead of the images that are done, at most.
           if generations:
@@ -141,6 +143,7 @@ class RolloutWorker:
     indices = np.stack([self._local_indices(b) for b in range(self._config.num_batches)])
     return Rollout(
         trajectory=_stack([g.trajectory for g in generations]),
+        gradients=[gradient for g in generations for gradient in g.gradients],
         text_embeddings=_stack(embeddings),
         prompts=self._prompts_of_all(epoch, drawn),
         rewards={name: distributed.gather_samples(np.stack([each.rewards[name] for each in scored]))
@@ -183,11 +186,14 @@ class RolloutWorker:
     return np.arange(first, first + share)
 
   def _launch(self, params: nnx.State, embeddings: Float[Array, "B L D"], batch: int,
-              key: Key[Array, ""]) -> Generation:
+              key: Key[Array, ""], loss_scale: Float32[Array, ""] | None = None) -> Generation:
     """Starts sampling a batch, and may return before it is done."""
     indices = self._local_indices(batch).astype(np.int32)
+    options: dict[str, Any] = {}
+    if loss_scale is not None:
+      options = {"batch": batch, "loss_scale": loss_scale}
     return self._generate(params, self._frozen, self.negative_embedding, embeddings,
-                          self._put(indices), key)
+                          self._put(indices), key, **options)
 
   def _put(self, local: np.ndarray) -> jax.Array:
     """This process's share of a batch -> the batch, sharded over its first axis."""

@@ -20,18 +20,18 @@ from typing import Any
 
 from flax import nnx
 import jax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Key
 import optax
 
 from ddpo_jax import hoisting, ppo
 from ddpo_jax.compilation import compile_ahead, compile_meanwhile, compiler_options
-from ddpo_jax.devices import AXIS, samples_at_once, varying
+from ddpo_jax.devices import AXIS, varying
 from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
-from ddpo_jax.diffusion.sampler import draw_noise, sample_keys
+from ddpo_jax.diffusion.sampler import draw_noise
 from ddpo_jax.lora import Split
-from ddpo_jax.parts import ceil_div
 from ddpo_jax.types import Batch, TrainState, Trajectory
 from ddpo_jax.update import (
   BATCH_SPECS,
@@ -39,11 +39,10 @@ from ddpo_jax.update import (
   UpdateConfig,
   UpdateMetrics,
   average,
-  choose_microbatches,
-  flatten_samples,
   packing,
   take_step,
 )
+from ddpo_jax.work import WORK_SPECS, Work, WorkLayout
 
 
 class Mode(enum.IntEnum):
@@ -53,6 +52,7 @@ class Mode(enum.IntEnum):
   SCORE = 1  # write the log-probability of the step that was taken
   FIRST_STEP = 2  # the same, and add up the gradient, with that log-probability as the old one
   STEP = 3  # add up the gradient
+  SAMPLE_FIRST_STEP = 4  # take the step, and add up the gradient as if its advantage were 1
 
 
 @jax.tree_util.register_dataclass
@@ -66,40 +66,18 @@ class CommonInputs:
   loss_scale: Float32[Array, ""]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """The samples of one call of the program, and the order in which it visits their steps.
-
-  There is a row for each sample, here and in the `Trajectory` that goes with it. Pair p of
-  microbatch m is step `step[m, p]` of the sample in row `row[m, p]`. Only the first microbatches,
-  as many as the call says, are visited; rows beyond its samples are padding, and what is computed
-  for them is dropped.
-  """
-
-  text_embeddings: Float[Array, "rows L D"]
-  advantages: Float32[Array, " rows"]  # read by training only
-  noise_key: Key[Array, " rows"]  # read by sampling only
-  batch_index: Int[Array, " rows"]  # of the sample, in the flat batch; read by training only
-  row: Int[Array, "microbatches pairs"]
-  step: Int[Array, "microbatches pairs"]
-
-
-_BY_ROW: Any = jax.P(AXIS)
-_BY_PAIR: Any = jax.P(None, AXIS)
-_WORK_SPECS = Work(text_embeddings=_BY_ROW, advantages=_BY_ROW, noise_key=_BY_ROW,
-                   batch_index=_BY_ROW, row=_BY_PAIR, step=_BY_PAIR)
-
-
 class SharedProgram:
-  """The compiled program, as a sampler and as an update: `accumulate`, then `finish`.
+  """The compiled program, as a sampler and as an update.
+
+  An optimizer step is `accumulate`, then `finish`. Of an epoch's first, `sample` may have computed
+  the gradient, and `first_step` takes the place of `accumulate`.
 
   Arrays that its methods take and return are those of all devices.
   """
 
   def __init__(self, config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
                optimizer: optax.GradientTransformation, latent_shape: tuple[int, ...],
-               mesh: jax.sharding.Mesh):
+               mesh: jax.sharding.Mesh, epoch: tuple[int, int] | None = None):
     """Builds the program; nothing is compiled yet.
 
     Args:
@@ -109,30 +87,31 @@ class SharedProgram:
       optimizer: from `make_optimizer`.
       latent_shape: of a sample, (h, w, C).
       mesh: one axis, "data".
+      epoch: how many batches it has, and of how many samples on each device. With it, if all
+        trained weights are LoRA's, the first optimizer step's gradient may be computed while its
+        samples are drawn: its policy is the sampler's, so both have the same forward pass.
     """
     self._config, self._schedule, self._optimizer = config, schedule, optimizer
-    self._graphdef, self._latent_shape, self._mesh = graphdef, latent_shape, mesh
-    # On each device: pairs in a microbatch; rows, as many as training has samples in a
-    # microbatch, rounded up so that sampling fills whole microbatches; and microbatches in a
-    # group of the same samples.
-    self._pairs = samples_at_once(config.batch_size * config.timesteps_per_batch)
-    self._rows = ceil_div(config.batch_size, self._pairs) * self._pairs
-    self._group_size = config.num_train_timesteps * config.batch_size // self._pairs
+    self._graphdef, self._mesh = graphdef, mesh
+    self.layout = layout = WorkLayout(config, schedule.num_steps, latent_shape)
+    self._first_parts = layout.find_first_parts(*epoch) if epoch else frozenset()
     by_batch, by_row, replicated = jax.P(None, AXIS), jax.P(AXIS), jax.P()
     # `_visit` is `_visit_on_device` mapped over the devices and compiled; so are the others.
     self._visit = self._jit(
-        self._visit_on_device, (replicated, _WORK_SPECS, replicated, replicated, by_row, by_row),
+        self._visit_on_device, (replicated, WORK_SPECS, replicated, replicated, by_row, by_row),
         by_row, donate_argnums=(4, 5))
     self._zero_sums = self._jit(self._zero_sums_on_device, (replicated, replicated), by_row)
     self._lay_out_sampling = self._jit(
-        self._lay_out_sampling_on_device, (by_row, by_row, replicated, replicated),
-        (_WORK_SPECS, by_row))
+        layout.sampling, (by_row, by_row, replicated, replicated), (WORK_SPECS, by_row))
     self._lay_out_training = self._jit(
-        self._lay_out_training_on_device, (BATCH_SPECS, *[replicated] * 3), (_WORK_SPECS, by_row))
-    self._keep_log_probs = self._jit(
-        self._keep_log_probs_on_device, (by_batch, by_row, by_row), by_batch)
+        layout.training, (BATCH_SPECS, *[replicated] * 4), (WORK_SPECS, by_row))
+    self._keep_log_probs = self._jit(layout.keep_log_probs, (by_batch, by_row, by_row), by_batch)
+    self._pull_back = self._jit(self._pull_back_on_device, (replicated, replicated, by_row), by_row)
+    self._pull_back_each = self._jit(
+        self._pull_back_each_on_device, (replicated, replicated, by_row), by_row)
+    self._weigh = self._jit(self._weigh_on_device, (replicated, by_row, by_batch, by_row), by_row)
     self._largest = jax.jit(jnp.max, out_shardings=jax.NamedSharding(mesh, jax.P()))
-    self._finish = self._jit(self._finish_on_device, (replicated, replicated, by_row), replicated,
+    self._finish = self._jit(self._finish_on_device, (replicated, by_row), replicated,
                              donate_argnums=0)
 
   def _jit(self, function: Any, in_specs: Any, out_specs: Any, **options: Any) -> Any:
@@ -147,7 +126,7 @@ class SharedProgram:
       frozen: those of the UNet's weights that are not trained.
       embedding: those of one prompt's embedding, [1, L, D].
     """
-    rows = self._rows * self._mesh.size
+    rows = self.layout.rows * self._mesh.size
     prompts = jax.ShapeDtypeStruct((rows, *embedding.shape[1:]), embedding.dtype)
     indices = jax.ShapeDtypeStruct((rows,), jnp.int32)
     key, number = jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
@@ -161,22 +140,22 @@ class SharedProgram:
           lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     work, trajectory, sums, scale, number = jax.tree.map(
-        placed, (_WORK_SPECS, jax.P(AXIS), jax.P(AXIS), jax.P(), jax.P()),
+        placed, (WORK_SPECS, jax.P(AXIS), jax.P(AXIS), jax.P(), jax.P()),
         (work, trajectory, sums, scale, number))
     common = CommonInputs(state.params, frozen, embedding, scale)
     self._visit = compile_ahead(self._visit, common, work, number, number, sums, trajectory)
     # Its kernels are not timed, so sampling may run beside it; on a CPU they would share cores.
     if jax.default_backend() != "cpu":
-      self._finish = compile_meanwhile(self._finish, state, frozen, sums)
-
-  def wasted_samples(self, batch_size: int) -> int:
-    """How many samples each device computes in vain, to fill a sampling batch's last microbatch."""
-    return -batch_size % self._pairs
+      pulled_back = placed(jax.P(AXIS), jax.eval_shape(self._pull_back, state.params, frozen, sums))
+      self._pull_back = compile_meanwhile(self._pull_back, state.params, frozen, sums)
+      self._finish = compile_meanwhile(self._finish, state, pulled_back)
 
   def sample(self, params: nnx.State, frozen: nnx.State,
              negative_embedding: Float[Array, "1 L D"],
              text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-             key: Key[Array, ""]) -> list[Trajectory]:
+             key: Key[Array, ""], *, batch: int | None = None,
+             loss_scale: Float32[Array, ""] | None = None
+             ) -> tuple[list[Trajectory], list[Array]]:
     """Samples a batch, one microbatch of samples after the other.
 
     Args:
@@ -186,42 +165,76 @@ class SharedProgram:
       text_embeddings: of the prompts, sharded over devices.
       sample_indices: in the epoch, sharded likewise; they decide each sample's noise.
       key: the epoch's.
+      batch: its number in the epoch, if gradients are wanted.
+      loss_scale: for them.
 
     Returns:
-      The trajectories in parts, for `join_parts`.
+      The trajectories in parts, for `join_parts`; and of those that the first optimizer step
+      trains on, what `first_step` is to be given.
     """
-    common = CommonInputs(params, frozen, negative_embedding, jnp.float32(1))
-    sums, parts = self._zero_sums(params, frozen), []
+    scale = jnp.float32(1) if loss_scale is None else loss_scale
+    common = CommonInputs(params, frozen, negative_embedding, scale)
+    sums, parts, gradients = self._zero_sums(params, frozen), [], []
     samples = len(sample_indices) // self._mesh.size
-    count = self._num_parts(samples)
-    for part in range(count):
+    for part in range(self.layout.num_parts(samples)):
+      is_first_step = (batch, part) in self._first_parts
       work, trajectory = self._lay_out_sampling(text_embeddings, sample_indices, key,
                                                 jnp.int32(part))
-      rows = ceil_div(samples - part, count)  # those after them are padding
-      microbatches = ceil_div(rows, self._pairs)
       sums, trajectory = self._visit(
-          common, work, jnp.int32(microbatches * self._schedule.num_steps),
-          jnp.int32(Mode.SAMPLE), sums, trajectory)
+          common, work, jnp.int32(self.layout.sampling_microbatches(samples, part)),
+          jnp.int32(Mode.SAMPLE_FIRST_STEP if is_first_step else Mode.SAMPLE), sums, trajectory)
       parts.append(trajectory)
-    return parts
+      if is_first_step:
+        gradients.append(self._pull_back_each(params, frozen, sums.grads))
+        sums = self._zero_sums(params, frozen)
+    return parts, gradients
 
-  def _num_parts(self, samples: int) -> int:
-    """In how many parts a device's samples of a batch are denoised."""
-    return ceil_div(samples, self._rows)
+  @property
+  def samples_first_step(self) -> bool:
+    """Whether `sample` returns gradients of the first optimizer step, of all its samples."""
+    return bool(self._first_parts)
+
+  def first_step(self, gradients: Sequence[Array], state: TrainState, frozen: nnx.State,
+                 batch: Batch, key: Key[Array, ""]) -> Sums:
+    """What an epoch's first optimizer step adds up, of what `sample` has returned.
+
+    Only a few microbatches are visited, one of each group of the next step, to see how far the
+    sampler's log-probabilities are from the update's.
+
+    Args:
+      gradients: of each batch in turn.
+      state: read, and not changed since.
+      frozen: the UNet's other weights.
+      batch: the epoch's.
+      key: of the first inner epoch's shuffle.
+
+    Returns:
+      What `finish` is to be given.
+    """
+    common = CommonInputs(state.params, frozen, batch.negative_embedding, state.loss_scale.scale)
+    sums, groups = self._zero_sums(state.params, frozen), self._config.accumulation_steps
+    of_step = self._config.batch_size * groups * self._mesh.size
+    index = jnp.int32(batch.advantages.size > of_step)  # the same, where there is no other
+    for group in map(jnp.int32, range(groups)):
+      work, trajectory = self._lay_out_training(batch, key, index, group, True)
+      sums, _ = self._visit(common, work, jnp.int32(1), jnp.int32(Mode.SCORE), sums, trajectory)
+    return self._weigh(state.params, tuple(gradients), batch.advantages, sums.ratio_drift)
 
   def accumulate(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,
                  key: Key[Array, ""], index: Int[Array, ""],
-                 check_stop: Callable[[], None] = lambda: None) -> tuple[Sums, Batch]:
+                 check_stop: Callable[[], None] = lambda: None, in_order: bool = False
+                 ) -> tuple[Sums, Batch]:
     """Visits all pairs of an optimizer step; the arguments are those of `update.make_update`.
 
     Args:
-      mode: any but `Mode.SAMPLE`.
+      mode: any but those that sample.
       state: read, and not changed.
       frozen: the UNet's other weights.
       batch: the epoch's.
       key: of the inner epoch's shuffle.
       index: of the step in the inner epoch.
       check_stop: called before each group of microbatches; may raise to stop.
+      in_order: see `update.choose_microbatches`.
 
     Returns:
       What `finish` is to be given, and the batch with the log-probabilities that the mode writes.
@@ -232,21 +245,22 @@ class SharedProgram:
     before = log_probs
     for group in map(jnp.int32, range(self._config.accumulation_steps)):
       check_stop()
-      work, trajectory = self._lay_out_training(batch, key, index, group)
-      sums, trajectory = self._visit(common, work, jnp.int32(self._group_size),
+      work, trajectory = self._lay_out_training(batch, key, index, group, in_order)
+      sums, trajectory = self._visit(common, work, jnp.int32(self.layout.group_size),
                                      jnp.int32(mode), sums, trajectory)
       if mode != Mode.STEP:
         log_probs = self._keep_log_probs(log_probs, trajectory.log_probs, work.batch_index)
       # One group ahead of the device at most, so that there is something left to stop.
       jax.block_until_ready(before)
       before = trajectory.log_probs
+    if mode != Mode.SCORE:
+      sums = self._pull_back(state.params, frozen, sums)
     trajectory = dataclasses.replace(batch.trajectory, log_probs=log_probs)
     return sums, dataclasses.replace(batch, trajectory=trajectory)
 
-  def finish(self, state: TrainState, frozen: nnx.State, sums: Sums
-             ) -> tuple[TrainState, UpdateMetrics]:
+  def finish(self, state: TrainState, sums: Sums) -> tuple[TrainState, UpdateMetrics]:
     """Takes the optimizer step for which `accumulate` has added up; the state is donated."""
-    return self._finish(state, frozen, sums)
+    return self._finish(state, sums)
 
   def largest_drift(self, sums: Sums) -> Float32[Array, ""]:
     """Over all devices: how far from 1 the ratio to the log-probabilities given was at most."""
@@ -260,7 +274,7 @@ class SharedProgram:
     """Visits the first `count` microbatches."""
     hoisted = hoisting.hoist_weights(self._varying_unet(common.params, common.frozen))
     graphdef, weights, rest = hoisting.cast_lora(hoisted)
-    pack, _ = packing(hoisted.trained)
+    pack = self._pack(hoisted.trained)
 
     def visit(i: jax.Array, carry: tuple[Sums, Trajectory]) -> tuple[Sums, Trajectory]:
       sums, trajectory = carry
@@ -272,7 +286,9 @@ class SharedProgram:
                                                trajectory, row, step, mode)
         return loss * common.loss_scale, (loss, *others)
 
-      scaled, backward, (loss, info, trajectory) = jax.vjp(loss_fn, weights, has_aux=True)
+      # Copied in here, where XLA sees that it need not multiply with a slice of something.
+      scaled, backward, (loss, info, trajectory) = jax.vjp(
+          loss_fn, self._copy(weights), has_aux=True)
 
       def add_gradient(grads: Any, backward: Any) -> Any:
         return jax.tree.map(jnp.add, grads, pack(backward(jnp.ones_like(scaled))[0]))
@@ -302,11 +318,12 @@ class SharedProgram:
         negative_embedding, config.guidance_scale)
     take = functools.partial(ddim_step, self._schedule, prediction, step, latents, config.eta)
     drawn, _ = take(noise=draw_noise(work.noise_key[row], step + 1, latents.shape[1:]))
-    visited = put(trajectory.latents, step + 1, jnp.where(mode == Mode.SAMPLE, drawn, after))
+    takes_step = (mode == Mode.SAMPLE) | (mode == Mode.SAMPLE_FIRST_STEP)
+    visited = put(trajectory.latents, step + 1, jnp.where(takes_step, drawn, after))
     # Even steps just taken are read back and scored, so that all modes do the same arithmetic.
     _, log_prob = take(prev_latents=get(visited, step + 1))
     new, stored = jax.lax.stop_gradient(log_prob), get(trajectory.log_probs, step)
-    old_log_prob = jnp.where(mode == Mode.FIRST_STEP, new, stored)
+    old_log_prob = jnp.where(mode == Mode.STEP, stored, new)
     loss, info = ppo.ppo_loss(log_prob, old_log_prob, work.advantages[row], config.clip_range,
                               config.adv_clip_max)
     drift = jnp.max(ppo.ratio_deviation(log_prob, stored))
@@ -318,95 +335,59 @@ class SharedProgram:
 
   def _zero_sums_on_device(self, params: nnx.State, frozen: nnx.State) -> Sums:
     weights = hoisting.hoist_weights(self._varying_unet(params, frozen)).trained
-    pack, _ = packing(weights)
-    return _by_device(Sums.zero(pack(weights)))
+    return _by_device(Sums.zero(self._pack(weights)(self._copy(weights))))
 
-  def _finish_on_device(self, state: TrainState, frozen: nnx.State, sums: Sums
-                        ) -> tuple[TrainState, UpdateMetrics]:
-    """Averages what all devices added up, and takes the optimizer's step."""
+  def _copy(self, weights: nnx.State) -> nnx.State:
+    """The weights, once for each pair of a microbatch if their gradients are wanted."""
+    return hoisting.copy_lora(weights, self.layout.pairs) if self._first_parts else weights
+
+  def _pack(self, weights: nnx.State) -> Callable[[nnx.State], Any]:
+    """`packing`'s first, for gradients of `_copy(weights)`."""
+    pack, _ = packing(weights)
+    return jax.vmap(pack) if self._first_parts else pack
+
+  def _pull_back_on_device(self, params: nnx.State, frozen: nnx.State, sums: Sums) -> Sums:
+    """Sums with the gradient of the trained weights, over all samples."""
     hoisted, pullback = hoisting.with_pullback(
-        hoisting.hoist_weights, self._varying_unet(state.params, frozen))
+        hoisting.hoist_weights, self._varying_unet(params, frozen))
     _, unpack = packing(hoisted.trained)
     sums = _of_device(sums)
-    (grads,) = pullback(unpack(sums.grads))
-    grads, metrics = average(dataclasses.replace(sums, grads=grads),
-                             self._config.accumulation_steps * self._group_size,
-                             state.loss_scale.scale)
+    total = jax.tree.map(lambda x: x.sum(0), sums.grads) if self._first_parts else sums.grads
+    return _by_device(dataclasses.replace(sums, grads=pullback(unpack(total))[0]))
+
+  def _pull_back_each_on_device(self, params: nnx.State, frozen: nnx.State, grads: Any
+                                ) -> Float32[Array, "1 pairs parameters"]:
+    """The gradient of the trained weights, of each sample by itself."""
+    hoisted, pullback = hoisting.with_pullback(
+        hoisting.hoist_weights, self._varying_unet(params, frozen))
+    _, unpack = packing(hoisted.trained)
+    each = jax.vmap(lambda packed: ravel_pytree(pullback(unpack(packed))[0])[0])
+    return each(jax.tree.map(lambda x: x[0], grads))[None]
+
+  def _weigh_on_device(self, params: nnx.State, gradients: tuple[jax.Array, ...],
+                       advantages: Float32[Array, "batches samples"],
+                       ratio_drift: Float32[Array, " 1"]) -> Sums:
+    """Adds up each sample's gradient times its advantage."""
+    limit = self._config.adv_clip_max
+    clipped = jnp.clip(advantages, -limit, limit)
+    count = self.layout.num_parts(advantages.shape[1])
+    flat, unravel = ravel_pytree(varying(params))
+    total, loss = jnp.zeros_like(flat), varying(jnp.float32(0))
+    for (batch, part), each in zip(sorted(self._first_parts), gradients, strict=True):
+      own = clipped[batch, part::count]
+      # While they were drawn, their advantage was 1, which is clipped as well.
+      total += jnp.matmul(own / min(1.0, limit), each[0], precision="highest")
+      loss -= own.sum()
+    zero = jnp.zeros_like(loss)
+    return _by_device(Sums(grads=unravel(total), approx_kl=zero, clipfrac=zero,
+                           loss=loss * self._schedule.num_steps / self.layout.pairs,
+                           ratio_drift=ratio_drift[0]))
+
+  def _finish_on_device(self, state: TrainState, sums: Sums) -> tuple[TrainState, UpdateMetrics]:
+    """Averages what all devices added up, and takes the optimizer's step."""
+    microbatches = self._config.accumulation_steps * self.layout.group_size
+    grads, metrics = average(_of_device(sums), microbatches, state.loss_scale.scale)
     return take_step(self._config, self._optimizer, state, grads, metrics)
-
-  def _lay_out_sampling_on_device(
-      self, text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-      key: Key[Array, ""], part: Int[Array, ""]) -> tuple[Work, Trajectory]:
-    """Lays out a part of the batch's samples for sampling, with their noise; see `sample`.
-
-    In a row of its own a sample is computed as in training (`update.choose_microbatches`),
-    lest a kernel rounds by place. Where the batch ends, its first samples fill the rows left.
-
-    With 4 rows, 2 pairs and 3 steps, microbatches 0 to 2 take rows 0 and 1 through steps 0 to 2,
-    and microbatches 3 to 5 rows 2 and 3.
-    """
-    samples = len(sample_indices)
-    chosen = (jnp.arange(self._rows) * self._num_parts(samples) + part) % samples
-    noise_key = sample_keys(key, sample_indices[chosen])
-    noise = draw_noise(noise_key, jnp.int32(0), self._latent_shape)
-    steps = self._schedule.num_steps
-    shape = (self._rows, steps + 1, *self._latent_shape)
-    latents = jnp.zeros_like(noise, shape=shape).at[:, 0].set(noise)
-    zeros = jnp.zeros_like(chosen)
-    grid = self._grid(zeros)
-    visit = jnp.arange(len(grid))[:, None]
-    work = Work(text_embeddings=text_embeddings[chosen],
-                advantages=zeros.astype(jnp.float32), noise_key=noise_key, batch_index=zeros,
-                row=grid + visit // steps * self._pairs + jnp.arange(self._pairs),
-                step=grid + visit % steps)
-    return work, Trajectory(latents, jnp.zeros_like(noise, shape=(self._rows, steps)))
-
-  def _lay_out_training_on_device(
-      self, batch: Batch, key: Key[Array, ""], index: Int[Array, ""], group: Int[Array, ""]
-      ) -> tuple[Work, Trajectory]:
-    """Lays out what group number `group` of optimizer step `index` trains on."""
-    batches, samples = batch.advantages.shape
-    chosen = choose_microbatches(self._config, self._schedule.num_steps, batches, samples, key,
-                                 index)
-    sample, step = chosen.sample[group], chosen.step[group]
-    flat = flatten_samples(batch)
-    rows = jnp.resize(sample, (self._rows,))
-    pairs = (self._group_size, self._pairs)
-    row = jnp.broadcast_to(jnp.arange(len(sample))[:, None], step.shape).reshape(pairs)
-    grid = self._grid(sample)
-    fill = lambda values: grid.at[:len(values)].set(values)
-    work = Work(text_embeddings=flat.text_embeddings[rows], advantages=flat.advantages[rows],
-                noise_key=sample_keys(key, rows), batch_index=rows, row=fill(row),
-                step=fill(step.reshape(pairs)))
-    return work, jax.tree.map(lambda x: x[rows], flat.trajectory)
-
-  def _grid(self, like: Int[Array, " B"]) -> Int[Array, "microbatches pairs"]:
-    """Zeros for as many microbatches as sampling or training has at most."""
-    denoising = self._rows // self._pairs * self._schedule.num_steps
-    most = max(denoising, self._group_size)
-    return jnp.zeros_like(like, shape=(most, self._pairs))
-
-  def _keep_log_probs_on_device(
-      self, log_probs: Float32[Array, "batches samples T"], new: Float32[Array, "rows T"],
-      batch_index: Int[Array, " rows"]) -> Float32[Array, "batches samples T"]:
-    """Writes the log-probabilities of a group's rows back into the batch's."""
-    own = self._config.batch_size  # rows after these are padding
-    flat = log_probs.reshape(-1, log_probs.shape[-1])
-    return flat.at[batch_index[:own]].set(new[:own]).reshape(log_probs.shape)
-
-
-def join_parts(parts: Sequence[Trajectory], samples: int) -> Trajectory:
-  """Puts together the parts that `SharedProgram.sample` returned, on each device.
-
-  Args:
-    parts: N of them; row r of part n is sample r·N + n of the device, or padding.
-    samples: that the device has in the batch.
-  """
-  def join(*parts: jax.Array) -> jax.Array:
-    in_order = jnp.stack(parts, axis=1)
-    return in_order.reshape(-1, *in_order.shape[2:])[:samples]
-
-  return jax.tree.map(join, *parts)
 
 
 def _by_device(sums: Sums) -> Sums:

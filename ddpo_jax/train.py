@@ -43,7 +43,7 @@ from ddpo_jax.devices import (
   plan_batches,
 )
 from ddpo_jax.errors import USAGE_ERROR, UserError
-from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps
+from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps, roll_out
 from ddpo_jax.interrupt import Stop, ending_with, interruptible
 from ddpo_jax.messages import counted
 from ddpo_jax.resume import checkpoint_of, resume, set_aside_damaged
@@ -176,14 +176,14 @@ def run_epoch(trainer: Trainer, tracker: tracking.Tracker, epoch: int, stop: Sto
               started: float) -> None:
   """Samples, scores, updates, and logs one epoch."""
   first = int(trainer.state.step) == 0
-  rollout = trainer.worker.run(trainer.state.params, epoch, check_stop=stop.check)
+  rollout = roll_out(trainer, epoch, stop.check)
   if first:
     check_predictions(trainer, rollout)
   rewards = total_rewards(trainer, rollout)
   batch = make_batch(trainer, rollout, rewards)
   training_started = time.perf_counter()
   step_metrics = []
-  for on_device in optimizer_steps(trainer, batch, epoch, stop):
+  for on_device in optimizer_steps(trainer, batch, epoch, stop, rollout.gradients):
     step_metrics.append(jax.device_get(on_device))
     count_skipped(trainer, step_metrics[-1], epoch)
     if first and len(step_metrics) == 1:

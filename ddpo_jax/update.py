@@ -20,7 +20,8 @@ import jax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float32, Int, Key
+from jaxtyping import Array, Bool, Float32, Int, Key
+import numpy as np
 import optax
 
 from ddpo_jax import hoisting, ppo
@@ -96,7 +97,7 @@ class Microbatches:
 class Sums:
   """What one device adds up over microbatches."""
 
-  grads: Any  # gradient of the weights, in the form that `packing` gives it
+  grads: Any  # of the hoisted weights, as `packing` has them, or of the trained ones
   loss: Float32[Array, ""]
   approx_kl: Float32[Array, ""]
   clipfrac: Float32[Array, ""]
@@ -182,13 +183,17 @@ def take_step(config: UpdateConfig, optimizer: optax.GradientTransformation,
 
 
 def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samples: int,
-                        key: Key[Array, ""], index: Int[Array, ""]) -> Microbatches:
+                        key: Key[Array, ""], index: Int[Array, ""],
+                        in_order: Bool[Array, ""] | bool = False) -> Microbatches:
   """Draws the microbatches of optimizer step `index` from the inner epoch's shuffle.
 
   Samples never leave the device that drew them. So the epoch is laid out as a matrix: a column
   for each sample of an optimizer step, a row for each step of the inner epoch, and each column
   is shuffled by itself. Devices own columns, and so do the slots of their microbatches: each
   optimizer step has the same samples, however many devices and microbatches share them.
+
+  With `in_order` columns are not shuffled, and the samples of a step known before they are drawn.
+  They are independent and alike, so in an epoch's first inner epoch that is as good a shuffle.
   """
   columns = config.batch_size * config.accumulation_steps
   rows = batches * samples // columns
@@ -196,12 +201,11 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
   sample_key, time_key = jax.random.split(key)
   del key
 
-  # Of two batches, of samples 0 to 3 and 4 to 7, and two rows, the columns are 0 and 4, 1 and 5,
-  # 2 and 6, 3 and 7.
+  layout = jnp.asarray(lay_out_columns(columns, batches, samples))
+
   def draw(column: jax.Array) -> jax.Array:  # -> a local sample
     order = jax.random.permutation(jax.random.fold_in(sample_key, first_column + column), rows)
-    place, batch = jnp.divmod(column * rows + order[index], batches)
-    return batch * samples + place
+    return layout[column, jnp.where(in_order, index, order[index])]
 
   def timesteps(sample: jax.Array) -> jax.Array:  # -> [num_train_timesteps]
     batch, place = sample // samples, sample % samples
@@ -217,6 +221,16 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
   steps = steps.reshape(*chosen.shape, -1, config.timesteps_per_batch)
   return Microbatches(sample=chosen.astype(jnp.int32),
                       step=steps.transpose(0, 2, 1, 3).astype(jnp.int32))
+
+
+def lay_out_columns(columns: int, batches: int, samples: int) -> Int[np.ndarray, "columns rows"]:
+  """Which of a device's samples, numbered batch by batch, each column of the shuffle has.
+
+  Of two batches, of samples 0 to 3 and 4 to 7, and four columns, these are 0 and 4, 1 and 5,
+  2 and 6, 3 and 7.
+  """
+  place, batch = np.divmod(np.arange(batches * samples, dtype=np.int32), batches)
+  return (batch * samples + place).reshape(columns, -1)
 
 
 def _resize_for_cpu(microbatches: Microbatches, dtype: DTypeLike) -> Microbatches:

@@ -130,7 +130,8 @@ def test_devices_exchange_one_gradient_per_optimizer_step(shared, monkeypatch):
   if shared:
     assert collectives(program._visit) == []
     sums = program._zero_sums(state.params, trainer.frozen_unet)
-    program = program._finish.lower(state, trainer.frozen_unet, sums).compile()
+    sums = program._pull_back(state.params, trainer.frozen_unet, sums)
+    program = program._finish.lower(state, sums).compile()
   trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   assert collectives(program) == [1, trained + 3]  # loss, KL and clip fraction ride along
 

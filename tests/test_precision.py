@@ -24,8 +24,9 @@ from ddpo_jax.interrupt import Stop
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_rewards
-from ddpo_jax.shared_program import Mode, SharedProgram, join_parts
+from ddpo_jax.shared_program import Mode, SharedProgram
 from ddpo_jax.types import Batch, LossScale, Trajectory
+from ddpo_jax.work import join_parts
 
 UNET = dict(sample_size=16, block_out_channels=(32,), layers_per_block=1,
             mid_block_type=None, attention_head_dim=4, cross_attention_dim=32,
@@ -100,8 +101,8 @@ def make(dtype, *, samples=8, sample_batch=4, train_batch=2, shared=False,
     for i, embeddings in enumerate(text):
       key = jax.random.key(10 + i)
       if shared_sampler:
-        parts = program.sample(replicate(params), replicate(frozen), replicate(negative),
-                               place(embeddings), place(jnp.arange(sample_batch)), key)
+        parts, _ = program.sample(replicate(params), replicate(frozen), replicate(negative),
+                                  place(embeddings), place(jnp.arange(sample_batch)), key)
         trajectories.append(join_parts(parts, sample_batch))
       else:
         trajectories.append(draw(params, embeddings, key))
@@ -128,7 +129,7 @@ def take_step(setup, key, index=0):
   if not isinstance(setup.program, SharedProgram):
     return setup.program(*arguments)
   sums, _ = setup.program.accumulate(Mode.STEP, *arguments)
-  return setup.program.finish(setup.state, setup.frozen, sums)
+  return setup.program.finish(setup.state, sums)
 
 
 def one_batch(sample_batch, train_batch):
@@ -242,7 +243,7 @@ def test_first_step_needs_no_rescoring(half):
   sums, batch = half.program.accumulate(
       Mode.FIRST_STEP, half.state, half.frozen, half.batch, key, index)
   drift = half.program.largest_drift(sums)
-  state, metrics = half.program.finish(copy(half.state), half.frozen, sums)
+  state, metrics = half.program.finish(copy(half.state), sums)
   cured = rescored(dataclasses.replace(half, state=copy(half.state)), key)
   expected, expected_metrics = take_step(dataclasses.replace(cured, state=copy(half.state)), key)
   jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -337,14 +338,14 @@ def test_an_epoch_recomputes_log_probs_before_its_policy_changes():
   """And never after, however large drift is; in the order of its steps, which may be stopped."""
   space, visited, checks = types.SimpleNamespace, [], []
 
-  def accumulate(mode, state, frozen, batch, key, index, check_stop):
+  def accumulate(mode, state, frozen, batch, key, index, check_stop, in_order):
     check_stop()
-    visited.append((mode, jax.random.key_data(key).tolist(), int(index)))
+    visited.append((mode, jax.random.key_data(key).tolist(), int(index), in_order))
     return None, batch
 
   program = object.__new__(SharedProgram)
   program.accumulate, program.largest_drift = accumulate, lambda sums: 1.0
-  program.finish = lambda state, frozen, sums: (state, None)
+  program.finish = lambda state, sums: (state, None)
   trainer = space(
       update=program, state=None, frozen_unet=None,
       plan=space(num_train_timesteps=5, steps_per_inner_epoch=2),
@@ -356,6 +357,7 @@ def test_an_epoch_recomputes_log_probs_before_its_policy_changes():
   scored, trained = ([step for mode, *step in visited if (mode == Mode.SCORE) == is_score]
                      for is_score in (True, False))
   assert scored == trained[1:]
+  assert [in_order for *_, in_order in trained] == [True, True, False, False]  # by inner epochs
   assert checks == list(range(7))
 
 

@@ -65,11 +65,14 @@ def test_as_one_process(whole):
 def test_half_precision_as_one_process(whole):
   """Sampler and update are one program there, on all devices of both: its own ratio is 1.
 
+  On every timestep, so that the first gradient is computed while sampling.
+
   Cores are shared otherwise by one process, and in bf16 what that rounds the other way shows: in
   a twentieth of two optimizer steps, which change the weights by 6e-3, and on CPUs with matrix
   units (AMX) in the images as well.
   """
-  options = "--config.mixed_precision=bf16", "--config.num_epochs=1"
+  options = ("--config.mixed_precision=bf16", "--config.num_epochs=1",
+             "--config.sample.num_steps=4", "--config.train.timestep_fraction=1.0")
   codes, errors = finish(start_two(small_command(whole, "half_two", *options)))
   assert codes == [0, 0], errors
   codes, errors = finish([start(small_command(whole, "half_one", *options), 4)])

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from ddpo_jax.ops import attention, convolution, normalization, upsampling
 from ddpo_jax.ops.activations import ACTIVATIONS
-from ddpo_jax.ops.matmul import matmul
+from ddpo_jax.ops.matmul import matmul, matmul_lora
 
 # What is attended to, such as the prompts' embeddings; or, with `hoisting.hoist_weights`, what
 # all key and value projections make of it.
@@ -110,17 +110,16 @@ class Linear(nnx.Linear):
     self.lora_up: nnx.LoRAParam | None = nnx.data(None)  # [rank, out]
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None, *,
-               low: Float[Array, "rows rank"] | None = None) -> jax.Array:
+               low: Float[Array, "B T rank"] | None = None) -> jax.Array:
     """`low` is inputs @ lora_down, where `Attention` has computed it for q, k and v at once."""
+    inputs = inputs.astype(self.dtype)
     # As a matrix: of more axes XLA transposes both factors of the weights' gradient first.
-    rows = inputs.reshape(-1, inputs.shape[-1])
-    rows = rows.astype(self.dtype)
-    y = matmul(rows, self.kernel[...].astype(self.dtype))
+    y = matmul(inputs.reshape(-1, inputs.shape[-1]), self.kernel[...].astype(self.dtype))
     if self.lora_down is not None:
-      low = matmul(rows, self.lora_down[...].astype(self.dtype))
+      low = matmul_lora(inputs, self.lora_down[...].astype(self.dtype))
     if self.lora_up is not None:
       assert low is not None
-      y += matmul(low, self.lora_up[...].astype(self.dtype))
+      y += matmul_lora(low, self.lora_up[...].astype(self.dtype)).reshape(y.shape)
     y = _add_bias(self, y)
     return y.reshape(*inputs.shape[:-1], -1)
 
@@ -173,8 +172,8 @@ class Attention(nnx.Module):
   def __call__(self, x: Float[Array, "n*B T F"], context: Context | None = None,
                branches: int = 1) -> Float[Array, "branches*n*B T F"]:
     if self.lora_down is not None:
-      rows = x.reshape(-1, x.shape[-1]).astype(self.to_q.dtype)
-      low = matmul(rows, self.lora_down[...].astype(rows.dtype))
+      dtype = self.to_q.dtype
+      low = matmul_lora(x.astype(dtype), self.lora_down[...].astype(dtype))
       query, key, value = (layer(x, low=low) for layer in (self.to_q, self.to_k, self.to_v))
     else:
       attended: Any = x if context is None else context
