@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import timeit
+import types
 
 from flax import nnx
 import jax
@@ -22,6 +23,7 @@ from ddpo_jax.benchmark.side import _DOING, Side
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import layers
+from ddpo_jax.shared_program import SharedProgram
 
 
 @pytest.mark.slow  # a minute
@@ -146,6 +148,27 @@ def test_rates():
   assert rates["images_per_second"] == [2, 1, 4]  # median, least, largest
   assert rates["sample_timesteps_per_second"] == [20, 20, 20]
   assert rates["epoch_seconds"] == [9, 7, 13]
+
+
+@pytest.mark.parametrize("together", (False, True))
+def test_parts_are_measured_apart(together):
+  """Of an epoch that a run has, and of one where sampling and training do their own work alone."""
+  program = object.__new__(SharedProgram)
+  program._first_parts = frozenset({(0, 0)} if together else ())
+
+  def run_epoch(apart=False):
+    seconds = {"sampling_seconds": 2.0, "training_seconds": 4.0} if apart else {
+        "sampling_seconds": 4.5, "training_seconds": 0.5}
+    return {"images": 8, "reward_seconds": 1.0, **seconds}
+
+  side = types.SimpleNamespace(_trainer=types.SimpleNamespace(update=program),
+                               _run_epoch=run_epoch)
+  epoch = JaxSide.epoch(side)
+  rates = compare.rates([epoch], timesteps=10)
+  assert {name: median for name, (median, *_) in rates.items()} == {
+      "images_per_second": 4, "sample_timesteps_per_second": 20,
+      "epoch_seconds": 6 if together else 7}
+  assert epoch["gradient_while_sampling"] == together
 
 
 @pytest.mark.parametrize("key,expected", (("epoch_seconds", 2.0), ("images_per_second", 0.5)))

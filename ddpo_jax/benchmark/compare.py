@@ -200,8 +200,12 @@ def rates(epochs: Sequence[Mapping[str, float]], timesteps: int) -> dict[str, li
       "images_per_second": spread([e["images"] / e["sampling_seconds"] for e in epochs]),
       "sample_timesteps_per_second": spread(
           [e["images"] * timesteps / e["training_seconds"] for e in epochs]),
-      "epoch_seconds": spread([e["sampling_seconds"] + e["reward_seconds"]
-                               + e["training_seconds"] for e in epochs])}
+      "epoch_seconds": spread([_epoch_seconds(e) for e in epochs])}
+
+
+def _epoch_seconds(epoch: Mapping[str, float]) -> float:
+  parts = (epoch[f"{part}_seconds"] for part in ("sampling", "reward", "training"))
+  return epoch.get("epoch_seconds") or sum(parts)
 
 
 def share_of_peak(cfg: Config, results: Mapping[str, Any]) -> dict[str, float]:
@@ -231,6 +235,9 @@ def describe(results: Mapping[str, Any]) -> str:
       ratio = "" if name == _JAX else f"   ddpo_jax: {_ratio(key, ours, rate):.2f} times as fast"
       lines.append(f"  {key:28} {median:10.3f}  ({least:.3f} to {largest:.3f}){ratio}")
     lines += [f"  {key:28} {value / 1e9:10.3f} GB" for key, value in memory.items() if value]
+  if any(epoch.get("gradient_while_sampling") for epoch in results["epochs"][_JAX]):
+    lines += ["", "In an epoch the first optimizer step's gradient is computed while sampling; the "
+              "other two rates are of epochs where it is not"]
   drift = max(epoch["sampler_drift"] for epoch in results["epochs"][_JAX])
   lines += [
       "", f"ratios drift by up to {drift:.1e} between sampler and update; log-probabilities "

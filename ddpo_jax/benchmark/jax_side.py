@@ -39,6 +39,10 @@ from ddpo_jax.models.pretrained import PARTS, load_clip_tokenizer
 from ddpo_jax.models.weights import ConstantRngs
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
+from ddpo_jax.rollout import Rollout
+from ddpo_jax.shared_program import SharedProgram
+
+_PARTS = ("sampling", "reward", "training")  # of an epoch
 
 
 class JaxSide:
@@ -71,16 +75,31 @@ class JaxSide:
     return self._run_epoch(first_step_only=True)
 
   def epoch(self) -> dict[str, Any]:
-    """Samples, decodes, scores and trains on one epoch."""
-    return self._run_epoch(first_step_only=False)
+    """Samples, decodes, scores and trains on one epoch.
 
-  def _run_epoch(self, first_step_only: bool) -> dict[str, Any]:
+    Where a run computes the first optimizer step's gradient while sampling, that is another epoch,
+    and in the one whose parts are measured neither does the other's work.
+    """
+    program = self._trainer.update
+    together = isinstance(program, SharedProgram) and program.samples_first_step
+    whole = self._run_epoch() if together else None
+    apart = self._run_epoch(apart=True)
+    seconds = sum((whole or apart)[f"{part}_seconds"] for part in _PARTS)
+    return {**apart, "epoch_seconds": seconds, "gradient_while_sampling": together}
+
+  def _roll_out(self, apart: bool) -> Rollout:
+    """Samples; `apart` without the gradient that a run may compute meanwhile."""
+    if apart:
+      return self._trainer.worker.run(self._trainer.state.params, self._epoch)
+    return inner_loop.roll_out(self._trainer, self._epoch)
+
+  def _run_epoch(self, *, first_step_only: bool = False, apart: bool = False) -> dict[str, Any]:
     trainer = self._trainer
     started = time.perf_counter()
-    rollout = trainer.worker.run(trainer.state.params, self._epoch)
+    rollout = self._roll_out(apart)
     sampled = time.perf_counter()
     batch = train.make_batch(trainer, rollout, train.total_rewards(trainer, rollout))
-    steps = inner_loop.optimizer_steps(trainer, batch, self._epoch, Stop())
+    steps = inner_loop.optimizer_steps(trainer, batch, self._epoch, Stop(), rollout.gradients)
     drift = float(jax.device_get(next(steps)).ratio_drift)
     for metrics in () if first_step_only else steps:
       jax.device_get(metrics)
@@ -99,7 +118,7 @@ class JaxSide:
     trainer = self._trainer
     rollouts = []
     sampling = profile.during(
-        lambda: rollouts.append(trainer.worker.run(trainer.state.params, self._epoch)),
+        lambda: rollouts.append(self._roll_out(apart=True)),
         self._last["sampling_seconds"])
     batch = train.make_batch(trainer, rollouts[0], train.total_rewards(trainer, rollouts[0]))
     training = profile.during(
