@@ -5,12 +5,12 @@
     python scripts/train.py --config configs/single_gpu.py:aesthetic
     python scripts/train.py --config configs/single_gpu.py:prompt_image_alignment
 
-compressibility is planned to take 11.3 GiB (docs/gpu.md), and JAX by default only takes 75% of a
+compressibility is planned to take 11.7 GiB (docs/gpu.md), and JAX by default only takes 75% of a
 card: a 24 GiB card will do, or a 16 GiB one with XLA_CLIENT_MEM_FRACTION=0.9 in the environment.
 
-For less, halve train.batch_size and double train.gradient_accumulation_steps (7.1 GiB planned
+For less, halve train.batch_size and double train.gradient_accumulation_steps (7.3 GiB planned
 with train.batch_size=4), or set train.gradient_checkpointing="blocks". On a larger card
-train.batch_size=16 or 32 (20 and 37 GiB planned), with half or a quarter of the
+train.batch_size=16 or 32 (20 and 38 GiB planned), with half or a quarter of the
 train.gradient_accumulation_steps, makes a GPU's work less fine-grained, with as many images in
 each optimizer step (5 to 7% quicker with 32 on an H200). It is also how many samples are
 denoised at a time, so with 32 also set sample.batch_size=32 and sample.num_batches_per_epoch=8.
