@@ -1,6 +1,7 @@
 """The same seed on 1, 2, 4 and 8 devices: the same samples, gradients and weights."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 from small_model import small_model
 
 from configs import base
-from ddpo_jax import build, compilation, devices, inner_loop, train
+from ddpo_jax import build, compilation, devices, inner_loop, train, update
 from ddpo_jax.batches import BatchPlan
 from ddpo_jax.compilation import compiler_options
 from ddpo_jax.config import resolve
@@ -81,9 +82,19 @@ def single():
   return run_epoch(1)
 
 
+@pytest.fixture(scope="module")
+def single_in_order():
+  """As the shared program's first inner epoch, which is not shuffled, but by the plain update."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(update, "choose_microbatches",
+                  functools.partial(update.choose_microbatches, in_order=True))
+    return run_epoch(1)
+
+
 @pytest.mark.parametrize("devices,shared", ((2, False), (4, False), (8, False), (4, True)))
-def test_as_on_one_device(single, devices, shared, monkeypatch):
+def test_as_on_one_device(request, devices, shared, monkeypatch):
   """`shared`: by the program that in half precision is both sampler and update."""
+  single = request.getfixturevalue("single_in_order" if shared else "single")
   if shared:
     monkeypatch.setattr(build, "_must_round_alike", lambda cfg: True)
   # Trained on the same trajectory, which rounding tells apart by some 1e-5 after 25 steps.
