@@ -38,10 +38,14 @@ def roll_out(trainer: Trainer, epoch: int, check_stop: Callable[[], None] = lamb
     epoch: from 0.
     check_stop: see `RolloutWorker.run`, and for what is raised.
   """
-  state, program = trainer.state, trainer.update
-  with_gradient = isinstance(program, SharedProgram) and program.samples_first_step
+  state = trainer.state
   return trainer.worker.run(state.params, epoch, check_stop,
-                            state.loss_scale.scale if with_gradient else None)
+                            state.loss_scale.scale if samples_first_step(trainer) else None)
+
+
+def samples_first_step(trainer: Trainer) -> bool:
+  """Whether `roll_out` computes the first optimizer step's gradient."""
+  return isinstance(trainer.update, SharedProgram) and trainer.update.samples_first_step
 
 
 def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop,

@@ -346,23 +346,24 @@ class SharedProgram:
     pack, _ = packing(weights)
     return jax.vmap(pack) if self._first_parts else pack
 
-  def _pull_back_on_device(self, params: nnx.State, frozen: nnx.State, sums: Sums) -> Sums:
-    """Sums with the gradient of the trained weights, over all samples."""
+  def _pullback(self, params: nnx.State, frozen: nnx.State) -> Callable[[Any], nnx.State]:
+    """From a packed gradient of the hoisted weights to that of the trained ones."""
     hoisted, pullback = hoisting.with_pullback(
         hoisting.hoist_weights, self._varying_unet(params, frozen))
     _, unpack = packing(hoisted.trained)
+    return lambda packed: pullback(unpack(packed))[0]
+
+  def _pull_back_on_device(self, params: nnx.State, frozen: nnx.State, sums: Sums) -> Sums:
+    """Sums with the gradient of the trained weights, over all samples."""
     sums = _of_device(sums)
     total = jax.tree.map(lambda x: x.sum(0), sums.grads) if self._first_parts else sums.grads
-    return _by_device(dataclasses.replace(sums, grads=pullback(unpack(total))[0]))
+    return _by_device(dataclasses.replace(sums, grads=self._pullback(params, frozen)(total)))
 
   def _pull_back_each_on_device(self, params: nnx.State, frozen: nnx.State, grads: Any
                                 ) -> Float32[Array, "1 pairs parameters"]:
     """The gradient of the trained weights, of each sample by itself."""
-    hoisted, pullback = hoisting.with_pullback(
-        hoisting.hoist_weights, self._varying_unet(params, frozen))
-    _, unpack = packing(hoisted.trained)
-    each = jax.vmap(lambda packed: ravel_pytree(pullback(unpack(packed))[0])[0])
-    return each(jax.tree.map(lambda x: x[0], grads))[None]
+    pullback = self._pullback(params, frozen)
+    return jax.vmap(lambda packed: ravel_pytree(pullback(packed))[0])(_of_device(grads))[None]
 
   def _weigh_on_device(self, params: nnx.State, gradients: tuple[jax.Array, ...],
                        advantages: Float32[Array, "batches samples"],
@@ -395,6 +396,6 @@ def _by_device(sums: Sums) -> Sums:
   return jax.tree.map(lambda x: x[None], sums)
 
 
-def _of_device(sums: Sums) -> Sums:
+def _of_device(sums: Any) -> Any:
   """Removes that axis again."""
   return jax.tree.map(lambda x: x[0], sums)

@@ -205,7 +205,7 @@ def rates(epochs: Sequence[Mapping[str, float]], timesteps: int) -> dict[str, li
 
 def _epoch_seconds(epoch: Mapping[str, float]) -> float:
   parts = (epoch[f"{part}_seconds"] for part in ("sampling", "reward", "training"))
-  return epoch.get("epoch_seconds") or sum(parts)
+  return epoch.get("epoch_seconds", sum(parts))
 
 
 def share_of_peak(cfg: Config, results: Mapping[str, Any]) -> dict[str, float]:

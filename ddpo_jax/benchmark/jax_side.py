@@ -40,7 +40,6 @@ from ddpo_jax.models.weights import ConstantRngs
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
 from ddpo_jax.rollout import Rollout
-from ddpo_jax.shared_program import SharedProgram
 
 _PARTS = ("sampling", "reward", "training")  # of an epoch
 
@@ -80,8 +79,7 @@ class JaxSide:
     Where a run computes the first optimizer step's gradient while sampling, that is another epoch,
     and in the one whose parts are measured neither does the other's work.
     """
-    program = self._trainer.update
-    together = isinstance(program, SharedProgram) and program.samples_first_step
+    together = inner_loop.samples_first_step(self._trainer)
     whole = self._run_epoch() if together else None
     apart = self._run_epoch(apart=True)
     seconds = sum((whole or apart)[f"{part}_seconds"] for part in _PARTS)
