@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from typing import Any
 
 from flax import nnx
@@ -216,15 +217,22 @@ class Checkpointer:
     self._manager.close()
 
 
+def _raised_by_orbax(record: logging.LogRecord) -> bool:
+  """Whether it reports an exception that went through orbax."""
+  frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
+  return any("orbax" in frame.filename for frame in frames)
+
+
 @functools.cache
 def _hide_tracebacks() -> None:
   """Silences orbax's own reports of a failed write, which `finish_writing` says in one line.
 
-  There would be hundreds: each of its threads logs its error, and each file that is left to write
-  finds its event loop closed.
+  There would be hundreds: each of its threads logs its error, each file that is left to write finds
+  its event loop closed, and of two that fail at once asyncio logs the one nobody waits for.
   """
   logging.getLogger("absl").addFilter(
       lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+  logging.getLogger("asyncio").addFilter(lambda record: not _raised_by_orbax(record))
   others = sys.unraisablehook
 
   def hook(unraisable: Any) -> None:
