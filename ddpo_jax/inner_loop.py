@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 import dataclasses
 import functools
 
@@ -49,7 +49,8 @@ def samples_first_step(trainer: Trainer) -> bool:
 
 
 def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop,
-                    gradients: Sequence[Array] = ()) -> Iterator[update.UpdateMetrics]:
+                    gradients: MutableSequence[Array] | None = None
+                    ) -> Iterator[update.UpdateMetrics]:
   """Takes the epoch's optimizer steps, yielding each one's metrics on the device.
 
   In the first the policy is still the sampler's: the shared program takes its log-probabilities
@@ -57,10 +58,12 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop,
   those that the other steps will read.
 
   With `gradients`, from the rollout, of the first step only its optimizer's part is left to do.
+  They take memory, so they are removed then.
   """
   glibc.return_freed_memory()  # what sampling took
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), rng_streams.SHUFFLE)
   shuffle = jax.random.fold_in(shuffle, epoch)
+  has_gradients = bool(gradients)
   in_order = isinstance(trainer.update, SharedProgram)  # whether or not there are gradients
   steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index), in_order and inner == 0)
            for inner in range(trainer.cfg.train.num_inner_epochs)
@@ -78,13 +81,14 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop,
       stop.check()
       sums = trainer.update.first_step(gradients, trainer.state, trainer.frozen_unet, batch,
                                        step.key)
+      gradients.clear()
     else:
       sums, batch = accumulate(Mode.STEP if number else Mode.FIRST_STEP, batch=batch,
                                key=step.key, index=step.index, in_order=step.in_order)
     if number == 0:  # before the policy changes
       drift = float(jax.device_get(trainer.update.largest_drift(sums)))
       again = steps[1:1 + num_steps_rescored(trainer, drift)]
-      if again and gradients and trainer.cfg.train.num_inner_epochs > 1:
+      if again and has_gradients and trainer.cfg.train.num_inner_epochs > 1:
         again = [step, *again]  # others read what it would have written
       for other in _progress(again, f"Epoch {epoch}: log-probabilities"):
         _, batch = accumulate(Mode.SCORE, batch=batch, key=other.key, index=other.index,

@@ -55,7 +55,7 @@ class Rollout:
   """One epoch's samples. Device arrays are [batches, samples of all devices, …]."""
 
   trajectory: Trajectory
-  gradients: Sequence[Array]  # of the first optimizer step, see `SharedProgram.sample`
+  gradients: list[Array]  # of the first optimizer step, see `SharedProgram.sample`
   text_embeddings: Float[Array, "batches samples L D"]
   prompts: list[str]  # of every sample of every process, in order of the sample index
   rewards: dict[str, Float32[np.ndarray, " N"]]  # of each reward function, likewise

@@ -16,7 +16,7 @@ from runs import ROOT, start
 from small_model import small_config, small_model
 
 from configs import demo
-from ddpo_jax import build
+from ddpo_jax import build, resource_errors
 from ddpo_jax.benchmark import compare, flops, profile
 from ddpo_jax.benchmark.jax_side import JaxSide, random_model
 from ddpo_jax.benchmark.side import _DOING, Side
@@ -293,6 +293,11 @@ side.serve(Failing)
      "our side failed: ValueError: no such kernel"),
     (FAILING.format(error="UserError('sample.eta is wrong')"),
      "our side failed: sample.eta is wrong"),
+    (FAILING.format(error="MemoryError()").replace("side.serve(Failing)", """
+from configs import demo
+from ddpo_jax import config, resource_errors
+side.serve(Failing, resource_errors.with_advice(config.resolve(demo.get_config())))"""),
+     f"our side failed: {resource_errors.out_of_memory(resolve(demo.get_config()))}"),
     (FAILING.replace("side.serve(Failing)", "side.serve(lambda: 1 / 0)"),
      "our side failed: ZeroDivisionError: division by zero"),
     ("raise SystemExit(3)", "our side ended with status 3; if nothing above says why, it may "

@@ -158,6 +158,7 @@ def test_an_epoch_trains_on_every_sample_once(monkeypatch):
   steps = jax.device_get(list(inner_loop.optimizer_steps(
       trainer, batch, 0, Stop(), rollout.gradients)))
   assert visited == [(Mode.STEP, 1, True)]
+  assert not rollout.gradients  # they take memory
   assert [float(step.skipped) for step in steps] == [0, 0]
   assert all(float(step.grad_norm) > 0 for step in steps)
   assert int(trainer.state.step) == 2

@@ -59,8 +59,9 @@ def _run(argv: Sequence[str]) -> None:
     rest = [f"--config={_DEFAULT}", *rest]
   cfg = read_config([argv[0], *rest])
   if options.side:
-    from ddpo_jax.benchmark.jax_side import JaxSide  # imports JAX: only in its own process
-    serve(lambda: JaxSide(cfg))
+    from ddpo_jax import resource_errors  # imports JAX, as the next: only in its own process
+    from ddpo_jax.benchmark.jax_side import JaxSide
+    serve(lambda: JaxSide(cfg), resource_errors.with_advice(cfg))
     return
   print(describe(measure(cfg, [argv[0], *rest], options)))
 

@@ -56,10 +56,15 @@ def model_configs(model: str) -> Mapping[str, Mapping[str, Any]]:
           for part, name in names.items()}
 
 
-def serve(make_side: Callable[[], Any]) -> None:
+def serve(make_side: Callable[[], Any],
+          advice: contextlib.AbstractContextManager[None] | None = None) -> None:
   """Answers each line of standard input, a method's name, with its result as JSON.
 
   What the side raises ends it; the last answer is then what its counterpart is to say.
+
+  Args:
+    make_side: whose methods are called.
+    advice: raises UserError in the place of errors that the user can do something about.
   """
   replies = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # what libraries print must not get among the replies
@@ -69,12 +74,13 @@ def serve(make_side: Callable[[], Any]) -> None:
     replies.flush()
 
   try:
-    side = make_side()
-    for line in sys.stdin:
-      result = getattr(side, line.strip())()
-      if line.strip() == "first_step":
-        result["seconds"] = time.time() - float(os.environ[_STARTED])
-      reply(result)
+    with advice or contextlib.nullcontext():
+      side = make_side()
+      for line in sys.stdin:
+        result = getattr(side, line.strip())()
+        if line.strip() == "first_step":
+          result["seconds"] = time.time() - float(os.environ[_STARTED])
+        reply(result)
   except UserError as error:
     reply({_FAILED: one_line(error)})
     sys.exit(1)  # its counterpart says it

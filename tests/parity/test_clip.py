@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 import pytest
-import tiny_clip
 
 from ddpo_jax.errors import UserError
 from ddpo_jax.models import load_clip
@@ -25,6 +24,7 @@ from ddpo_jax.rewards.clip import normalise_pixels, resize_and_crop
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+tiny_clip = pytest.importorskip("tiny_clip")
 
 TOLERANCE = 1e-4
 
