@@ -66,7 +66,8 @@ def get_config() -> ml_collections.ConfigDict:
   sample.eta = 1.0
   # Classifier-free guidance weight; up to 1 means no guidance.
   sample.guidance_scale = 5.0
-  # Images sampled at a time, per device.
+  # Images sampled at a time, per device. (In half precision they are denoised as many at a time
+  # as training has in a microbatch: train.batch_size * train.timesteps_per_batch.)
   sample.batch_size = 1
   # Batches per epoch. Images per epoch: num_batches_per_epoch * batch_size * devices.
   sample.num_batches_per_epoch = 2
@@ -109,9 +110,9 @@ def get_config() -> ml_collections.ConfigDict:
   train.gradient_checkpointing = "none"
   # (new) In half precision and TF32 two compiled programs round differently, which moves
   # ratios by as much as the clip range (docs/gpu.md). With this sampler and update are one
-  # program. The first optimizer step of each epoch measures the largest |ratio - 1|; above a
-  # tenth of the clip range, the log-probabilities of the other steps are recomputed: one more
-  # forward pass. In plain float32 it has no effect.
+  # program. Before the first optimizer step of each epoch the largest |ratio - 1| is measured;
+  # above a tenth of the clip range, the log-probabilities of the other steps are recomputed: one
+  # more forward pass. In plain float32 it has no effect.
   train.recompute_log_probs = True
   # (new) Where the two are one program (above) that trains LoRA on every timestep: compute the
   # gradient of an epoch's first optimizer step while sampling, from the same forward pass.

@@ -40,6 +40,7 @@ from ddpo_jax.rewards.combined import RewardCombiner
 from ddpo_jax.rollout import RolloutWorker
 from ddpo_jax.shared_program import SharedProgram
 from ddpo_jax.types import Batch, PromptFn, RewardFn, TrainState, Trajectory
+from ddpo_jax.work import WorkLayout
 
 _MOST_BYTES_OF_GRADIENTS = 2**31  # of samples by themselves, on each device
 DTYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
@@ -89,7 +90,7 @@ def build(cfg: Config, plan: BatchPlan, prompt_fn: PromptFn,
   frozen = place_weights(FrozenModels(frozen_unet, nnx.state(models.vae)), replicated)
   sampling = make_generate_config(cfg, plan)
   if isinstance(compiled, SharedProgram):
-    _warn_of_wasted_samples(cfg, compiled.layout.wasted_samples(sampling.batch_size))
+    _warn_of_wasted_samples(plan, compiled.layout)
   worker = RolloutWorker(sampling, models, generate, frozen, prompt_fn, reward_fns, cfg.seed,
                          mesh)
   tracking_config = cfg.per_prompt_stat_tracking
@@ -109,12 +110,12 @@ def make_mesh(plan: BatchPlan) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(np.array(devices[:plan.num_devices]), (AXIS,))
 
 
-def _warn_of_wasted_samples(cfg: Config, wasted: int) -> None:
+def _warn_of_wasted_samples(plan: BatchPlan, layout: WorkLayout) -> None:
+  wasted, sharing = layout.wasted_samples(plan.sample_batch_size), plan.devices_per_batch
   if wasted:
-    say(f"Warning: sample.batch_size={cfg.sample.batch_size} is not a multiple of "
-        "train.batch_size × train.timesteps_per_batch = "
-        f"{cfg.train.batch_size * cfg.train.timesteps_per_batch}: with each sampling batch "
-        f"{wasted} samples are computed and dropped")
+    say(f"Warning: sample.batch_size={plan.sample_batch_size * sharing} is not a multiple of "
+        f"{layout.rows * sharing}, so with each sampling batch {wasted * sharing} samples are "
+        "computed and dropped: they are drawn as many at a time as training has in a microbatch")
 
 
 def open_model(cfg: Config) -> LazyModel[StableDiffusion]:
@@ -203,7 +204,7 @@ def uses_loss_scaling(cfg: Config) -> bool:
   return cfg.mixed_precision == "fp16"
 
 
-def _must_round_alike(cfg: Config) -> bool:
+def uses_shared_program(cfg: Config) -> bool:
   """Whether rounding could move ratios by more than PPO's clip range allows (docs/gpu.md)."""
   uses_tf32 = cfg.allow_tf32 and jax.default_backend() == "gpu"
   return cfg.train.recompute_log_probs and (cfg.mixed_precision != "no" or uses_tf32)
@@ -232,9 +233,11 @@ def compile_programs(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   frozen = placed_shapes(FrozenModels(frozen_unet, nnx.state(vae)), replicated)
   embedding = on_all(embedding_shape(shapes.text_encoder))
   latent_shape = (*native_size(unet), unet.config.in_channels)
-  if _must_round_alike(cfg):
+  if uses_shared_program(cfg):
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    epoch_sizes = cfg.sample.num_batches_per_epoch, plan.sample_batch_size
     program = SharedProgram(config, graphdef, schedule, optimizer, latent_shape, mesh,
-                            _sizes_for_first_gradient(cfg, plan, params))
+                            epoch_sizes if first_gradient_bytes(cfg, plan, size) else None)
     program.compile(state, frozen.unet, embedding)
     return program, make_shared_generate(sampling, vae, program, mesh)
   key = jax.random.key(0)
@@ -247,18 +250,25 @@ def compile_programs(cfg: Config, plan: BatchPlan, mesh: jax.sharding.Mesh,
   return compiled, generate
 
 
-def _sizes_for_first_gradient(cfg: Config, plan: BatchPlan, params: nnx.State
-                              ) -> tuple[int, int] | None:
-  """Batches of an epoch and their samples, if its first gradient is computed while sampling."""
+def may_sample_first_gradient(cfg: Config) -> bool:
+  """Whether an epoch's first gradient may be computed while sampling: memory decides besides."""
+  return (uses_shared_program(cfg) and cfg.train.gradient_while_sampling and cfg.use_lora
+          and cfg.num_train_timesteps == cfg.sample.num_steps)
+
+
+def first_gradient_bytes(cfg: Config, plan: BatchPlan, trained: int) -> int:
+  """What gradients of single samples take on each device, 0 if there will be none.
+
+  Args:
+    cfg: the config.
+    plan: its batches.
+    trained: bytes of the trained weights.
+  """
   samples = plan.train_batch_size_total // plan.num_devices
   # Of the step's samples; and of a microbatch's in a padded form, added up and to be added.
   gradients = samples + 3 * plan.train_batch_size * cfg.train.timesteps_per_batch
-  size = gradients * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-  possible = (cfg.use_lora and plan.num_train_timesteps == cfg.sample.num_steps
-              and size <= _MOST_BYTES_OF_GRADIENTS)
-  if not (possible and cfg.train.gradient_while_sampling):
-    return None
-  return cfg.sample.num_batches_per_epoch, plan.sample_batch_size
+  size = gradients * trained
+  return size if may_sample_first_gradient(cfg) and size <= _MOST_BYTES_OF_GRADIENTS else 0
 
 
 def _prompt_shapes(plan: BatchPlan, mesh: jax.sharding.Mesh, embedding: Any) -> tuple[Any, Any]:

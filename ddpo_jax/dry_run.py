@@ -67,9 +67,12 @@ def describe_memory(cfg: Config, plan: BatchPlan) -> str:
       # Twice: batch by batch as they were sampled, and all of them in one array.
       "trajectories of an epoch": 2 * samples * (cfg.sample.num_steps + 1) * (
           4 * size.latent_size),
+      "gradients of single samples, computed while sampling":
+          build.first_gradient_bytes(cfg, plan, trained * _GRADIENT_BYTES),
       "prompts' embeddings": 2 * samples * size.embedding_size * bytes_each}
-  lines = [f"  {name} = {in_bytes(value)}" for name, value in parts.items()]
+  lines = [f"  {name} = {in_bytes(value)}" for name, value in parts.items() if value]
+  by_batch = [] if build.uses_shared_program(cfg) else ["sample.batch_size"]
+  by_batch += ["sample.decode_batch_size", "train.batch_size × train.timesteps_per_batch"]
   return "\n".join([
       f"***** Memory per device: {in_bytes(sum(parts.values()))} plus activations *****", *lines,
-      "  Activations grow with sample.batch_size, sample.decode_batch_size and",
-      "  train.batch_size × train.timesteps_per_batch."])
+      f"  Activations grow with {', '.join(by_batch)}."])

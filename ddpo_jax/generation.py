@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 from flax import nnx
 import jax
-from jaxtyping import Array, Float, Float32, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from ddpo_jax import hoisting
 from ddpo_jax.compilation import compiler_options
@@ -20,7 +20,7 @@ from ddpo_jax.lora import Split
 from ddpo_jax.models.vae import AutoencoderKL, to_uint8
 from ddpo_jax.parts import map_in_parts
 from ddpo_jax.shared_program import SharedProgram
-from ddpo_jax.types import Trajectory
+from ddpo_jax.types import FirstGradient, Trajectory
 from ddpo_jax.work import join_parts
 
 
@@ -61,9 +61,8 @@ class Generate(Protocol):
   def __call__(self, params: nnx.State, frozen: FrozenModels,
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-               key: Key[Array, ""], *, batch: int | None = None,
-               loss_scale: Float32[Array, ""] | None = None) -> Generation:
-    """The last two are for gradients, of a `SharedProgram` alone."""
+               key: Key[Array, ""], first_gradient: FirstGradient | None = None) -> Generation:
+    """The last one may be given to a `SharedProgram`'s alone."""
     ...
 
 
@@ -106,9 +105,9 @@ def make_shared_generate(config: GenerateConfig, vae: AutoencoderKL, program: Sh
   """As `make_generate`, but samples with the update's own program, so that both round alike."""
   decode = _make_decode(config, vae)
 
-  def finish(vae: nnx.State, parts: list[Trajectory]) -> Generation:
+  def finish(vae_weights: nnx.State, parts: list[Trajectory]) -> Generation:
     trajectory = join_parts(parts, config.batch_size)
-    return Generation(trajectory, decode(vae, trajectory.final_latents))
+    return Generation(trajectory, decode(vae_weights, trajectory.final_latents))
 
   finished = jax.jit(jax.shard_map(finish, mesh=mesh, in_specs=(jax.P(), jax.P(AXIS)),
                                    out_specs=jax.P(AXIS)), compiler_options=compiler_options())
@@ -116,9 +115,9 @@ def make_shared_generate(config: GenerateConfig, vae: AutoencoderKL, program: Sh
   def generate(params: nnx.State, frozen: FrozenModels,
                negative_embedding: Float[Array, "1 L D"],
                text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-               key: Key[Array, ""], **options: Any) -> Generation:
+               key: Key[Array, ""], first_gradient: FirstGradient | None = None) -> Generation:
     parts, gradients = program.sample(params, frozen.unet, negative_embedding, text_embeddings,
-                                      sample_indices, key, **options)
+                                      sample_indices, key, first_gradient)
     return dataclasses.replace(finished(frozen.vae, parts), gradients=gradients)
 
   return generate
@@ -130,8 +129,8 @@ def _make_decode(config: GenerateConfig, vae: AutoencoderKL
   graphdef, scaling_factor = nnx.graphdef(vae), vae.config.scaling_factor
 
   def decode(weights: nnx.State, latents: Float[Array, "B h w C"]) -> UInt8[Array, "B H W 3"]:
-    vae = nnx.merge(graphdef, weights)
-    return map_in_parts(lambda latents: to_uint8(vae.decode(latents / scaling_factor)),
+    decoder = nnx.merge(graphdef, weights)
+    return map_in_parts(lambda latents: to_uint8(decoder.decode(latents / scaling_factor)),
                         config.decode_batch_size, latents)
 
   return decode

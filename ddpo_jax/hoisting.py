@@ -48,7 +48,7 @@ class _ContextProjection(nnx.Module):
     self.kernel = nnx.Param(
         jnp.concatenate([linear.kernel[...] for linear in linears], axis=1))
     self.lora_down = _join([linear.lora_down for linear in linears])
-    self.lora_up = nnx.List([linear.lora_up for linear in linears if linear.lora_up is not None])
+    self.lora_up = nnx.List([_present(linear.lora_up) for linear in linears])
 
   def __call__(self, context: Float[Array, "B S D"]) -> Sequence[Float[Array, "B S N*H"]]:
     context = context.astype(self.dtype)
@@ -59,7 +59,7 @@ class _ContextProjection(nnx.Module):
 
   def _block_diagonal_up(self) -> Float[Array, "*copies ranks outs"]:
     rows, before = [], 0
-    for up, size in zip(self.lora_up, self.sizes):
+    for up, size in zip(self.lora_up, self.sizes, strict=True):
       after = sum(self.sizes) - before - size
       columns = ((0, 0),) * (up.ndim - 1) + ((before, after),)
       rows.append(jnp.pad(up[...].astype(self.dtype), columns))
@@ -231,5 +231,10 @@ def _join_down(attention: layers.Attention) -> None:
 
 
 def _join(downs: Sequence[nnx.LoRAParam | None]) -> nnx.LoRAParam:
-  """Concatenates the columns of matrices `down`, all of which are there."""
-  return nnx.LoRAParam(jnp.concatenate([down[...] for down in downs if down is not None], axis=1))
+  """Concatenates the columns of matrices `down`."""
+  return nnx.LoRAParam(jnp.concatenate([_present(down)[...] for down in downs], axis=1))
+
+
+def _present(weight: nnx.LoRAParam | None) -> nnx.LoRAParam:
+  assert weight is not None  # of a layer that LoRA adapts
+  return weight

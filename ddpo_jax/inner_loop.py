@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from ddpo_jax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-  """Which optimizer step of an epoch: the last two arguments of an update."""
+  """Which optimizer step of an epoch, and how its samples are chosen."""
 
   key: Key[Array, ""]  # of the inner epoch's shuffle
   index: Int[Array, ""]  # within the inner epoch
@@ -63,37 +62,49 @@ def optimizer_steps(trainer: Trainer, batch: Batch, epoch: int, stop: Stop,
   glibc.return_freed_memory()  # what sampling took
   shuffle = jax.random.fold_in(jax.random.key(trainer.cfg.seed), rng_streams.SHUFFLE)
   shuffle = jax.random.fold_in(shuffle, epoch)
-  has_gradients = bool(gradients)
   in_order = isinstance(trainer.update, SharedProgram)  # whether or not there are gradients
   steps = [_Step(jax.random.fold_in(shuffle, inner), jnp.int32(index), in_order and inner == 0)
            for inner in range(trainer.cfg.train.num_inner_epochs)
            for index in range(trainer.plan.steps_per_inner_epoch)]
+  if isinstance(trainer.update, SharedProgram):
+    return _shared_steps(trainer, trainer.update, batch, steps, epoch, stop, gradients)
+  return _plain_steps(trainer, trainer.update, batch, steps, epoch, stop)
+
+
+def _plain_steps(trainer: Trainer, program: update.Update, batch: Batch, steps: Sequence[_Step],
+                 epoch: int, stop: Stop) -> Iterator[update.UpdateMetrics]:
+  for step in _progress(steps, f"Epoch {epoch}: training"):
+    stop.check()
+    trainer.state, metrics = program(
+        trainer.state, trainer.frozen_unet, batch, step.key, step.index)
+    yield metrics
+
+
+def _shared_steps(trainer: Trainer, program: SharedProgram, batch: Batch, steps: Sequence[_Step],
+                  epoch: int, stop: Stop, gradients: MutableSequence[Array] | None
+                  ) -> Iterator[update.UpdateMetrics]:
+  def visit(mode: Mode, step: _Step, batch: Batch) -> tuple[update.Sums, Batch]:
+    return program.accumulate(
+        mode, state=trainer.state, frozen=trainer.frozen_unet, batch=batch, key=step.key,
+        index=step.index, check_stop=stop.check, in_order=step.in_order)
+
+  was_sampled = bool(gradients)
   for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
-    if not isinstance(trainer.update, SharedProgram):
-      stop.check()
-      trainer.state, metrics = trainer.update(
-          trainer.state, trainer.frozen_unet, batch, step.key, step.index)
-      yield metrics
-      continue
-    accumulate = functools.partial(trainer.update.accumulate, state=trainer.state,
-                                   frozen=trainer.frozen_unet, check_stop=stop.check)
     if number == 0 and gradients:
-      stop.check()
-      sums = trainer.update.first_step(gradients, trainer.state, trainer.frozen_unet, batch,
-                                       step.key)
+      sums = program.first_step(gradients, trainer.state, trainer.frozen_unet, batch, step.key,
+                                stop.check)
       gradients.clear()
     else:
-      sums, batch = accumulate(Mode.STEP if number else Mode.FIRST_STEP, batch=batch,
-                               key=step.key, index=step.index, in_order=step.in_order)
+      sums, batch = visit(Mode.STEP if number else Mode.FIRST_STEP, step, batch)
     if number == 0:  # before the policy changes
-      drift = float(jax.device_get(trainer.update.largest_drift(sums)))
+      drift = float(jax.device_get(program.largest_drift(sums)))
       again = steps[1:1 + num_steps_rescored(trainer, drift)]
-      if again and has_gradients and trainer.cfg.train.num_inner_epochs > 1:
-        again = [step, *again]  # others read what it would have written
+      if (was_sampled and trainer.cfg.train.num_inner_epochs > 1
+          and needs_rescoring(trainer, drift)):
+        again = [step, *again]  # later inner epochs read what it would have written
       for other in _progress(again, f"Epoch {epoch}: log-probabilities"):
-        _, batch = accumulate(Mode.SCORE, batch=batch, key=other.key, index=other.index,
-                              in_order=other.in_order)
-    trainer.state, metrics = trainer.update.finish(trainer.state, sums)
+        _, batch = visit(Mode.SCORE, other, batch)
+    trainer.state, metrics = program.finish(trainer.state, sums)
     yield metrics
 
 

@@ -11,7 +11,7 @@ import pathlib
 
 import jax
 
-from ddpo_jax import checkpoint, files
+from ddpo_jax import build, checkpoint, files
 from ddpo_jax.config import Config
 from ddpo_jax.errors import UserError
 from ddpo_jax.parts import largest_divisor
@@ -178,6 +178,8 @@ def _smaller(cfg: Config) -> Iterator[str]:
   if train.gradient_checkpointing != "full":
     following = {"none": "blocks", "blocks": "full"}[train.gradient_checkpointing]
     yield f"train.gradient_checkpointing='{following}'"
+  if build.may_sample_first_gradient(cfg):
+    yield "train.gradient_while_sampling=False"
   if train.batch_size > 1:
     smaller = _part(train.batch_size)
     steps = train.gradient_accumulation_steps * train.batch_size // smaller

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -26,7 +27,7 @@ from ddpo_jax.models import StableDiffusion
 from ddpo_jax.prompts import draw_prompts
 from ddpo_jax.rewards import call_reward
 from ddpo_jax.rewards.info import InfoCollector, RewardInfo
-from ddpo_jax.types import PromptFn, RewardFn, Trajectory
+from ddpo_jax.types import FirstGradient, PromptFn, RewardFn, Trajectory
 
 _REWARD_THREADS = 2  # calls of reward functions at a time
 _SECONDS_BETWEEN_CHECKS = 1.0  # for signals, while rewards are waited for
@@ -189,11 +190,9 @@ class RolloutWorker:
               key: Key[Array, ""], loss_scale: Float32[Array, ""] | None = None) -> Generation:
     """Starts sampling a batch, and may return before it is done."""
     indices = self._local_indices(batch).astype(np.int32)
-    options: dict[str, Any] = {}
-    if loss_scale is not None:
-      options = {"batch": batch, "loss_scale": loss_scale}
-    return self._generate(params, self._frozen, self.negative_embedding, embeddings,
-                          self._put(indices), key, **options)
+    generate = functools.partial(self._generate, params, self._frozen, self.negative_embedding,
+                                 embeddings, self._put(indices), key)
+    return generate() if loss_scale is None else generate(FirstGradient(batch, loss_scale))
 
   def _put(self, local: np.ndarray) -> jax.Array:
     """This process's share of a batch -> the batch, sharded over its first axis."""

@@ -32,7 +32,7 @@ from ddpo_jax.diffusion import DDIMSchedule
 from ddpo_jax.diffusion.ddim import ddim_step, guided_prediction
 from ddpo_jax.diffusion.sampler import draw_noise
 from ddpo_jax.lora import Split
-from ddpo_jax.types import Batch, TrainState, Trajectory
+from ddpo_jax.types import Batch, FirstGradient, TrainState, Trajectory
 from ddpo_jax.update import (
   BATCH_SPECS,
   Sums,
@@ -46,7 +46,10 @@ from ddpo_jax.work import WORK_SPECS, Work, WorkLayout
 
 
 class Mode(enum.IntEnum):
-  """What the program does with each (sample, step) pair."""
+  """What the program does with each (sample, step) pair.
+
+  From FIRST_STEP on, gradients are added up: their order matters.
+  """
 
   SAMPLE = 0  # take the step: write the next latents and their log-probability
   SCORE = 1  # write the log-probability of the step that was taken
@@ -77,7 +80,7 @@ class SharedProgram:
 
   def __init__(self, config: UpdateConfig, graphdef: nnx.GraphDef, schedule: DDIMSchedule,
                optimizer: optax.GradientTransformation, latent_shape: tuple[int, ...],
-               mesh: jax.sharding.Mesh, epoch: tuple[int, int] | None = None):
+               mesh: jax.sharding.Mesh, epoch_sizes: tuple[int, int] | None = None):
     """Builds the program; nothing is compiled yet.
 
     Args:
@@ -87,14 +90,16 @@ class SharedProgram:
       optimizer: from `make_optimizer`.
       latent_shape: of a sample, (h, w, C).
       mesh: one axis, "data".
-      epoch: how many batches it has, and of how many samples on each device. With it, if all
-        trained weights are LoRA's, the first optimizer step's gradient may be computed while its
-        samples are drawn: its policy is the sampler's, so both have the same forward pass.
+      epoch_sizes: how many batches an epoch has, and of how many samples on each device. With
+        them, if all trained weights are LoRA's, the first optimizer step's gradient may be
+        computed while its samples are drawn: its policy is the sampler's, so both have the same
+        forward pass.
     """
     self._config, self._schedule, self._optimizer = config, schedule, optimizer
     self._graphdef, self._mesh = graphdef, mesh
     self.layout = layout = WorkLayout(config, schedule.num_steps, latent_shape)
-    self._first_parts = layout.find_first_parts(*epoch) if epoch else frozenset()
+    self._first_parts = (
+        layout.find_first_parts(*epoch_sizes) if epoch_sizes else frozenset())
     by_batch, by_row, replicated = jax.P(None, AXIS), jax.P(AXIS), jax.P()
     # `_visit` is `_visit_on_device` mapped over the devices and compiled; so are the others.
     self._visit = self._jit(
@@ -144,8 +149,11 @@ class SharedProgram:
         (work, trajectory, sums, scale, number))
     common = CommonInputs(state.params, frozen, embedding, scale)
     self._visit = compile_ahead(self._visit, common, work, number, number, sums, trajectory)
-    # Its kernels are not timed, so sampling may run beside it; on a CPU they would share cores.
+    # Kernels of these are not timed, so sampling may run beside; on a CPU they would share cores.
     if jax.default_backend() != "cpu":
+      if self._first_parts:
+        self._pull_back_each = compile_meanwhile(
+            self._pull_back_each, state.params, frozen, sums.grads)
       pulled_back = placed(jax.P(AXIS), jax.eval_shape(self._pull_back, state.params, frozen, sums))
       self._pull_back = compile_meanwhile(self._pull_back, state.params, frozen, sums)
       self._finish = compile_meanwhile(self._finish, state, pulled_back)
@@ -153,8 +161,7 @@ class SharedProgram:
   def sample(self, params: nnx.State, frozen: nnx.State,
              negative_embedding: Float[Array, "1 L D"],
              text_embeddings: Float[Array, "B L D"], sample_indices: Int[Array, " B"],
-             key: Key[Array, ""], *, batch: int | None = None,
-             loss_scale: Float32[Array, ""] | None = None
+             key: Key[Array, ""], first_gradient: FirstGradient | None = None
              ) -> tuple[list[Trajectory], list[Array]]:
     """Samples a batch, one microbatch of samples after the other.
 
@@ -165,14 +172,14 @@ class SharedProgram:
       text_embeddings: of the prompts, sharded over devices.
       sample_indices: in the epoch, sharded likewise; they decide each sample's noise.
       key: the epoch's.
-      batch: its number in the epoch, if gradients are wanted.
-      loss_scale: for them.
+      first_gradient: if gradients are wanted.
 
     Returns:
       The trajectories in parts, for `join_parts`; and of those that the first optimizer step
       trains on, what `first_step` is to be given.
     """
-    scale = jnp.float32(1) if loss_scale is None else loss_scale
+    batch, scale = ((first_gradient.batch, first_gradient.loss_scale) if first_gradient
+                    else (None, jnp.float32(1)))
     common = CommonInputs(params, frozen, negative_embedding, scale)
     sums, parts, gradients = self._zero_sums(params, frozen), [], []
     samples = len(sample_indices) // self._mesh.size
@@ -195,7 +202,8 @@ class SharedProgram:
     return bool(self._first_parts)
 
   def first_step(self, gradients: Sequence[Array], state: TrainState, frozen: nnx.State,
-                 batch: Batch, key: Key[Array, ""]) -> Sums:
+                 batch: Batch, key: Key[Array, ""],
+                 check_stop: Callable[[], None] = lambda: None) -> Sums:
     """What an epoch's first optimizer step adds up, of what `sample` has returned.
 
     Only a few microbatches are visited, one of each group of the next step, to see how far the
@@ -207,6 +215,7 @@ class SharedProgram:
       frozen: the UNet's other weights.
       batch: the epoch's.
       key: of the first inner epoch's shuffle.
+      check_stop: called before each microbatch; may raise to stop.
 
     Returns:
       What `finish` is to be given.
@@ -215,9 +224,14 @@ class SharedProgram:
     sums, groups = self._zero_sums(state.params, frozen), self._config.accumulation_steps
     of_step = self._config.batch_size * groups * self._mesh.size
     index = jnp.int32(batch.advantages.size > of_step)  # the same, where there is no other
+    before: Any = batch.advantages
     for group in map(jnp.int32, range(groups)):
+      check_stop()
       work, trajectory = self._lay_out_training(batch, key, index, group, True)
-      sums, _ = self._visit(common, work, jnp.int32(1), jnp.int32(Mode.SCORE), sums, trajectory)
+      sums, trajectory = self._visit(common, work, jnp.int32(1), jnp.int32(Mode.SCORE), sums,
+                                     trajectory)
+      jax.block_until_ready(before)  # as in `accumulate`
+      before = trajectory.log_probs
     return self._weigh(state.params, tuple(gradients), batch.advantages, sums.ratio_drift)
 
   def accumulate(self, mode: Mode, state: TrainState, frozen: nnx.State, batch: Batch,

@@ -119,6 +119,14 @@ class LossScale:
   good_steps: Int[Array, ""]  # finite steps since the scale last changed
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstGradient:
+  """Asks the sampler for the first optimizer step's gradient; see `SharedProgram.sample`."""
+
+  batch: int  # which one of the epoch is sampled
+  loss_scale: Float32[Array, ""]  # the optimizer step's
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:

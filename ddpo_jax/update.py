@@ -190,7 +190,8 @@ def choose_microbatches(config: UpdateConfig, num_steps: int, batches: int, samp
   Samples never leave the device that drew them. So the epoch is laid out as a matrix: a column
   for each sample of an optimizer step, a row for each step of the inner epoch, and each column
   is shuffled by itself. Devices own columns, and so do the slots of their microbatches: each
-  optimizer step has the same samples, however many devices and microbatches share them.
+  optimizer step has the same samples, however many devices and microbatches share them, as long as
+  the epoch has as many batches.
 
   With `in_order` columns are not shuffled, and the samples of a step known before they are drawn.
   They are independent and alike, so in an epoch's first inner epoch that is as good a shuffle.

@@ -35,7 +35,7 @@ class Work:
 
   text_embeddings: Float[Array, "rows L D"]
   advantages: Float32[Array, " rows"]  # 1 in sampling
-  noise_key: Key[Array, " rows"]  # read by sampling only
+  noise_key: Key[Array, " rows"]  # used by sampling only
   batch_index: Int[Array, " rows"]  # of the sample, in the flat batch; read by training only
   row: Int[Array, "microbatches pairs"]
   step: Int[Array, "microbatches pairs"]
@@ -66,8 +66,10 @@ class WorkLayout:
     self.group_size = config.num_train_timesteps * config.batch_size // self.pairs
 
   def wasted_samples(self, batch_size: int) -> int:
-    """How many samples are computed in vain, to fill a sampling batch's last microbatch."""
-    return -batch_size % self.pairs
+    """How many samples are computed in vain, to fill each part's last microbatch."""
+    parts = range(self.num_parts(batch_size))
+    microbatches = sum(self.sampling_microbatches(batch_size, part) for part in parts)
+    return microbatches // self._num_steps * self.pairs - batch_size
 
   def num_parts(self, samples: int) -> int:
     """In how many parts the samples of a batch are denoised."""

@@ -101,7 +101,7 @@ class TorchSide:
       for _ in range(self.cfg.sample.num_batches_per_epoch):
         batch, images = self.sample()
         samples.append(batch)
-        pending.append(pool.submit(jpeg_sizes, images))
+        pending.append(pool.submit(jpeg_rewards, images))
       sampled = self.now()
       rewards = np.concatenate([future.result() for future in pending])
     scored = self.now()
@@ -176,7 +176,7 @@ class TorchSide:
 
   def train(self, batch):
     cfg = self.cfg
-    trained_steps = int(cfg.sample.num_steps * cfg.train.timestep_fraction)
+    trained_steps = cfg.num_train_timesteps
     negative = self.embed(1).detach()
     for _ in range(cfg.train.num_inner_epochs):
       count = len(batch["advantages"])
@@ -231,13 +231,13 @@ def log_density(x, mean, std):
   return density.mean(dim=(1, 2, 3))
 
 
-def jpeg_sizes(images):
-  sizes = []
+def jpeg_rewards(images):
+  rewards = []
   for image in images:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95)
-    sizes.append(-buffer.tell() / 1000)
-  return np.array(sizes)
+    rewards.append(-buffer.tell() / 1000)
+  return np.array(rewards)
 
 
 def main(argv):

@@ -159,7 +159,7 @@ def test_parts_are_measured_apart(together):
   def run_epoch(apart=False):
     seconds = {"sampling_seconds": 2.0, "training_seconds": 4.0} if apart else {
         "sampling_seconds": 4.5, "training_seconds": 0.5}
-    return {"images": 8, "reward_seconds": 1.0, **seconds}
+    return {"images": 8, "reward_seconds": 1.0, "sampler_drift": 0.1 if apart else 0.3, **seconds}
 
   side = types.SimpleNamespace(_trainer=types.SimpleNamespace(update=program),
                                _run_epoch=run_epoch)
@@ -169,6 +169,7 @@ def test_parts_are_measured_apart(together):
       "images_per_second": 4, "sample_timesteps_per_second": 20,
       "epoch_seconds": 6 if together else 7}
   assert epoch["gradient_while_sampling"] == together
+  assert epoch["sampler_drift"] == (0.3 if together else 0.1)
 
 
 @pytest.mark.parametrize("key,expected", (("epoch_seconds", 2.0), ("images_per_second", 0.5)))
@@ -338,6 +339,16 @@ def test_arguments_may_have_spaces(tmp_path, capsys):
 def test_torch_compile_needs_torch(capsys):
   assert compare.main(["benchmark.py", "--config=configs/demo.py", "--torch_compile"]) == 2
   assert capsys.readouterr().err.startswith("--torch_compile needs --reference=torch")
+
+
+def test_the_reference_has_no_other_rewards(capsys):
+  """It would score JPEG sizes beside an aesthetic score."""
+  pytest.importorskip("peft")
+  arguments = [f"--config={ROOT}/configs/single_gpu.py:aesthetic", "--reference=torch"]
+  assert compare.main(["benchmark.py", *arguments]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == ("reward_fn='aesthetic_score': with --reference it must be one of "
+                  "jpeg_compressibility, jpeg_incompressibility, which both sides have")
 
 
 def test_help_names_the_config(capsys):

@@ -96,7 +96,7 @@ def test_as_on_one_device(request, devices, shared, monkeypatch):
   """`shared`: by the program that in half precision is both sampler and update."""
   single = request.getfixturevalue("single_in_order" if shared else "single")
   if shared:
-    monkeypatch.setattr(build, "_must_round_alike", lambda cfg: True)
+    monkeypatch.setattr(build, "uses_shared_program", lambda cfg: True)
   # Trained on the same trajectory, which rounding tells apart by some 1e-5 after 25 steps.
   rollout, gradient, weights, metrics = run_epoch(devices, single[0].trajectory)
   assert len(metrics) == 1  # the second of two
@@ -133,7 +133,7 @@ def collectives(compiled):
 def test_devices_exchange_one_gradient_per_optimizer_step(shared, monkeypatch):
   """Beside it only a scalar, the largest ratio drift, however many microbatches there are."""
   if shared:
-    monkeypatch.setattr(build, "_must_round_alike", lambda cfg: True)
+    monkeypatch.setattr(build, "uses_shared_program", lambda cfg: True)
   cfg = make_config(8)
   trainer = build.build(cfg, BatchPlan.create(cfg, 8), get_prompt_fn(cfg.prompt_fn),
                         get_rewards(cfg.reward_fn, {}), build.open_model(cfg))

@@ -11,7 +11,7 @@ from small_model import small_config, with_weights
 
 from ddpo_jax import hoisting, inner_loop, lora, train, update
 from ddpo_jax.batches import BatchPlan
-from ddpo_jax.build import _sizes_for_first_gradient
+from ddpo_jax.build import first_gradient_bytes
 from ddpo_jax.config import resolve
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -100,6 +100,15 @@ def test_rows_of_several_microbatches_have_no_first_part(monkeypatch):
   assert not layout(4, 1).find_first_parts(1, 4)
 
 
+@pytest.mark.parametrize("train_batch,timesteps,samples,wasted", (
+    (8, 1, 16, 0), (8, 1, 12, 4), (8, 2, 8, 8), (8, 4, 64, 0), (24, 2, 48, 16), (24, 2, 72, 24)))
+def test_samples_that_are_computed_for_nothing(train_batch, timesteps, samples, wasted):
+  """Of sixteen at a time, as on a CPU at most; each part of a batch fills its own."""
+  on_device = layout(train_batch, 1, timesteps)
+  assert on_device.pairs == min(16, train_batch * timesteps)
+  assert on_device.wasted_samples(samples) == wasted
+
+
 def build(monkeypatch, devices=1, **changes):
   """A trainer whose policy is as a GPU has it, but in float32; and 8 samples in 4 batches."""
   monkeypatch.setattr(hoisting.jax, "default_backend", lambda: "gpu")
@@ -170,22 +179,23 @@ def test_an_epoch_trains_on_every_sample_once(monkeypatch):
 
 @pytest.mark.parametrize("changes", (
     {"train.gradient_while_sampling": False}, {"use_lora": False},
-    {"train.timestep_fraction": 0.7}, {"lora.rank": 10**7}), ids=str)
+    {"train.timestep_fraction": 0.7}, {"mixed_precision": "no"}, {"lora.rank": 10**7}), ids=str)
 def test_where_the_first_step_is_visited(changes):
   """What is asked for, what cannot be done for each sample, and what would take gigabytes."""
-  def epoch(**changes):
-    cfg = resolve(small_config(**changes))
-    params = {"lora_down": jax.ShapeDtypeStruct((32, cfg.lora.rank), jnp.float32)}
-    return _sizes_for_first_gradient(cfg, BatchPlan.create(cfg, 1), params)
+  def size(**changes):
+    cfg = resolve(small_config(**{"mixed_precision": "bf16"} | changes))
+    return first_gradient_bytes(cfg, BatchPlan.create(cfg, 1), trained=32 * cfg.lora.rank * 4)
 
-  assert epoch(**changes) is None
-  assert epoch() == (1, 4)  # batches, and samples of each
+  assert size(**changes) == 0
+  # Of the step's two samples, and three times of a microbatch's two.
+  assert size() == 8 * 32 * 4 * small_config().lora.rank
 
 
-@pytest.mark.parametrize("inner_epochs", (1, 2))
-def test_rescoring_includes_the_first_steps_samples(monkeypatch, inner_epochs):
+@pytest.mark.parametrize("inner_epochs,steps", ((1, 2), (2, 2), (2, 1)))
+def test_rescoring_includes_the_first_steps_samples(monkeypatch, inner_epochs, steps):
   """If a later inner epoch reads them: the first step has not written theirs."""
-  trainer = build(monkeypatch, **{"train.num_inner_epochs": inner_epochs})
+  trainer = build(monkeypatch, **{"train.num_inner_epochs": inner_epochs,
+                                  "train.gradient_accumulation_steps": 4 // steps})
   rollout, batch = an_epoch(trainer)
   monkeypatch.setattr(SharedProgram, "largest_drift", lambda *_: jnp.float32(1))
   scored, accumulate = [], SharedProgram.accumulate
@@ -197,7 +207,7 @@ def test_rescoring_includes_the_first_steps_samples(monkeypatch, inner_epochs):
 
   monkeypatch.setattr(SharedProgram, "accumulate", counted)
   list(inner_loop.optimizer_steps(trainer, batch, 0, Stop(), rollout.gradients))
-  assert scored == [(0, True), (1, True)][2 - inner_epochs:]
+  assert scored == [(0, True), (1, True)][2 - inner_epochs:steps]
 
 
 def test_without_gradients_the_first_step_is_visited(monkeypatch):

@@ -1,5 +1,6 @@
 """What is said where memory or disk space runs out."""
 
+import ast
 import contextlib
 import dataclasses
 import errno
@@ -160,7 +161,7 @@ def test_what_is_to_be_lowered_is_a_valid_config():
       *groups, name = field.split(".")
       for each in groups:
         group = group[each]
-      group[name] = type(group[name])(text.strip("'") if text != "True" else 1)
+      group[name] = ast.literal_eval(text)
   assert not advice
   plan = resolve(values)
   assert plan.sample.batch_size * plan.sample.num_batches_per_epoch == 12

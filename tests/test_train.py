@@ -232,7 +232,7 @@ def test_several_rewards_resume_exactly(make_config):
 
 
 def test_a_run_goes_on_in_smaller_batches(make_config):
-  """As on a smaller device: the images, and what each optimizer step takes, are the same."""
+  """As on a smaller device: of the same images, as many in each optimizer step."""
   run = train.train(make_config(num_epochs=2, save_freq=1))
   expected = metrics_of(run)[1]
   smaller = {"sample.batch_size": 2, "sample.num_batches_per_epoch": 2, "train.batch_size": 1,

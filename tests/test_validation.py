@@ -520,7 +520,10 @@ def test_what_a_device_has_to_hold(monkeypatch, precision, bytes_each):
   monkeypatch.setattr(dry_run, "model_size", lambda cfg: size)
   cfg = resolve(small_config(mixed_precision=precision))
   first, *lines = dry_run.describe_memory(cfg, BatchPlan.create(cfg, 2)).splitlines()
-  parts = [8 * bytes_each, 3 * 16, 2 * 4 * 3 * 4, 2 * 4 * bytes_each]
-  assert [float(line.split()[-2]) for line in lines[:4]] == parts
+  # Gradients, where sampling computes them: of two samples, and three times of a microbatch's two.
+  gradients = [] if precision == "no" else [8 * 3 * 4]
+  parts = [8 * bytes_each, 3 * 16, 2 * 4 * 3 * 4, *gradients, 2 * 4 * bytes_each]
+  assert [float(line.split()[-2]) for line in lines[:-1]] == parts
+  assert ("sample.batch_size" in lines[-1]) == (precision == "no")
   amount = f"{sum(parts) / 1024:.2f} GiB"
   assert f"Memory per device: {amount} plus activations" in first

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ddpo_jax.benchmark.side import Side, serve
+from ddpo_jax.benchmark.side import EPOCH_PARTS, Side, serve
 from ddpo_jax.cli import exit_status, read_config
 from ddpo_jax.config import Config
 from ddpo_jax.console import ArgumentParser
@@ -32,6 +32,7 @@ _JAX = "ddpo_jax"
 _NEEDED = ("torch", "diffusers", "peft", "transformers")  # by scripts/torch_reference.py
 # By itself JAX takes three quarters of a GPU's memory at once, which the other sides need too.
 _SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+_REFERENCE_REWARDS = ("jpeg_compressibility", "jpeg_incompressibility")
 _LISTED = 20  # of a profile's operations; more are in the JSON file
 _USAGE = """%(prog)s [--config FILE[:EXPERIMENT]] [--config.FIELD=VALUE …] [--rounds N]
                     [--reference torch] [--torch_compile] [--skip_start] [--profile]
@@ -40,10 +41,10 @@ _DESCRIPTION = """Measures start, epochs, memory and FLOP of a config, on random
 
 The config is configs/single_gpu.py:compressibility, Stable Diffusion 1.5 on a GPU, or what
 --config names; the small one, for a CPU, is configs/demo.py. All its fields can be set as for
-train.py. A model that is neither "tiny" nor a local folder has Stable Diffusion 1.5's shapes;
-nothing is downloaded. A whole epoch of a large model is long: set
-sample.num_batches_per_epoch and train.gradient_accumulation_steps lower, and the rates stay
-the same.
+train.py. A model that is neither "tiny" nor a local folder has Stable Diffusion 1.5's shapes, and
+is not downloaded. A whole epoch of a large model is long: lower sample.num_batches_per_epoch and
+train.gradient_accumulation_steps together, so that the epoch has as many optimizer steps as before,
+and the rates stay the same. With --reference the reward must be one of JPEG sizes.
 """
 
 
@@ -58,6 +59,9 @@ def _run(argv: Sequence[str]) -> None:
     print(_DEFAULT_IS, file=sys.stderr, flush=True)
     rest = [f"--config={_DEFAULT}", *rest]
   cfg = read_config([argv[0], *rest])
+  if options.reference and cfg.reward_fn not in _REFERENCE_REWARDS:
+    raise UserError(f"reward_fn={cfg.reward_fn!r}: with --reference it must be one of "
+                    f"{', '.join(_REFERENCE_REWARDS)}, which both sides have")
   if options.side:
     from ddpo_jax import resource_errors  # imports JAX, as the next: only in its own process
     from ddpo_jax.benchmark.jax_side import JaxSide
@@ -205,7 +209,7 @@ def rates(epochs: Sequence[Mapping[str, float]], timesteps: int) -> dict[str, li
 
 
 def _epoch_seconds(epoch: Mapping[str, float]) -> float:
-  parts = (epoch[f"{part}_seconds"] for part in ("sampling", "reward", "training"))
+  parts = (epoch[f"{part}_seconds"] for part in EPOCH_PARTS)
   return epoch.get("epoch_seconds", sum(parts))
 
 

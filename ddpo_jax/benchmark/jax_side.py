@@ -20,7 +20,7 @@ from PIL import Image
 
 from ddpo_jax import build, glibc, inner_loop, train
 from ddpo_jax.benchmark import flops, profile
-from ddpo_jax.benchmark.side import median_seconds, model_configs, peak_rss
+from ddpo_jax.benchmark.side import EPOCH_PARTS, median_seconds, model_configs, peak_rss
 from ddpo_jax.config import Config
 from ddpo_jax.devices import (
   configure_devices,
@@ -40,8 +40,6 @@ from ddpo_jax.models.weights import ConstantRngs
 from ddpo_jax.prompts import get_prompt_fn
 from ddpo_jax.rewards import get_reward, get_rewards
 from ddpo_jax.rollout import Rollout
-
-_PARTS = ("sampling", "reward", "training")  # of an epoch
 
 
 class JaxSide:
@@ -82,8 +80,10 @@ class JaxSide:
     together = inner_loop.samples_first_step(self._trainer)
     whole = self._run_epoch() if together else None
     apart = self._run_epoch(apart=True)
-    seconds = sum((whole or apart)[f"{part}_seconds"] for part in _PARTS)
-    return {**apart, "epoch_seconds": seconds, "gradient_while_sampling": together}
+    of_run = whole or apart
+    return {**apart, "epoch_seconds": sum(of_run[f"{part}_seconds"] for part in EPOCH_PARTS),
+            "sampler_drift": max(apart["sampler_drift"], of_run["sampler_drift"]),
+            "gradient_while_sampling": together}
 
   def _roll_out(self, apart: bool) -> Rollout:
     """Samples; `apart` without the gradient that a run may compute meanwhile."""

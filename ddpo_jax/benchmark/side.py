@@ -29,6 +29,7 @@ _DOING = {
     "matmul_peak": "the speed of a large matrix product",
     "flops": "how many operations one sample takes",
     "profile": "which operations take the time of another epoch"}
+EPOCH_PARTS = ("sampling", "reward", "training")  # of an epoch
 _STARTED = "DDPO_JAX_BENCHMARK_STARTED"  # when a side's process was started
 _FAILED = "failed"  # of an answer: why there is no other
 # Stable Diffusion 1.5, as its folder says it. `attention_head_dim` is the number of heads.
