@@ -24,7 +24,7 @@ from ddpo_jax.diffusion import DDIMSchedule, NoiseSchedule
 from ddpo_jax.diffusion.ddim import check_density
 from ddpo_jax.diffusion.sampler import native_size
 from ddpo_jax.embeddings import embedding_shape
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, said_of
 from ddpo_jax.generation import (
   FrozenModels,
   Generate,
@@ -122,8 +122,9 @@ def open_model(cfg: Config) -> LazyModel[StableDiffusion]:
   """The pretrained model in the dtype asked for; a hub's is downloaded."""
   dtype = DTYPES[cfg.mixed_precision]
   # What is trained is kept in float32, and so loses nothing by being read.
-  return open_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype,
-                         unet_dtype=dtype if cfg.use_lora else jnp.float32)
+  with said_of("pretrained.model", cfg.pretrained.model):
+    return open_pretrained(cfg.pretrained.model, cfg.pretrained.revision, dtype,
+                           unet_dtype=dtype if cfg.use_lora else jnp.float32)
 
 
 def load_models(cfg: Config) -> StableDiffusion:
@@ -157,7 +158,8 @@ def prepare_unet(cfg: Config, unet: UNet2DConditionModel) -> UNet2DConditionMode
     nnx.update(unet, weights)
     set_compute_dtype(unet, DTYPES[cfg.mixed_precision])
   elif cfg.lora.init_from:
-    lora.import_lora(unet, files.absolute(cfg.lora.init_from))
+    with said_of("lora.init_from", cfg.lora.init_from):
+      lora.import_lora(unet, files.absolute(cfg.lora.init_from))
   else:
     key = jax.random.fold_in(jax.random.key(cfg.seed), rng_streams.LORA)
     lora.inject_lora(unet, cfg.lora.rank, key)

@@ -185,24 +185,29 @@ class Checkpointer:
       raise RuntimeError(f"{describe(self.run, epoch)} was not saved: there are later ones, of "
                          "another run")
 
-  def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> None:
-    """As `save`, for a run's last checkpoint: waits until it is written, else tries once more."""
-    self.save(epoch, state, meta)
-    if not self.finish_writing():
-      self.save(epoch, state, meta)
+  def save_and_wait(self, epoch: int, state: TrainState, meta: dict[str, Any]) -> bool:
+    """As `save`, for a run's last checkpoint: waits until it is written, else tries once more.
 
-  def finish_writing(self) -> bool:
+    Returns:
+      Whether it is written.
+    """
+    self.save(epoch, state, meta)
+    if self.finish_writing():
+      return True
+    self.save(epoch, state, meta)
+    return self.finish_writing(then="")
+
+  def finish_writing(self, then: str = "; it will be tried again") -> bool:
     """Waits for what is being written; returns False if that failed on any process. Collective.
 
-    A failure is said once, and the checkpoint counts as not saved.
+    A failure is said once, with what happens `then`, and the checkpoint counts as not saved.
     """
     failed = False
     try:
       self._manager.wait_until_finished()
     except Exception as error:
       failed = True
-      say(f"Warning: a checkpoint could not be written ({one_line(error)}); it will be tried "
-          "again")
+      say(f"Warning: a checkpoint could not be written ({one_line(error)}){then}")
     if not distributed.max_over_processes(int(failed)):
       return True
     # Where several files could not be written, this manager's next save would raise what it has
@@ -214,13 +219,17 @@ class Checkpointer:
 
   def close(self) -> None:
     """Waits for what is being written."""
-    self._manager.close()
+    try:
+      self._manager.close()
+    except Exception as error:
+      say(f"Warning: a checkpoint could not be written ({one_line(error)})")
 
 
 def _raised_by_orbax(record: logging.LogRecord) -> bool:
-  """Whether it reports an exception that went through orbax."""
+  """Whether it reports an exception that went through orbax, or names a file of orbax's."""
   frames = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
-  return any("orbax" in frame.filename for frame in frames)
+  return ("orbax-checkpoint" in record.getMessage()
+          or any("orbax" in frame.filename for frame in frames))
 
 
 @functools.cache

@@ -74,14 +74,18 @@ def dry_run(config: Config) -> None:
     dry.dry_run(config)
 
 
-def read_config(argv: Sequence[str]) -> Config:
+def read_config(argv: Sequence[str], others: str = _DRY_RUN) -> Config:
   """Reads `--config FILE[:EXPERIMENT]` and its overrides `--config.FIELD=VALUE`.
+
+  Args:
+    argv: the command line, without the script's other options.
+    others: what these are, for the message about one that does not exist.
 
   Raises:
     UserError: if the file or the experiment does not exist; or a line for each field that
       does not exist, or whose value is not right.
   """
-  options = [_split(argument) for argument in _join(argv[1:])]
+  options = [_split(argument) for argument in _join(argv[1:], others)]
   files = [value for name, value in options if name == "--config"]
   if not files:
     raise UserError("--config is missing; must be a config file such as configs/demo.py")
@@ -127,8 +131,10 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   """
   file, colon, experiment = _split_spec(spec)
   if not os.path.isfile(file):
-    raise UserError(f"--config={spec}: {file!r} does not exist; must be a config file such "
-                    "as configs/demo.py")
+    problem = "is a folder" if os.path.isdir(file) else "does not exist"
+    instead = (os.path.join(file, "config.json") if os.path.isfile(f"{file}/config.json")
+               else "a config file such as configs/demo.py")
+    raise UserError(f"--config={spec}: {file!r} {problem}; must be {instead}")
   if _is_of_run(file):
     if colon:
       raise UserError(f"--config={spec}: has no experiments; must be --config={file}")
@@ -190,7 +196,7 @@ def _explained(spec: str, load: Callable[[], Any]) -> Any:
     raise UserError(f"--config={spec}: {text}{where}") from error
 
 
-def _join(arguments: Sequence[str]) -> list[str]:
+def _join(arguments: Sequence[str], others: str) -> list[str]:
   """`--name value` -> `--name=value`; refuses what is not an option of ours."""
   joined: list[str] = []
   rest = list(arguments)
@@ -198,7 +204,7 @@ def _join(arguments: Sequence[str]) -> list[str]:
     argument = rest.pop(0)
     first, *fields = argument.partition("=")[0].split(".")
     if first != "--config" or not all(fields):
-      raise UserError(f"{shown(argument)} is not an option; {_instead(joined)}")
+      raise UserError(f"{shown(argument)} is not an option; {_instead(joined, others)}")
     if "=" not in argument:
       if not rest:
         raise UserError(f"{argument} has no value")
@@ -207,17 +213,18 @@ def _join(arguments: Sequence[str]) -> list[str]:
   return joined
 
 
-def _instead(before: Sequence[str]) -> str:
+def _instead(before: Sequence[str], others: str) -> str:
   """What to write instead of an argument that is not an option.
 
   Args:
     before: the options so far. The last may be the first piece of a dict that the shell split.
+    others: what there is besides the config's.
   """
   name, value = _split(before[-1]) if before else ("", "")
   if name.startswith("--config.") and value.count("{") > value.count("}"):
     field = name.removeprefix("--config.")
     return f"{field} {unquoted(field)}"
-  return f"there are --config=FILE, --config.FIELD=VALUE and {_DRY_RUN}"
+  return f"there are --config=FILE, --config.FIELD=VALUE and {others}"
 
 
 def _split(argument: str) -> tuple[str, str]:

@@ -24,6 +24,12 @@ def drift_tolerance(clip_range: float) -> float:
   return clip_range / 10
 
 
+def remedy_of_no_finite_numbers(cfg: Config) -> str:
+  """What to change where loss or gradient are not finite in step after step."""
+  precision = "" if cfg.mixed_precision == "no" else ", or set mixed_precision='no'"
+  return f"lower the learning rate{precision}"
+
+
 def diversity(images: UInt8[np.ndarray, "N H W 3"]) -> float:
   """How far images are from each other, whatever the details.
 
@@ -82,8 +88,8 @@ class Watch:
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
       return None
     what = "loss or gradient was not finite"
-    remedy = (f"Lower train.learning_rate={self._cfg.train.learning_rate:g}, or set "
-              "mixed_precision='no'")
+    remedy = (f"With train.learning_rate={self._cfg.train.learning_rate:g}: "
+              f"{remedy_of_no_finite_numbers(self._cfg)}")
     if self._cfg.mixed_precision == "fp16" and math.isfinite(metrics["loss"]):
       what = "the gradient was too large for fp16"
       remedy = ("The loss scale has been lowered for it; should this go on, set "

@@ -1,6 +1,9 @@
-"""The errors that end a run as users see it. Imports nothing, so that anything can raise them."""
+"""The errors that end a run as users see it. Imports nothing of ours: all of it may raise them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
 
 USAGE_ERROR = 2  # exit status
 
@@ -13,9 +16,25 @@ class UserError(Exception):
   """
 
 
+class DivergedError(UserError, FloatingPointError):
+  """Training does not get finite numbers any more."""
+
+
 class Interrupted(Exception):
   """A signal asked the program to stop. Code that lets this pass has saved its work first."""
 
   def __init__(self, signum: int):
     super().__init__(f"stopped by signal {signum}")
     self.signum = signum
+
+
+@contextlib.contextmanager
+def said_of(field: str, value: object) -> Iterator[None]:
+  """Adds the field that the user has set, and its value, to UserErrors that do not name it."""
+  try:
+    yield
+  except UserError as error:
+    if field in str(error):
+      raise
+    lines = (f"{field}={value!r}: {line}" for line in str(error).splitlines())
+    raise type(error)("\n".join(lines)) from error

@@ -65,10 +65,15 @@ def load_run(path: str, mixed_precision: str | None = None, base_model: str | No
   cfg = config_of(run, mixed_precision, base_model)
   first_device()  # if there is none, that is said in one line
   configure_jax(cfg)
-  with host_memory():
-    models = build.load_models(cfg)
-  graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
-  trained = checkpoint.restore_params(run, epoch, params)
+  try:
+    with host_memory():
+      models = build.load_models(cfg)
+    graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
+    trained = checkpoint.restore_params(run, epoch, params)
+  except UserError as error:
+    if base_model is None:
+      raise
+    raise type(error)(str(error).replace("pretrained.model", "--base_model")) from error
   return FineTuned(dataclasses.replace(models, unet=nnx.merge(graphdef, trained, frozen)),
                    cfg, epoch)
 
@@ -109,8 +114,9 @@ def config_of(run: pathlib.Path, mixed_precision: str | None, base_model: str | 
     values["mixed_precision"] = mixed_precision
   values["pretrained"]["model"] = model
   if os.path.isabs(model) and not is_local(model):
-    raise UserError(f"the run's base model {model!r} does not exist; must be there, or where "
-                    "--base_model says")
+    raise UserError(f"--base_model={base_model!r} does not exist; must be the run's base model"
+                    if base_model else f"the run's base model {model!r} does not exist; must be "
+                    "there, or where --base_model says")
   return resolve(values)
 
 

@@ -139,8 +139,8 @@ def nouns_activities(rng: np.random.Generator, nouns_file: str, activities_file:
 def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
              ) -> tuple[str, dict[str, Any]]:
   """Such as "three cats": `low` to `high` (included), with questions and answers."""
-  if low > high:
-    raise UserError(f"prompt_fn_kwargs.low={low} must be at most high={high}")
+  if not 0 <= low <= high:
+    raise UserError(f"prompt_fn_kwargs.low={low} must be in 0..{high}, which high is")
   number = english.number(int(rng.integers(low, high + 1)))
   noun = _choose(rng, load_lines(nouns_file, "prompt_fn_kwargs.nouns_file"))
   plural = english.plural(noun)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Mapping, Sequence
+import contextlib
 import re
+import shlex
 from typing import Any
 
 REDACTED = "***"
@@ -35,6 +38,22 @@ def redacted(value: Any) -> Any:
       value = pattern.sub(rf"\g<1>{REDACTED}", value)
     return _PARAMETER.sub(_redacted_parameter, value)
   return value
+
+
+def redacted_command(argv: Sequence[str]) -> str:
+  """A command as it may be written down: likewise of its options, --name=value or --name value."""
+  shown, before = [], ""
+  for argument in argv:
+    name, equals, value = argument.partition("=")
+    if not equals:
+      name, value = before, argument
+    with contextlib.suppress(ValueError, SyntaxError):
+      value = ast.literal_eval(value)  # a dict of arguments
+    (safe,) = redacted({name.rpartition(".")[2]: value}).values()
+    changed = safe != value
+    shown.append(argument if not changed else f"{name}={safe}" if equals else str(safe))
+    before = "" if equals else argument
+  return shlex.join(shown)
 
 
 def _redacted_parameter(found: re.Match[str]) -> str:

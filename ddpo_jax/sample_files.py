@@ -18,7 +18,7 @@ from ddpo_jax import build
 from ddpo_jax.config import Config
 from ddpo_jax.console import say
 from ddpo_jax.devices import configure_jax_for_base_model, first_device, host_memory
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, said_of
 from ddpo_jax.files import check_output, expand_home
 from ddpo_jax.images import image_grid
 from ddpo_jax.inference import ImageGenerator, SamplingOptions, load_base_unet, load_run
@@ -158,7 +158,8 @@ def _load_base(model: str, dtype: DTypeLike) -> StableDiffusion:
   if model == TINY:
     return load_pretrained(model, dtype=dtype)
   named = dataclasses.replace(DIFFUSERS_REPOSITORY, field="--model")  # in its messages
-  return load_pretrained(model_folder(model, repository=named), dtype=dtype)
+  with said_of("--model", model):
+    return load_pretrained(model_folder(model, repository=named), dtype=dtype)
 
 
 def _check_picture_output(request: SampleRequest, output: pathlib.Path) -> None:
@@ -182,6 +183,6 @@ def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path, *,
     output.mkdir(parents=True, exist_ok=True)
     for i, (image, caption) in enumerate(zip(images, captions)):
       words = re.sub(r"[^\w-]+", "_", caption)[:60].strip("_")
-      Image.fromarray(image).save(output / f"{i:04d}_{words}.png")
+      Image.fromarray(image).save(output / f"{f'{i:04d}_{words}'.rstrip('_')}.png")
   except OSError as error:
     raise UserError(f"--output={output} cannot be written: {error}") from error

@@ -42,7 +42,7 @@ from ddpo_jax.devices import (
   peak_memory_bytes,
   plan_batches,
 )
-from ddpo_jax.errors import USAGE_ERROR, UserError
+from ddpo_jax.errors import USAGE_ERROR, DivergedError, UserError
 from ddpo_jax.inner_loop import needs_rescoring, optimizer_steps, roll_out
 from ddpo_jax.interrupt import Stop, ending_with, interruptible
 from ddpo_jax.messages import counted
@@ -65,7 +65,7 @@ def train(cfg: Config) -> pathlib.Path:
     UserError: for anything in the config, its paths or the reward's values that the user
       can correct.
     Interrupted: after SIGTERM, SIGINT or SIGHUP, once what was finished is saved.
-    FloatingPointError: if training does not get finite numbers any more; likewise.
+    DivergedError: if training does not get finite numbers any more; likewise.
   """
   started = time.perf_counter()
   glibc.share_arenas()
@@ -125,7 +125,7 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
   if first_epoch >= cfg.num_epochs:
     say(f"{counted(first_epoch, 'epoch')} done already; for more, num_epochs={cfg.num_epochs} "
         f"must be above {first_epoch}")
-  finished, state = first_epoch - 1, checkpoint_of(trainer)
+  finished, state, is_saved = first_epoch - 1, checkpoint_of(trainer), True
   if finished >= 0:
     # A run that goes on from another's checkpoint has it from the start: should it be killed
     # before its own first one, resume_from="auto" finds it.
@@ -137,7 +137,7 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       finished, state = epoch, checkpoint_of(trainer)
       evaluate(trainer, tracker, epoch + 1)
       if epoch + 1 == cfg.num_epochs:
-        checkpointer.save_and_wait(epoch, *state)
+        is_saved = checkpointer.save_and_wait(epoch, *state)
       elif not checkpointer.finish_writing() or (epoch + 1) % cfg.save_freq == 0:
         checkpointer.save(epoch, *state)
   except BaseException as error:
@@ -145,11 +145,23 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       end_alone(cfg, error)
     # An epoch is a pure function of the state before it, so nothing is lost: neither by a
     # signal, nor where a reward fails or exits, or training gets no finite numbers.
-    if finished >= 0:
-      checkpointer.save_and_wait(finished, *state)
+    if finished >= 0 and checkpointer.save_and_wait(finished, *state):
       say(f"Saved after {counted(finished + 1, 'epoch')}: --config.resume_from="
           f"{shlex.quote(str(checkpointer.run))} goes on from there")
+    elif finished >= 0:
+      say(_not_saved(checkpointer.run, finished))
     raise
+  if not is_saved:
+    raise UserError(_not_saved(checkpointer.run, finished))
+
+
+def _not_saved(run: pathlib.Path, epoch: int) -> str:
+  """What is left of a run whose last checkpoint could not be written."""
+  saved = checkpoint.saved_epochs(run)
+  left = (f"its newest checkpoint is that after {counted(saved[0] + 1, 'epoch')}" if saved else
+          "it has no checkpoint")
+  return (f"{run}: {counted(epoch + 1, 'epoch')} could not be saved, and {left}; make it possible "
+          "to write there, and go on with resume_from")
 
 
 def end_alone(cfg: Config, error: BaseException) -> NoReturn:
@@ -219,15 +231,15 @@ def check_predictions(trainer: Trainer, rollout: Rollout) -> None:
 
 
 def count_skipped(trainer: Trainer, metrics: update.UpdateMetrics, epoch: int) -> None:
-  """Counts skipped steps in a row; raises FloatingPointError if there are too many."""
+  """Counts skipped steps in a row; raises DivergedError if there are too many."""
   trainer.skipped_in_a_row = trainer.skipped_in_a_row + 1 if metrics.skipped else 0
-  limit = trainer.cfg.train.max_skipped_steps
-  if trainer.skipped_in_a_row > limit:
-    raise FloatingPointError(
-        f"epoch {epoch}: loss or gradient was not finite in the last "
-        f"{trainer.skipped_in_a_row} optimizer steps, all of them skipped "
-        f"(train.max_skipped_steps={limit}); lower train.learning_rate, or set "
-        "mixed_precision='no'")
+  cfg = trainer.cfg
+  if trainer.skipped_in_a_row > cfg.train.max_skipped_steps:
+    raise DivergedError(
+        f"train.learning_rate={cfg.train.learning_rate:g}: loss or gradient was not finite in the "
+        f"last {trainer.skipped_in_a_row} optimizer steps, up to epoch {epoch + 1}/"
+        f"{cfg.num_epochs}, all of them skipped (train.max_skipped_steps="
+        f"{cfg.train.max_skipped_steps}); {diagnostics.remedy_of_no_finite_numbers(cfg)}")
 
 
 def total_rewards(trainer: Trainer, rollout: Rollout) -> np.ndarray:
@@ -263,6 +275,8 @@ def epoch_metrics(trainer: Trainer, rollout: Rollout, rewards: np.ndarray,
   that were not skipped, if there are any.
   """
   each = rollout.rewards if trainer.combiner is not None else {}
+  # In float32 the square of a large one is infinite.
+  rewards, each = jax.tree.map(lambda values: values.astype(np.float64), (rewards, each))
   taken = [step for step in step_metrics if not step.skipped] or step_metrics
   mean = lambda name: float(np.mean([getattr(step, name) for step in taken]))
   drift = float(step_metrics[0].ratio_drift)

@@ -91,9 +91,18 @@ def _import_problem(module_name: str, error: BaseException) -> str:
 
 
 def check_kwargs(field: str, name: str, function: Callable, positional: Sequence[str],
-                 kwargs: dict[str, Any]) -> None:
-  """Refuses keyword arguments that the function does not take, or lacks, or of another type."""
-  arguments = "reward_kwargs" if field == "reward_fn" else f"{field}_kwargs"
+                 kwargs: dict[str, Any], arguments: str = "") -> None:
+  """Refuses keyword arguments that the function does not take, or lacks, or of another type.
+
+  Args:
+    field: that names the function.
+    name: its name there.
+    function: itself.
+    positional: what it is always given, by position.
+    kwargs: what it is to be given by name.
+    arguments: the field that has them, where that is not called after the other.
+  """
+  arguments = arguments or f"{field}_kwargs"
   signature = _signature(function)
   if signature is None:
     return

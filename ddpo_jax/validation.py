@@ -166,6 +166,9 @@ def _check_files(cfg: Config, run: pathlib.Path | None, wrong: Set[str],
     if run.is_dir() or not run_folder.is_named_by_checkpoint(cfg):
       problems.collect(_check_output_folder, run_folder.named_by(cfg), run)
     problems.collect(_check_is_utf8, run_folder.named_by(cfg), run)
+    if (run / "checkpoints").is_symlink():  # to another disk
+      problems.collect(_check_output_folder, f"{run_folder.named_by(cfg)}: its checkpoints",
+                       (run / "checkpoints").resolve())
   cache = None if "compilation_cache" in wrong else cfg.compilation_cache_folder()
   if cache is not None and cfg.compilation_cache != "auto":
     problems.collect(_check_output_folder, f"compilation_cache={cfg.compilation_cache!r}", cache)
@@ -214,7 +217,7 @@ def _check_room(cfg: Config, run: pathlib.Path, size: ModelSize) -> None:
   # One more than are kept: the oldest is deleted once the newest is there.
   count = min(cfg.num_checkpoint_limit + 1, saves)
   each = trained_weights(cfg, size) * STATE_BYTES
-  there = nearest_existing(run)
+  there = nearest_existing((run / "checkpoints").resolve())
   free = shutil.disk_usage(there).free
   if min(2, saves) * each > free:  # not with num_checkpoint_limit=1 either
     raise UserError(

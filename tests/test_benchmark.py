@@ -144,7 +144,7 @@ def test_flops_of_flash_attention(monkeypatch):
 def test_rates():
   epochs = [{"images": 8, "sampling_seconds": s, "reward_seconds": 1, "training_seconds": 4}
             for s in (2, 4, 8)]
-  rates = compare.rates(epochs, timesteps=10)
+  rates = compare.rates(epochs, visits=10)
   assert rates["images_per_second"] == [2, 1, 4]  # median, least, largest
   assert rates["sample_timesteps_per_second"] == [20, 20, 20]
   assert rates["epoch_seconds"] == [9, 7, 13]
@@ -164,7 +164,7 @@ def test_parts_are_measured_apart(together):
   side = types.SimpleNamespace(_trainer=types.SimpleNamespace(update=program),
                                _run_epoch=run_epoch)
   epoch = JaxSide.epoch(side)
-  rates = compare.rates([epoch], timesteps=10)
+  rates = compare.rates([epoch], visits=10)
   assert {name: median for name, (median, *_) in rates.items()} == {
       "images_per_second": 4, "sample_timesteps_per_second": 20,
       "epoch_seconds": 6 if together else 7}
@@ -231,7 +231,7 @@ def test_what_was_measured_is_kept(monkeypatch, tmp_path):
   options = argparse.Namespace(skip_start=False, reference=["torch"], torch_compile=False,
                                rounds=1, profile=False, output=str(tmp_path / "results.json"))
   with pytest.raises(UserError):
-    compare.measure(resolve(config), ["benchmark.py", "--config=demo.py"], options)
+    compare.measure(resolve(config), ["benchmark.py", "--config=demo.py"], options, "as started")
   results = json.loads((tmp_path / "results.json").read_text())
   assert results["start"] == {"cold": 1.0, "warm": 1.0}
   assert results["rates"]["ddpo_jax"]["images_per_second"] == [4.0, 4.0, 4.0]
@@ -245,7 +245,7 @@ def test_one_gpu_is_compared_with_one(monkeypatch):
   options = argparse.Namespace(skip_start=True, reference=["torch"], torch_compile=False,
                                rounds=1, profile=False, output=None)
   with pytest.raises(UserError, match="^--reference torch uses one GPU, and JAX finds 8; set CUDA"):
-    compare.measure(resolve(demo.get_config()), ["benchmark.py"], options)
+    compare.measure(resolve(demo.get_config()), ["benchmark.py"], options, "")
 
 
 def test_sides_leave_each_other_memory(monkeypatch):
@@ -381,7 +381,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(monkeypatch, tmp_path
 def test_the_output_may_be_in_ones_home(monkeypatch, tmp_path):
   """A shell leaves --output=~/x as it is."""
   given = []
-  monkeypatch.setattr(compare, "measure", lambda cfg, command, options: given.append(options))
+  monkeypatch.setattr(compare, "measure", lambda cfg, command, options, _: given.append(options))
   monkeypatch.setattr(compare, "describe", lambda results: "")
   monkeypatch.setenv("HOME", str(tmp_path))
   assert compare.main(["benchmark.py", f"--config={ROOT / 'configs' / 'demo.py'}",

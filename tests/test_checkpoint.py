@@ -234,8 +234,9 @@ most = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))  # as little as a full disk takes
 checkpointer.save(0, state, {"config": {}})
 assert not checkpointer.finish_writing()
+assert not checkpointer.save_and_wait(0, state, {"config": {}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-checkpointer.save_and_wait(0, state, {"config": {}})
+assert checkpointer.save_and_wait(0, state, {"config": {}})
 checkpointer.close()
 
 class Other:
@@ -253,8 +254,14 @@ def fail_beside_another(library):  # nobody asks why it failed, which asyncio lo
   asyncio.run(run())
   gc.collect()
 
+async def fail_in_another_language():  # without frames of Python's
+  future = asyncio.get_running_loop().create_future()
+  future.set_exception(ValueError("cannot write 0.orbax-checkpoint-tmp"))
+
 fail_beside_another("orbax/checkpoint/store.py")
 fail_beside_another("elsewhere.py")
+asyncio.run(fail_in_another_language())
+gc.collect()
 """
 
 
@@ -266,10 +273,12 @@ def test_a_checkpoint_that_cannot_be_written_is_a_line(tmp_path):
   done = subprocess.run([sys.executable, "-c", CANNOT_WRITE, tmp_path], capture_output=True,
                         text=True)
   assert done.returncode == 0, done.stderr
-  (line,) = done.stdout.splitlines()
-  assert line.startswith("Warning: a checkpoint could not be written (")
+  lines = done.stdout.splitlines()
+  assert all(line.startswith("Warning: a checkpoint could not be written (") for line in lines)
+  assert [line.endswith("; it will be tried again") for line in lines] == [True, True, False]
   assert checkpoint.saved_epochs(tmp_path) == [0]
   assert done.stderr.count("in another library") == 1, done.stderr
+  assert "orbax-checkpoint-tmp" not in done.stderr, done.stderr
   assert done.stderr.count("Traceback") == 2 and "elsewhere.py" in done.stderr, done.stderr
   assert "said by another library" in done.stderr
 

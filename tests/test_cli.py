@@ -281,6 +281,7 @@ def test_a_config_files_path_may_have_colons(tmp_path):
     ([f"--config={DEMO}", "--config.per_prompt_stat_tracking=on"],
      "per_prompt_stat_tracking='on' must be a group of fields, or None"),
     ([f"--config={'x' * 300}"], "does not exist"),
+    ([f"--config={ROOT / 'configs'}"], "configs' is a folder; must be a config file such as"),
     ([f"--config={DEMO}", "extra"], "'extra' is not an option"),
     ([f"--config={DEMO}", "x" * 5000], "^'x{119}… is not an option"),
     ([f"--config={DEMO}", "--config.sample.eta=0.0"], r"sample.eta=0.0 must be in \(0, 1\]"),
@@ -289,6 +290,17 @@ def test_mistakes(arguments, message):
   with pytest.raises(UserError, match=message) as error:
     read(*arguments)
   assert "\n" not in str(error.value)
+
+
+def test_a_runs_folder_is_not_its_config(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(UserError, match=f"is a folder; must be {tmp_path}/config.json$"):
+    read(f"--config={tmp_path}")
+
+
+def test_other_scripts_have_other_options(capsys):
+  with pytest.raises(UserError, match="'--round' is not an option; .* and those that --help lists"):
+    cli.read_config(["benchmark.py", f"--config={DEMO}", "--round", "3"], "those that --help lists")
 
 
 def test_exit_statuses(monkeypatch, capsys):

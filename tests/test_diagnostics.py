@@ -63,7 +63,7 @@ def test_a_run_of_single_images_has_no_diversity_to_lose():
 
 
 @pytest.mark.parametrize("precision,remedy", (
-    ("no", "Lower train.learning_rate"), ("fp16", "The loss scale has been lowered")))
+    ("no", "lower the learning rate"), ("fp16", "The loss scale has been lowered")))
 def test_a_gradient_that_is_never_finite_is_trouble_whatever_the_loss(precision, remedy):
   """An epoch's means are then of the skipped steps."""
   watch = diagnostics.Watch(resolve(small_config(mixed_precision=precision)))

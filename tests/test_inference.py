@@ -98,6 +98,10 @@ def test_a_run_whose_base_model_has_moved(run, tmp_path):
   moved, there = (load_file(tmp_path / f"{name}.safetensors")
                   for name in ("moved", "there"))
   assert moved.keys() == there.keys() and all((moved[k] == there[k]).all() for k in there)
+  with pytest.raises(UserError, match="^--base_model='/no' does not exist"):
+    inference.load_run(str(run), base_model="/no")
+  with pytest.raises(UserError, match="--base_model must be the one that it was trained on"):
+    inference.load_run(str(run), base_model="tiny")
   with pytest.raises(UserError, match="--base_model needs --run"):
     sample(tmp_path / "grid.png", model="tiny", base_model="tiny")
 
@@ -197,6 +201,8 @@ def test_pictures_go_into_folders_new_and_old(tmp_path):
     sample_files._write(images, captions, tmp_path / "new" / "files", is_grid=False)
   sample_files._write(images, captions, tmp_path / "other" / "new" / "grid.png", is_grid=True)
   assert len(pictures(tmp_path / "new" / "files")) == 3
+  sample_files._write(images, ["...", ""], tmp_path / "bare", is_grid=False)
+  assert {path.name for path in (tmp_path / "bare").iterdir()} == {"0000.png", "0001.png"}
   assert (tmp_path / "other" / "new" / "grid.png").exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shlex
 
 import pytest
 
@@ -9,7 +10,7 @@ from configs import base
 from ddpo_jax import cli, tracking
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
-from ddpo_jax.redaction import redacted
+from ddpo_jax.redaction import redacted, redacted_command
 from ddpo_jax.report import write_report
 from ddpo_jax.resume_checks import check_continues
 from ddpo_jax.rewards import get_reward, get_rewards
@@ -95,3 +96,14 @@ def test_paths_and_names_stay():
             "url": "http://host:8000/v1?model=a&encode=b", "keys": "x", "author": "me",
             "auth": True, "sig": 0.5, "mail": "http://host:80?x=a@b", "s3": "s3://b@ucket/path"}
   assert redacted(values) == values
+
+
+@pytest.mark.parametrize("option", (
+    ["--config.reward_kwargs.api_key={}"], ["--config.reward_kwargs.api_key", "{}"],
+    ["--config.reward_kwargs={{'api_key': '{}', 'n': 3}}"],
+    ["--config.reward_kwargs.url=http://host?token={}"]))
+def test_commands_are_written_down_without_secrets(option):
+  command = ["benchmark.py", "--rounds=2", *(word.format(SECRET) for word in option), "--profile"]
+  shown = shlex.split(redacted_command(command))
+  assert shown == ["benchmark.py", "--rounds=2", *(word.format("***") for word in option),
+                   "--profile"]

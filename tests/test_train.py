@@ -19,7 +19,7 @@ from small_model import small_config, small_model
 from ddpo_jax import build, checkpoint, inner_loop, lora, train, update, validation
 from ddpo_jax.config import resolve
 from ddpo_jax.devices import plan_batches
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import DivergedError, UserError
 from ddpo_jax.interrupt import Stop
 from ddpo_jax.models.vae import to_uint8
 from ddpo_jax.prompts import get_prompt_fn
@@ -265,15 +265,35 @@ def test_metrics_of_an_epoch():
   assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
-def test_steps_skipped_in_a_row_are_counted():
-  cfg = resolve(small_config(**{"train.max_skipped_steps": 2}))
+@pytest.mark.parametrize("precision", ("no", "bf16"))
+def test_steps_skipped_in_a_row_are_counted(precision):
+  """Too many are an error that the user can correct: one line names the field."""
+  cfg = resolve(small_config(**{"train.max_skipped_steps": 2, "mixed_precision": precision,
+                                "train.learning_rate": 1e30}))
   trainer = types.SimpleNamespace(skipped_in_a_row=0, cfg=cfg)
   count = lambda skipped: train.count_skipped(
       trainer, types.SimpleNamespace(skipped=skipped), epoch=0)
   for skipped in (1.0, 1.0, 0.0, 1.0, 1.0):
     count(skipped)
-  with pytest.raises(FloatingPointError, match="the last 3 optimizer steps"):
+  with pytest.raises(DivergedError, match=r"^train.learning_rate=1e\+30: .* the last 3") as error:
     count(1.0)
+  assert ("mixed_precision='no'" in str(error.value)) == (precision != "no")
+  assert "epoch 1/" in str(error.value)
+
+
+@pytest.mark.parametrize("ends", (True, False))
+def test_a_checkpoint_that_cannot_be_written_is_not_said_to_be_there(
+    ends, make_config, monkeypatch, capsys):
+  """Neither of a run that is done nor of one that fails."""
+  monkeypatch.setattr(checkpoint.Checkpointer, "finish_writing", lambda *_, **__: False)
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", lambda *_: None)
+  if not ends:
+    monkeypatch.setattr(train, "evaluate", lambda trainer, tracker, epochs: 1 / (1 - epochs))
+  with pytest.raises(UserError if ends else ZeroDivisionError) as error:
+    train.train(make_config(num_epochs=2 if not ends else 1))
+  said = str(error.value) if ends else capsys.readouterr().out
+  assert "/run: 1 epoch could not be saved, and it has no checkpoint; " in said
+  assert "Saved after" not in said
 
 
 def test_auto_starts_continues_and_survives_a_damaged_checkpoint(make_config, tmp_path,

@@ -264,6 +264,15 @@ def test_bad_file(exit_with, tmp_path, name):
   assert field in line
 
 
+def test_checkpoints_on_a_disk_that_cannot_be_written(exit_with, tmp_path):
+  """A link leads there, so that the run's own folder says nothing of it."""
+  (tmp_path / "file").write_text("")
+  (tmp_path / "logs" / "linked").mkdir(parents=True)
+  (tmp_path / "logs" / "linked" / "checkpoints").symlink_to(tmp_path / "file" / "run")
+  (line,) = exit_with({"logdir": str(tmp_path / "logs"), "run_name": "linked"})
+  assert line.startswith(f"logdir='{tmp_path}/logs': its checkpoints: ") and "file" in line
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_logdir(exit_with, tmp_path):
   (line,) = exit_with({"logdir": str(read_only(tmp_path / "bad"))})

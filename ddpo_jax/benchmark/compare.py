@@ -22,6 +22,7 @@ from ddpo_jax.config import Config
 from ddpo_jax.console import ArgumentParser
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output
+from ddpo_jax.redaction import redacted_command
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DEFAULT = str(_ROOT / "configs" / "single_gpu.py") + ":compressibility"
@@ -58,7 +59,7 @@ def _run(argv: Sequence[str]) -> None:
   if not any(argument.partition("=")[0] == "--config" for argument in rest):
     print(_DEFAULT_IS, file=sys.stderr, flush=True)
     rest = [f"--config={_DEFAULT}", *rest]
-  cfg = read_config([argv[0], *rest])
+  cfg = read_config([argv[0], *rest], "those that --help lists")
   if options.reference and cfg.reward_fn not in _REFERENCE_REWARDS:
     raise UserError(f"reward_fn={cfg.reward_fn!r}: with --reference it must be one of "
                     f"{', '.join(_REFERENCE_REWARDS)}, which both sides have")
@@ -67,7 +68,7 @@ def _run(argv: Sequence[str]) -> None:
     from ddpo_jax.benchmark.jax_side import JaxSide
     serve(lambda: JaxSide(cfg), resource_errors.with_advice(cfg))
     return
-  print(describe(measure(cfg, [argv[0], *rest], options)))
+  print(describe(measure(cfg, [argv[0], *rest], options, redacted_command(argv))))
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -104,11 +105,18 @@ def _is_installed(module: str) -> bool:
   return importlib.util.find_spec(module) is not None
 
 
-def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
+def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace, started_as: str
             ) -> dict[str, Any]:
-  """Everything, as it goes into the JSON file: part by part, so that none is lost."""
+  """Everything, as it goes into the JSON file: part by part, so that none is lost.
+
+  Args:
+    cfg: the config.
+    command: starts a side, without the options that are the benchmark's own.
+    options: those.
+    started_as: the command as it may be written down.
+  """
   results: dict[str, Any] = {
-      "command": " ".join(command), "config": cfg.to_dict(), "start": None, "profile": None}
+      "command": started_as, "config": cfg.to_dict(), "start": None, "profile": None}
 
   def note(**measured: Any) -> None:
     results.update(measured)
@@ -129,8 +137,8 @@ def measure(cfg: Config, command: Sequence[str], options: argparse.Namespace
     _check_one_gpu(results["machine"][_JAX], options)
     epochs = run_rounds(sides, options.rounds)
     sides = [side for side in sides if side.name in epochs]
-    note(epochs=epochs, rates={name: rates(of, cfg.num_train_timesteps)
-                               for name, of in epochs.items()})
+    visits = cfg.num_train_timesteps * cfg.train.num_inner_epochs  # of each sample
+    note(epochs=epochs, rates={name: rates(of, visits) for name, of in epochs.items()})
     note(memory={side.name: side.call("memory") for side in sides})
     for side in sides[1:]:
       side.close()
@@ -198,13 +206,18 @@ def run_rounds(sides: Sequence[Side], rounds: int) -> dict[str, list[dict[str, A
   return epochs
 
 
-def rates(epochs: Sequence[Mapping[str, float]], timesteps: int) -> dict[str, list[float]]:
-  """Median, least and largest over the rounds."""
+def rates(epochs: Sequence[Mapping[str, float]], visits: int) -> dict[str, list[float]]:
+  """Median, least and largest over the rounds.
+
+  Args:
+    epochs: what each side's `epoch` returned.
+    visits: how many (sample, timestep) pairs an epoch trains on for each sample.
+  """
   spread = lambda values: [statistics.median(values), min(values), max(values)]
   return {
       "images_per_second": spread([e["images"] / e["sampling_seconds"] for e in epochs]),
       "sample_timesteps_per_second": spread(
-          [e["images"] * timesteps / e["training_seconds"] for e in epochs]),
+          [e["images"] * visits / e["training_seconds"] for e in epochs]),
       "epoch_seconds": spread([_epoch_seconds(e) for e in epochs])}
 
 

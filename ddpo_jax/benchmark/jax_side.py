@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import pathlib
 import time
 from typing import Any
 
@@ -32,7 +33,9 @@ from ddpo_jax.devices import (
 from ddpo_jax.diffusion import NoiseSchedule
 from ddpo_jax.diffusion.ddim import uses_guidance
 from ddpo_jax.diffusion.sampler import native_size
+from ddpo_jax.files import expand_home
 from ddpo_jax.interrupt import Stop
+from ddpo_jax.model_names import TINY
 from ddpo_jax.models import LazyModel, StableDiffusion
 from ddpo_jax.models.hub import model_folder
 from ddpo_jax.models.pretrained import PARTS, load_clip_tokenizer
@@ -185,7 +188,7 @@ def random_model(cfg: Config) -> LazyModel[StableDiffusion]:
   modules: dict[str, Any] = {name: shapes(module, config.from_dict(configs[name]))
                              for name, (module, config) in PARTS.items()}
   model = StableDiffusion(
-      tokenizer=load_clip_tokenizer(model_folder("tiny") / "tokenizer"),  # as many tokens as any
+      tokenizer=load_clip_tokenizer(_tokenizer_folder(cfg.pretrained.model)),
       noise_schedule=NoiseSchedule.of_pipeline(configs["scheduler"]), **modules)
 
   def read() -> StableDiffusion:
@@ -193,6 +196,12 @@ def random_model(cfg: Config) -> LazyModel[StableDiffusion]:
     return dataclasses.replace(model, **drawn)
 
   return LazyModel(model, read)
+
+
+def _tokenizer_folder(model: str) -> pathlib.Path:
+  """The model's own if it is here: its encoder may know fewer tokens than the tiny model's has."""
+  own = expand_home(model) / "tokenizer"
+  return own if own.is_dir() else model_folder(TINY) / "tokenizer"
 
 
 def _with_random_weights(shapes: nnx.Module) -> Any:

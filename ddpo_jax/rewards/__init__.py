@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, said_of
 from ddpo_jax.messages import one_line, shown
 from ddpo_jax.redaction import redacted
 from ddpo_jax.rewards.color import color_alignment
@@ -53,12 +53,19 @@ def get_reward(name: str, **kwargs: Any) -> RewardFn:
     UserError: if there is no such function, or it does not take `kwargs`, or a model or
       server that it needs is not there.
   """
+  return _bind(name, kwargs, "reward_kwargs")
+
+
+def _bind(name: str, kwargs: Mapping[str, Any], field: str) -> RewardFn:
+  """`get_reward`, whose keyword arguments are in `field` of the config."""
   if name in REWARD_FACTORIES:
     factory = resolve_function("reward_fn", REWARD_FACTORIES[name], {})
-    check_kwargs("reward_fn", name, factory, (), kwargs)
-    return factory(**kwargs)
+    check_kwargs("reward_fn", name, factory, (), dict(kwargs), field)
+    with said_of("reward_fn" if "model" not in kwargs else f"{field}.model",
+                 kwargs.get("model", name)):
+      return factory(**kwargs)
   function = resolve_function("reward_fn", name, REWARD_FUNCTIONS, list(REWARD_FACTORIES))
-  check_kwargs("reward_fn", name, function, ("images", "prompts", "metadata"), kwargs)
+  check_kwargs("reward_fn", name, function, ("images", "prompts", "metadata"), dict(kwargs), field)
   return functools.partial(function, **kwargs)
 
 
@@ -79,7 +86,9 @@ def get_rewards(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
         raise UserError(f"reward_kwargs.{name}={redacted({name: value})[name]!r}: with several "
                         "rewards, must be the arguments of one of them, by its name: "
                         f"{', '.join(spec)}")
-  return {name: get_reward(name, **own) for name, own in kwargs_by_reward(spec, kwargs).items()}
+  several = not isinstance(spec, str)
+  return {name: _bind(name, own, f"reward_kwargs.{name}" if several else "reward_kwargs")
+          for name, own in kwargs_by_reward(spec, kwargs).items()}
 
 
 def kwargs_by_reward(spec: str | Mapping[str, float], kwargs: Mapping[str, Any]
