@@ -114,8 +114,8 @@ def _warn_of_wasted_samples(plan: BatchPlan, layout: WorkLayout) -> None:
   wasted, sharing = layout.wasted_samples(plan.sample_batch_size), plan.devices_per_batch
   if wasted:
     say(f"Warning: sample.batch_size={plan.sample_batch_size * sharing} is not a multiple of "
-        f"{layout.rows * sharing}, so with each sampling batch {wasted * sharing} samples are "
-        "computed and dropped: they are drawn as many at a time as training has in a microbatch")
+        f"{layout.rows * sharing}, which train.batch_size and train.timesteps_per_batch make: with "
+        f"each sampling batch {wasted * sharing} samples are computed and dropped")
 
 
 def open_model(cfg: Config) -> LazyModel[StableDiffusion]:
@@ -259,7 +259,7 @@ def may_sample_first_gradient(cfg: Config) -> bool:
 
 
 def first_gradient_bytes(cfg: Config, plan: BatchPlan, trained: int) -> int:
-  """What gradients of single samples take on each device, 0 if there will be none.
+  """What gradients of single samples take on each device at most, 0 if there will be none.
 
   Args:
     cfg: the config.

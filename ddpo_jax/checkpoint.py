@@ -217,8 +217,12 @@ class Checkpointer:
     self._manager = self._open()
     return False
 
+  def newest(self) -> int | None:
+    """The epoch of the newest checkpoint that is written."""
+    return self._manager.latest_step()
+
   def close(self) -> None:
-    """Waits for what is being written."""
+    """Waits for what is being written. A failure is said."""
     try:
       self._manager.close()
     except Exception as error:

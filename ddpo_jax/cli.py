@@ -132,8 +132,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
   file, colon, experiment = _split_spec(spec)
   if not os.path.isfile(file):
     problem = "is a folder" if os.path.isdir(file) else "does not exist"
-    instead = (os.path.join(file, "config.json") if os.path.isfile(f"{file}/config.json")
-               else "a config file such as configs/demo.py")
+    of_run = os.path.join(file, "config.json")
+    instead = of_run if os.path.isfile(of_run) else "a config file such as configs/demo.py"
     raise UserError(f"--config={spec}: {file!r} {problem}; must be {instead}")
   if _is_of_run(file):
     if colon:

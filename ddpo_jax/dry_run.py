@@ -67,7 +67,7 @@ def describe_memory(cfg: Config, plan: BatchPlan) -> str:
       # Twice: batch by batch as they were sampled, and all of them in one array.
       "trajectories of an epoch": 2 * samples * (cfg.sample.num_steps + 1) * (
           4 * size.latent_size),
-      "gradients of single samples, computed while sampling":
+      "gradients of single samples, if sampling computes them":
           build.first_gradient_bytes(cfg, plan, trained * _GRADIENT_BYTES),
       "prompts' embeddings": 2 * samples * size.embedding_size * bytes_each}
   lines = [f"  {name} = {in_bytes(value)}" for name, value in parts.items() if value]

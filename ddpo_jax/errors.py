@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import contextlib
+import re
 
 USAGE_ERROR = 2  # exit status
+_NAMES_A_FIELD = re.compile(r"(--)?[\w.]+[=:]")
 
 
 class UserError(Exception):
@@ -30,11 +32,10 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def said_of(field: str, value: object) -> Iterator[None]:
-  """Adds the field that the user has set, and its value, to UserErrors that do not name it."""
+  """Puts the field that the user has set, and its value, before UserErrors that name no field."""
   try:
     yield
   except UserError as error:
-    if field in str(error):
-      raise
-    lines = (f"{field}={value!r}: {line}" for line in str(error).splitlines())
-    raise type(error)("\n".join(lines)) from error
+    raise type(error)("\n".join(
+        line if _NAMES_A_FIELD.match(line) else f"{field}={value!r}: {line}"
+        for line in str(error).splitlines())) from error

@@ -114,9 +114,10 @@ def config_of(run: pathlib.Path, mixed_precision: str | None, base_model: str | 
     values["mixed_precision"] = mixed_precision
   values["pretrained"]["model"] = model
   if os.path.isabs(model) and not is_local(model):
-    raise UserError(f"--base_model={base_model!r} does not exist; must be the run's base model"
-                    if base_model else f"the run's base model {model!r} does not exist; must be "
-                    "there, or where --base_model says")
+    if base_model:
+      raise UserError(f"--base_model={base_model!r} does not exist; must be the run's base model")
+    raise UserError(f"the run's base model {model!r} does not exist; must be there, or where "
+                    "--base_model says")
   return resolve(values)
 
 

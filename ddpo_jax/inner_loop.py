@@ -88,7 +88,7 @@ def _shared_steps(trainer: Trainer, program: SharedProgram, batch: Batch, steps:
         mode, state=trainer.state, frozen=trainer.frozen_unet, batch=batch, key=step.key,
         index=step.index, check_stop=stop.check, in_order=step.in_order)
 
-  was_sampled = bool(gradients)
+  was_sampled = bool(gradients)  # they are removed below
   for number, step in enumerate(_progress(steps, f"Epoch {epoch}: training")):
     if number == 0 and gradients:
       sums = program.first_step(gradients, trainer.state, trainer.frozen_unet, batch, step.key,

@@ -140,7 +140,7 @@ def counting(rng: np.random.Generator, nouns_file: str, low: int, high: int
              ) -> tuple[str, dict[str, Any]]:
   """Such as "three cats": `low` to `high` (included), with questions and answers."""
   if not 0 <= low <= high:
-    raise UserError(f"prompt_fn_kwargs.low={low} must be in 0..{high}, which high is")
+    raise UserError(f"prompt_fn_kwargs.low={low} must be at least 0, and at most high={high}")
   number = english.number(int(rng.integers(low, high + 1)))
   noun = _choose(rng, load_lines(nouns_file, "prompt_fn_kwargs.nouns_file"))
   plural = english.plural(noun)

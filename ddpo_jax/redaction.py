@@ -44,15 +44,15 @@ def redacted_command(argv: Sequence[str]) -> str:
   """A command as it may be written down: likewise of its options, --name=value or --name value."""
   shown, before = [], ""
   for argument in argv:
-    name, equals, value = argument.partition("=")
-    if not equals:
-      name, value = before, argument
-    with contextlib.suppress(ValueError, SyntaxError):
+    is_option = argument.startswith("--")
+    name, equals, value = argument.partition("=") if is_option else (before, "", argument)
+    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
       value = ast.literal_eval(value)  # a dict of arguments
     (safe,) = redacted({name.rpartition(".")[2]: value}).values()
-    changed = safe != value
-    shown.append(argument if not changed else f"{name}={safe}" if equals else str(safe))
-    before = "" if equals else argument
+    if safe != value:
+      argument = f"{name}={safe}" if is_option else str(safe)
+    shown.append(argument)
+    before = name if is_option and not equals else ""
   return shlex.join(shown)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 import html
 import io
 import json
-import logging
 import pathlib
 import re
 from typing import Any
@@ -23,9 +22,6 @@ from ddpo_jax.diagnostics import drift_tolerance
 from ddpo_jax.files import read_jsonl, write_atomically
 from ddpo_jax.images import encode_image, number_of
 from ddpo_jax.messages import counted
-
-# Of a cache folder that cannot be written to, which costs it a moment.
-logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 _INK = "#010203"  # becomes the page's text colour, whichever that is
 _ACCENT, _SECOND, _THIRD = "#3b82f6", "#f59e0b", "#10b981"  # readable on white and black

@@ -183,6 +183,7 @@ def _write(images: np.ndarray, captions: Sequence[str], output: pathlib.Path, *,
     output.mkdir(parents=True, exist_ok=True)
     for i, (image, caption) in enumerate(zip(images, captions)):
       words = re.sub(r"[^\w-]+", "_", caption)[:60].strip("_")
-      Image.fromarray(image).save(output / f"{f'{i:04d}_{words}'.rstrip('_')}.png")
+      stem = f"{i:04d}_{words}".rstrip("_")
+      Image.fromarray(image).save(output / f"{stem}.png")
   except OSError as error:
     raise UserError(f"--output={output} cannot be written: {error}") from error

@@ -130,6 +130,7 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
     # A run that goes on from another's checkpoint has it from the start: should it be killed
     # before its own first one, resume_from="auto" finds it.
     checkpointer.save(finished, *state)
+    is_saved = first_epoch < cfg.num_epochs or checkpointer.finish_writing()
   try:
     evaluate(trainer, tracker, first_epoch)  # once more, should the run have ended in it
     for epoch in range(first_epoch, cfg.num_epochs):
@@ -145,23 +146,26 @@ def run_epochs(trainer: Trainer, tracker: tracking.Tracker,
       end_alone(cfg, error)
     # An epoch is a pure function of the state before it, so nothing is lost: neither by a
     # signal, nor where a reward fails or exits, or training gets no finite numbers.
-    if finished >= 0 and checkpointer.save_and_wait(finished, *state):
-      say(f"Saved after {counted(finished + 1, 'epoch')}: --config.resume_from="
-          f"{shlex.quote(str(checkpointer.run))} goes on from there")
-    elif finished >= 0:
-      say(_not_saved(checkpointer.run, finished))
+    if finished >= 0:
+      is_saved = checkpointer.save_and_wait(finished, *state)
+      say(_saved(checkpointer, finished) if is_saved else _not_saved(checkpointer, finished))
     raise
   if not is_saved:
-    raise UserError(_not_saved(checkpointer.run, finished))
+    raise UserError(_not_saved(checkpointer, finished))
 
 
-def _not_saved(run: pathlib.Path, epoch: int) -> str:
-  """What is left of a run whose last checkpoint could not be written."""
-  saved = checkpoint.saved_epochs(run)
-  left = (f"its newest checkpoint is that after {counted(saved[0] + 1, 'epoch')}" if saved else
-          "it has no checkpoint")
-  return (f"{run}: {counted(epoch + 1, 'epoch')} could not be saved, and {left}; make it possible "
-          "to write there, and go on with resume_from")
+def _saved(checkpointer: checkpoint.Checkpointer, epoch: int) -> str:
+  return (f"Saved after {counted(epoch + 1, 'epoch')}: --config.resume_from="
+          f"{shlex.quote(str(checkpointer.run))} goes on from there")
+
+
+def _not_saved(checkpointer: checkpoint.Checkpointer, epoch: int) -> str:
+  run, newest = checkpointer.run, checkpointer.newest()
+  failed = f"{run}: the checkpoint after {counted(epoch + 1, 'epoch')} could not be written"
+  if newest is None:
+    return f"{failed}, and there is none before it; make room there, and start the run again"
+  return (f"{failed}; make room there, and --config.resume_from={shlex.quote(str(run))} goes on "
+          f"after {counted(newest + 1, 'epoch')}")
 
 
 def end_alone(cfg: Config, error: BaseException) -> NoReturn:

@@ -101,7 +101,7 @@ class TorchSide:
       for _ in range(self.cfg.sample.num_batches_per_epoch):
         batch, images = self.sample()
         samples.append(batch)
-        pending.append(pool.submit(jpeg_rewards, images))
+        pending.append(pool.submit(jpeg_rewards, images, self.cfg.reward_fn))
       sampled = self.now()
       rewards = np.concatenate([future.result() for future in pending])
     scored = self.now()
@@ -231,12 +231,13 @@ def log_density(x, mean, std):
   return density.mean(dim=(1, 2, 3))
 
 
-def jpeg_rewards(images):
+def jpeg_rewards(images, reward_fn):
+  sign = 1 if reward_fn == "jpeg_incompressibility" else -1
   rewards = []
   for image in images:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95)
-    rewards.append(-buffer.tell() / 1000)
+    rewards.append(sign * buffer.tell() / 1000)
   return np.array(rewards)
 
 

@@ -201,8 +201,9 @@ def test_samples_that_are_computed_for_nothing_are_said(capsys):
   trainer = train.build(cfg, BatchPlan.create(cfg, 1), get_prompt_fn("simple_animals"),
                         get_rewards(cfg.reward_fn, {}), train.open_model(cfg))
   said = capsys.readouterr()
-  assert ("sample.batch_size=3 is not a multiple of 6, so with each sampling batch 3 samples are "
-          "computed and dropped") in said.out + said.err
+  assert ("sample.batch_size=3 is not a multiple of 6, which train.batch_size and "
+          "train.timesteps_per_batch make: with each sampling batch 3 samples"
+          ) in said.out + said.err
   rollout = trainer.worker.run(trainer.state.params, epoch=0)
   assert rollout.images.shape[0] == 3
 

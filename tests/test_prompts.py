@@ -126,7 +126,7 @@ def test_a_pipe_is_read_where_nothing_is_resumed():
      "activities_file='no.txt' does not exist"),
     ("counting", {"nouns_file": "no.txt", "low": 1, "high": 2}, "nouns_file='no.txt'"),
     ("counting", {"nouns_file": "simple_animals.txt", "low": 3, "high": 2},
-     "low=3 must be in 0..2, which high is"),
+     "low=3 must be at least 0, and at most high=2"),
     ("tiny_shapes", {"pool": -1}, "pool=-1 must be at least 0"),
 ])
 def test_the_argument_that_is_wrong_is_named(name, kwargs, field):

@@ -389,11 +389,12 @@ def test_color_alignment_needs_metadata():
 
 # ---- several rewards ----
 
-def test_arguments_of_several_rewards_are_called_as_they_are_set():
-  with pytest.raises(UserError, match=r"^reward_kwargs.aesthetic_score.batch_size='x' must be"):
-    get_rewards({"jpeg_compressibility": 1.0, "aesthetic_score": 2.0},
-                {"aesthetic_score": {"batch_size": "x"}})
 
+@pytest.mark.parametrize("value", ("x", 0))  # of another type; out of range
+def test_arguments_of_several_rewards_are_called_as_they_are_set(value):
+  with pytest.raises(UserError, match=r"^reward_kwargs\.aesthetic_score\.batch_size=.* must be"):
+    get_rewards({"jpeg_compressibility": 1.0, "aesthetic_score": 2.0},
+                {"aesthetic_score": {"batch_size": value}})
 
 
 def test_several_rewards_are_standardised_then_weighted():

@@ -101,9 +101,15 @@ def test_paths_and_names_stay():
 @pytest.mark.parametrize("option", (
     ["--config.reward_kwargs.api_key={}"], ["--config.reward_kwargs.api_key", "{}"],
     ["--config.reward_kwargs={{'api_key': '{}', 'n': 3}}"],
-    ["--config.reward_kwargs.url=http://host?token={}"]))
+    ["--config.reward_kwargs.url=http://host?token={}"],
+    ["--config.reward_kwargs.url", "http://host?token={}"]))
 def test_commands_are_written_down_without_secrets(option):
   command = ["benchmark.py", "--rounds=2", *(word.format(SECRET) for word in option), "--profile"]
   shown = shlex.split(redacted_command(command))
   assert shown == ["benchmark.py", "--rounds=2", *(word.format("***") for word in option),
                    "--profile"]
+
+
+def test_a_key_may_end_as_base64_does():
+  command = redacted_command(["benchmark.py", "--config.reward_kwargs.api_key", f"{SECRET}="])
+  assert shlex.split(command) == ["benchmark.py", "--config.reward_kwargs.api_key", "***"]

@@ -292,7 +292,7 @@ def test_a_checkpoint_that_cannot_be_written_is_not_said_to_be_there(
   with pytest.raises(UserError if ends else ZeroDivisionError) as error:
     train.train(make_config(num_epochs=2 if not ends else 1))
   said = str(error.value) if ends else capsys.readouterr().out
-  assert "/run: 1 epoch could not be saved, and it has no checkpoint; " in said
+  assert "/run: the checkpoint after 1 epoch could not be written, and there is none" in said
   assert "Saved after" not in said
 
 

@@ -85,7 +85,7 @@ class JaxSide:
     apart = self._run_epoch(apart=True)
     of_run = whole or apart
     return {**apart, "epoch_seconds": sum(of_run[f"{part}_seconds"] for part in EPOCH_PARTS),
-            "sampler_drift": max(apart["sampler_drift"], of_run["sampler_drift"]),
+            "sampler_drift": float(np.maximum(apart["sampler_drift"], of_run["sampler_drift"])),
             "gradient_while_sampling": together}
 
   def _roll_out(self, apart: bool) -> Rollout:

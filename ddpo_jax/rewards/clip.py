@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, said_of
 from ddpo_jax.models import CLIP, load_clip, load_clip_tokenizer
 from ddpo_jax.models.clip import CLIPImageConfig, CLIPModel, CLIPTextConfig
 from ddpo_jax.models.pretrained import tokenize
@@ -53,8 +53,9 @@ def make_aesthetic_score(*, model: str = VIT_L_14, revision: str | None = None,
     UserError: if an argument is wrong, or the model or the head cannot be loaded.
   """
   _check_arguments(dtype, batch_size)
-  predictor = load_aesthetic_head(head, head_sha256)  # first: it is small
-  clip = load_clip(model, revision, jnp.dtype(dtype))
+  with said_of("reward_kwargs.head", head):
+    predictor = load_aesthetic_head(head, head_sha256)  # first: it is small
+  clip = _load_clip(model, revision, dtype)
   width = clip.model.config.projection_dim
   if width != predictor.in_features:
     raise UserError(f"reward_kwargs.model={model!r} makes embeddings of {width} numbers; "
@@ -83,7 +84,7 @@ def make_clip_score(*, model: str = VIT_L_14, revision: str | None = None,
     UserError: if an argument is wrong, or the model or its tokenizer cannot be loaded.
   """
   _check_arguments(dtype, batch_size)
-  clip = load_clip(model, revision, jnp.dtype(dtype))
+  clip = _load_clip(model, revision, dtype)
   return _text_and_image_reward(_clip_score, clip, tokenizer or clip.folder, dtype,
                                 batch_size)
 
@@ -108,11 +109,16 @@ def make_pick_score(*, model: str = PICKSCORE, revision: str | None = None,
     UserError: if an argument is wrong, or the model or its tokenizer cannot be loaded.
   """
   _check_arguments(dtype, batch_size)
-  clip = load_clip(model, revision, jnp.dtype(dtype))
+  clip = _load_clip(model, revision, dtype)
   if tokenizer is None and model == PICKSCORE and not _has_tokenizer(clip):
     tokenizer = PICKSCORE_TOKENIZER
   return _text_and_image_reward(_pick_score, clip, tokenizer or clip.folder, dtype,
                                 batch_size)
+
+
+def _load_clip(model: str, revision: str | None, dtype: str) -> CLIP:
+  with said_of("reward_kwargs.model", model):
+    return load_clip(model, revision, jnp.dtype(dtype))
 
 
 def resize_and_crop(images: np.ndarray, config: CLIPImageConfig) -> np.ndarray:
