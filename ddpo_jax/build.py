@@ -207,7 +207,7 @@ def uses_loss_scaling(cfg: Config) -> bool:
 
 
 def uses_shared_program(cfg: Config) -> bool:
-  """Whether rounding could move ratios by more than PPO's clip range allows (docs/gpu.md)."""
+  """Whether sampler and update are one program, lest rounding moves ratios (docs/gpu.md)."""
   uses_tf32 = cfg.allow_tf32 and jax.default_backend() == "gpu"
   return cfg.train.recompute_log_probs and (cfg.mixed_precision != "no" or uses_tf32)
 

@@ -39,3 +39,12 @@ def said_of(field: str, value: object) -> Iterator[None]:
     raise type(error)("\n".join(
         line if _NAMES_A_FIELD.match(line) else f"{field}={value!r}: {line}"
         for line in str(error).splitlines())) from error
+
+
+@contextlib.contextmanager
+def renamed(field: str, given: str) -> Iterator[None]:
+  """Has UserErrors call a field as the user has given it."""
+  try:
+    yield
+  except UserError as error:
+    raise type(error)(str(error).replace(field, given)) from error

@@ -201,16 +201,14 @@ def _attentions_to_prompts(unet: nnx.Module) -> list[layers.Attention]:
 
 
 def _merge_lora(linear: layers.Linear) -> None:
-  assert linear.lora_down is not None and linear.lora_up is not None
-  update = linear.lora_down[...] @ linear.lora_up[...]
+  update = _present(linear.lora_down)[...] @ _present(linear.lora_up)[...]
   linear.kernel = nnx.LoRAParam(linear.kernel[...] + update)
   linear.lora_down = linear.lora_up = None
 
 
 def _pad_rank(linear: layers.Linear) -> None:
   """Pads the rank with zeros, which change nothing."""
-  assert linear.lora_down is not None and linear.lora_up is not None
-  down, up = linear.lora_down[...], linear.lora_up[...]
+  down, up = _present(linear.lora_down)[...], _present(linear.lora_up)[...]
   missing = -down.shape[1] % _TENSOR_CORE
   linear.lora_down = nnx.LoRAParam(jnp.pad(down, ((0, 0), (0, missing))))
   linear.lora_up = nnx.LoRAParam(jnp.pad(up, ((0, missing), (0, 0))))
@@ -222,10 +220,10 @@ def _join_down(attention: layers.Attention) -> None:
   attention.lora_down = _join([linear.lora_down for linear in projections])
   total, before = attention.lora_down.shape[1], 0
   for linear in projections:
-    assert linear.lora_up is not None
-    rank = linear.lora_up.shape[0]
+    up = _present(linear.lora_up)[...]
+    rank = up.shape[0]
     padding = ((before, total - before - rank), (0, 0))
-    linear.lora_up = nnx.LoRAParam(jnp.pad(linear.lora_up[...], padding))
+    linear.lora_up = nnx.LoRAParam(jnp.pad(up, padding))
     linear.lora_down = None
     before += rank
 

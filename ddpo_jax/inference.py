@@ -24,7 +24,7 @@ from ddpo_jax.devices import configure_jax, first_device, host_memory
 from ddpo_jax.diffusion import DDIMSchedule, denoise
 from ddpo_jax.diffusion.sampler import sample_keys
 from ddpo_jax.embeddings import PromptEncoder
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, renamed
 from ddpo_jax.model_names import is_local
 from ddpo_jax.models import StableDiffusion
 from ddpo_jax.models.hub import WEIGHT_NAMES, find_weights, model_folder
@@ -65,15 +65,11 @@ def load_run(path: str, mixed_precision: str | None = None, base_model: str | No
   cfg = config_of(run, mixed_precision, base_model)
   first_device()  # if there is none, that is said in one line
   configure_jax(cfg)
-  try:
+  with renamed("pretrained.model", "--base_model" if base_model else "pretrained.model"):
     with host_memory():
       models = build.load_models(cfg)
     graphdef, params, frozen = lora.partition(models.unet, cfg.use_lora)
     trained = checkpoint.restore_params(run, epoch, params)
-  except UserError as error:
-    if base_model is None:
-      raise
-    raise type(error)(str(error).replace("pretrained.model", "--base_model")) from error
   return FineTuned(dataclasses.replace(models, unet=nnx.merge(graphdef, trained, frozen)),
                    cfg, epoch)
 

@@ -11,6 +11,7 @@ import ast
 from collections.abc import Mapping, Sequence
 import dataclasses
 import re
+import shlex
 from typing import Any
 
 import ml_collections
@@ -18,6 +19,7 @@ import ml_collections
 from ddpo_jax.config import field_type
 from ddpo_jax.errors import UserError
 from ddpo_jax.messages import shown
+from ddpo_jax.redaction import redacted
 
 _FUNCTIONS = {"prompt_fn": "prompt_fn_kwargs", "reward_fn": "reward_kwargs"}
 _CONSTANTS = {"true": True, "false": False, "none": None}
@@ -90,6 +92,21 @@ def literal(text: str) -> Any:
     return ast.literal_eval(text)
   except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
     return text
+
+
+def redacted_command(argv: Sequence[str]) -> str:
+  """A command as it may be written down: `redacted`, of its --name=value and --name value."""
+  safe_words, before = [], ""
+  for argument in argv:
+    is_option = argument.startswith("--")
+    name, equals, text = argument.partition("=") if is_option else (before, "", argument)
+    value = literal(text)
+    (safe,) = redacted({name.rpartition(".")[2]: value}).values()
+    if safe != value:
+      argument = f"{name}={safe}" if is_option else str(safe)
+    safe_words.append(argument)
+    before = name if is_option and not equals else ""
+  return shlex.join(safe_words)
 
 
 def unquoted(field: str) -> str:

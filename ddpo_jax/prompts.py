@@ -32,7 +32,7 @@ def get_prompt_fn(name: str, **kwargs: Any) -> PromptFn:
     UserError: if there is no such function, or it does not take `kwargs`.
   """
   function = resolve_function("prompt_fn", name, PROMPT_FUNCTIONS)
-  check_kwargs("prompt_fn", name, function, ("rng",), kwargs)
+  check_kwargs("prompt_fn", name, function, ("rng",), kwargs, "prompt_fn_kwargs")
   return functools.partial(function, **kwargs)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Mapping, Sequence
-import contextlib
+from collections.abc import Mapping
 import re
-import shlex
 from typing import Any
 
 REDACTED = "***"
@@ -38,22 +35,6 @@ def redacted(value: Any) -> Any:
       value = pattern.sub(rf"\g<1>{REDACTED}", value)
     return _PARAMETER.sub(_redacted_parameter, value)
   return value
-
-
-def redacted_command(argv: Sequence[str]) -> str:
-  """A command as it may be written down: likewise of its options, --name=value or --name value."""
-  shown, before = [], ""
-  for argument in argv:
-    is_option = argument.startswith("--")
-    name, equals, value = argument.partition("=") if is_option else (before, "", argument)
-    with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-      value = ast.literal_eval(value)  # a dict of arguments
-    (safe,) = redacted({name.rpartition(".")[2]: value}).values()
-    if safe != value:
-      argument = f"{name}={safe}" if is_option else str(safe)
-    shown.append(argument)
-    before = name if is_option and not equals else ""
-  return shlex.join(shown)
 
 
 def _redacted_parameter(found: re.Match[str]) -> str:

@@ -91,7 +91,7 @@ def _import_problem(module_name: str, error: BaseException) -> str:
 
 
 def check_kwargs(field: str, name: str, function: Callable, positional: Sequence[str],
-                 kwargs: dict[str, Any], arguments: str = "") -> None:
+                 kwargs: dict[str, Any], arguments: str) -> None:
   """Refuses keyword arguments that the function does not take, or lacks, or of another type.
 
   Args:
@@ -100,9 +100,8 @@ def check_kwargs(field: str, name: str, function: Callable, positional: Sequence
     function: itself.
     positional: what it is always given, by position.
     kwargs: what it is to be given by name.
-    arguments: the field that has them, where that is not called after the other.
+    arguments: the field that has them.
   """
-  arguments = arguments or f"{field}_kwargs"
   signature = _signature(function)
   if signature is None:
     return

@@ -10,7 +10,8 @@ from configs import base
 from ddpo_jax import cli, tracking
 from ddpo_jax.config import resolve
 from ddpo_jax.errors import UserError
-from ddpo_jax.redaction import redacted, redacted_command
+from ddpo_jax.overrides import redacted_command
+from ddpo_jax.redaction import redacted
 from ddpo_jax.report import write_report
 from ddpo_jax.resume_checks import check_continues
 from ddpo_jax.rewards import get_reward, get_rewards

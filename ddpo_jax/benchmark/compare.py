@@ -22,7 +22,7 @@ from ddpo_jax.config import Config
 from ddpo_jax.console import ArgumentParser
 from ddpo_jax.errors import UserError
 from ddpo_jax.files import check_output
-from ddpo_jax.redaction import redacted_command
+from ddpo_jax.overrides import redacted_command
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DEFAULT = str(_ROOT / "configs" / "single_gpu.py") + ":compressibility"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from ddpo_jax.errors import UserError
+from ddpo_jax.errors import UserError, renamed
 from ddpo_jax.messages import one_line, shown
 from ddpo_jax.redaction import redacted
 from ddpo_jax.rewards.color import color_alignment
@@ -61,10 +61,8 @@ def _bind(name: str, kwargs: Mapping[str, Any], field: str) -> RewardFn:
   if name in REWARD_FACTORIES:
     factory = resolve_function("reward_fn", REWARD_FACTORIES[name], {})
     check_kwargs("reward_fn", name, factory, (), dict(kwargs), field)
-    try:
+    with renamed("reward_kwargs.", f"{field}."):
       return factory(**kwargs)
-    except UserError as error:  # as it is called with one reward
-      raise type(error)(str(error).replace("reward_kwargs.", f"{field}.")) from error
   function = resolve_function("reward_fn", name, REWARD_FUNCTIONS, list(REWARD_FACTORIES))
   check_kwargs("reward_fn", name, function, ("images", "prompts", "metadata"), dict(kwargs), field)
   return functools.partial(function, **kwargs)
